@@ -1,0 +1,43 @@
+"""Data sets, exact sharded sampling, the preprocessing object, augmentation and `check`."""
+
+from meshuffle.data.augment import (
+    AugmentConfig,
+    EvalTransform,
+    TrainTransform,
+    augmentation_for,
+    build_train_transform,
+)
+from meshuffle.data.base import ArraySource, Data, ImageSource, View, relabel, subset
+from meshuffle.data.image import decode_image
+from meshuffle.data.loader import Batch, SkipLog, auto_workers, eval_loader, train_loader
+from meshuffle.data.mix import mix_batch
+from meshuffle.data.preprocess import Preprocess
+from meshuffle.data.sampler import EpochSampler, SampleKey, shard_bounds
+from meshuffle.data.source import OPENERS, open_data
+
+__all__ = [
+    "OPENERS",
+    "ArraySource",
+    "AugmentConfig",
+    "Batch",
+    "Data",
+    "EpochSampler",
+    "EvalTransform",
+    "ImageSource",
+    "Preprocess",
+    "SampleKey",
+    "SkipLog",
+    "TrainTransform",
+    "View",
+    "augmentation_for",
+    "auto_workers",
+    "build_train_transform",
+    "decode_image",
+    "eval_loader",
+    "mix_batch",
+    "open_data",
+    "relabel",
+    "shard_bounds",
+    "subset",
+    "train_loader",
+]

@@ -1,0 +1,173 @@
+"""Data sets that are folders: ImageFolder's layout, one flat folder of classes, ImageNet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from meshuffle.data.base import Data, ImageSource, shortened, split_off_val
+from meshuffle.data.image import decode_image
+from meshuffle.data.scan import (
+    ClassFolders,
+    PathTable,
+    existing_folder,
+    holds_images,
+    scan_classes,
+    subfolders,
+)
+from meshuffle.errors import DataError, ImageError
+
+SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
+VAL_FRACTION = 0.2
+_WANTED = "wanted: one folder per class, or train/ and val/ with one folder per class in each"
+
+
+@dataclass(frozen=True, eq=False)
+class FolderSource:
+    """Image files below `root`, decoded when they are asked for."""
+
+    root: Path
+    paths: PathTable
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+    in_memory: bool = False
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def image(self, index: int) -> Image.Image:
+        """Decode file `index` to RGB; raises `ImageError`."""
+        return decode_image(self.name(index))
+
+    def name(self, index: int) -> str:
+        """Return the path of file `index`."""
+        return os.path.join(self.root, self.paths[index])  # noqa: PTH118
+
+    def content(self, index: int) -> bytes:
+        """Return the bytes of file `index`; raises `ImageError`."""
+        try:
+            return Path(self.name(index)).read_bytes()
+        except OSError as error:
+            raise ImageError(f"{self.name(index)}: cannot be read: {error.strerror}") from error
+
+
+def open_folder(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "val")) -> Data:
+    """Open a folder with train/, val|validation|test/, or one flat folder of classes.
+
+    Where val is missing, a stratified 20 % of train, chosen by `seed`, takes its place; test
+    never does, so that it selects nothing. A flat folder is split likewise, except where
+    `need` is only `("test",)`: then all of it is the test split. With `need=()` nothing is
+    required and nothing is split: a view for `check`. Raises `DataError`.
+    """
+    root = existing_folder(path)
+    folders = _split_folders(root)
+    scans = {split: scan_classes(root, name) for split, name in folders.items()}
+    if not folders:
+        scans = {"test" if tuple(need) == ("test",) else "train": scan_classes(root)}
+    _check_content(root, scans, need)
+    classes = _classes(root, scans, need)
+    splits = {
+        key: _source(root, scan, classes) for key, scan in scans.items() if any(scan.files.values())
+    }
+    if need and "val" not in splits and "train" in splits:
+        splits |= split_off_val(splits["train"], VAL_FRACTION, seed)
+    _check_needed(root, splits, need)
+    ignored = tuple(name for scan in scans.values() for name in scan.ignored)
+    return Data(spec=path, classes=classes, splits=splits, ignored=ignored)
+
+
+def open_imagenet(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "val")) -> Data:
+    """Open ImageNet: train/ and val/ with one folder per synset; class names are synset ids.
+
+    `Data.titles` holds readable names where `LOC_synset_mapping.txt` lies in the folder.
+    Raises `DataError`, also when val/ is still the flat folder that the archive unpacks to.
+    """
+    root = existing_folder(path)
+    if (root / "val").is_dir() and not subfolders(root / "val") and holds_images(root / "val"):
+        raise DataError(
+            f"{root / 'val'} holds images but no synset folders: sort them into folders such "
+            "as val/n01440764/ first (the valprep.sh script of the PyTorch examples does it)"
+        )
+    data = open_folder(path, seed=seed, need=need)
+    return replace(data, titles=_synset_titles(root / "LOC_synset_mapping.txt"))
+
+
+def _synset_titles(file: Path) -> dict[str, str]:
+    if not file.is_file():
+        return {}
+    rows = (line.split(maxsplit=1) for line in file.read_text(encoding="utf-8").splitlines())
+    return {row[0]: row[1] for row in rows if len(row) == 2}
+
+
+def _split_folders(root: Path) -> dict[str, str]:
+    """Return {split: folder}; a folder `train` that holds images itself is a class."""
+    found: dict[str, str] = {}
+    for name in subfolders(root):
+        split = SPLIT_FOLDERS.get(name)
+        if split is None or (holds_images(root / name) and not subfolders(root / name)):
+            continue
+        if split in found:
+            raise DataError(f"{root} has both {found[split]}/ and {name}/: keep one of them")
+        found[split] = name
+    return found
+
+
+def _check_content(root: Path, scans: Mapping[str, ClassFolders], need: Sequence[str]) -> None:
+    if not any(scan.files for scan in scans.values()):
+        loose = holds_images(root)
+        what = f"{loose} images but no class folders" if loose else "no class folders"
+        raise DataError(f"{root} holds {what}; {_WANTED}")
+    if not any(any(scan.files.values()) for scan in scans.values()):
+        raise DataError(f"{root}: no image file in {_count(scans)} class folders; {_WANTED}")
+    if "train" not in need or "train" not in scans:
+        return
+    train = scans["train"]
+    if empty := train.empty:
+        raise DataError(
+            f"{root}: {len(empty)} class folders hold no image: {shortened(empty)}; "
+            "fill or remove them"
+        )
+    if len(train.files) == 1:
+        raise DataError(
+            f"{root}: only one class, {train.classes[0]!r}; a classifier needs two or more: "
+            "add a folder with images of something else"
+        )
+
+
+def _count(scans: Mapping[str, ClassFolders]) -> int:
+    return sum(len(scan.files) for scan in scans.values())
+
+
+def _classes(root: Path, scans: Mapping[str, ClassFolders], need: Sequence[str]) -> tuple[str, ...]:
+    """Train's classes where there are any; all classes, sorted, for `check`."""
+    union = sorted({name for scan in scans.values() for name in scan.files}, key=os.fsencode)
+    if not need or "train" not in scans:
+        return tuple(union)
+    train = scans["train"].classes
+    for split in set(need) & set(scans):
+        filled = {name for name, files in scans[split].files.items() if files}
+        if extra := sorted(filled - set(train)):
+            raise DataError(
+                f"{root}: {split} has {len(extra)} classes that train lacks: {shortened(extra)}; "
+                f"train has {shortened(train)}"
+            )
+    return tuple(train)
+
+
+def _source(root: Path, scan: ClassFolders, classes: tuple[str, ...]) -> ImageSource:
+    pairs = [(i, path) for i, name in enumerate(classes) for path in scan.files.get(name, ())]
+    labels = np.array([label for label, _ in pairs], dtype=np.int64)
+    return FolderSource(root, PathTable([path for _, path in pairs]), labels, classes)
+
+
+def _check_needed(root: Path, splits: Mapping[str, ImageSource], need: Sequence[str]) -> None:
+    for split in need:
+        if split not in splits or not len(splits[split]):
+            has = ", ".join(f"{key} ({len(source)})" for key, source in splits.items())
+            raise DataError(f"{root} has no {split} images; it has {has}")

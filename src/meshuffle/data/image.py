@@ -1,0 +1,166 @@
+"""Decode one image file to RGB, or say in one line why it cannot be used.
+
+    bytes ──header──▶ pixel limit ──decode──▶ EXIF orientation ──▶ 8-bit RGB
+
+16-bit grey values are scaled (65535 → 255), never clipped. Transparency is composited on
+white. CMYK and palettes are converted. Of an animation the first frame is taken.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import (
+    BmpImagePlugin,  # noqa: F401  (importing a plugin registers its format)
+    GifImagePlugin,  # noqa: F401
+    Image,
+    JpegImagePlugin,  # noqa: F401
+    PngImagePlugin,  # noqa: F401
+    WebPImagePlugin,  # noqa: F401
+)
+
+from meshuffle.errors import ImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif"})
+MAX_PIXELS = 89_478_485  # Pillow's own threshold of suspicion: 256 MiB as RGB
+
+# What Pillow's parsers raise on broken files. Tests fuzz every format against this list.
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
+_EXIF_ORIENTATION = 0x0112
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_filters_lock = threading.Lock()
+
+
+def decode_image(
+    path_or_bytes: Path | str | bytes, *, max_pixels: int = MAX_PIXELS, name: str | None = None
+) -> Image.Image:
+    """Return the image as a PIL image in mode RGB, upright and with 8 bits per channel.
+
+    `path_or_bytes`: a file, or its content. `max_pixels`: width × height above which the
+    image is refused from its header, before any pixel is decoded; 1 … 178,956,970 (above
+    that Pillow itself refuses).
+    `name`: what to call the image in an error; by default the path.
+
+    Raises `ImageError`, one line with the name, when the file is missing, unreadable, empty,
+    truncated, not an image of a known format, or too large.
+    """
+    if isinstance(path_or_bytes, bytes):
+        label = name or f"image of {len(path_or_bytes)} bytes"
+        return _decode(io.BytesIO(path_or_bytes), len(path_or_bytes), label, max_pixels)
+    path = Path(path_or_bytes)
+    label = name or str(path)
+    try:
+        with path.open("rb") as file:
+            return _decode(file, path.stat().st_size, label, max_pixels)
+    except OSError as error:
+        raise ImageError(f"{label}: cannot be read: {error.strerror or error}") from error
+
+
+def _decode(file: BinaryIO, num_bytes: int, label: str, max_pixels: int) -> Image.Image:
+    if num_bytes == 0:
+        raise ImageError(f"{label}: empty file (0 bytes)")
+    try:
+        image = _open(file)
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{label}: {_one_line(error)}") from error
+    except _BROKEN as error:
+        raise ImageError(f"{label}: {_not_an_image(file)}") from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(
+            f"{label}: {width}×{height} = {width * height:,} pixels, "
+            f"more than the limit of {max_pixels:,}"
+        )
+    try:
+        image.load()
+        upright = _upright(image)
+        return _to_rgb(upright)
+    except _BROKEN as error:
+        raise ImageError(f"{label}: broken or truncated: {_one_line(error)}") from error
+
+
+def _open(file: BinaryIO) -> Image.Image:
+    with _no_warnings():
+        return Image.open(file, formats=FORMATS)
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Hide Pillow's warnings; under a lock, because `catch_warnings` is not thread-safe."""
+    with _filters_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation. A broken EXIF block does not cost us a good picture."""
+    try:
+        with _no_warnings():
+            orientation = image.getexif().get(_EXIF_ORIENTATION)
+    except _BROKEN:
+        return image
+    method = _TRANSPOSE.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith(("I", "F")):
+        return _from_16_bit(image)
+    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, _to_rgba(image)).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_rgba(image: Image.Image) -> Image.Image:
+    with _no_warnings():
+        return image.convert("RGBA")
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    values = np.clip(np.asarray(image, dtype=np.float64), 0, 65535)
+    grey = np.rint(values / 257).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _not_an_image(file: BinaryIO) -> str:
+    file.seek(0)
+    start = file.read(12)
+    return (
+        f"not a JPEG, PNG, WebP, BMP or GIF image, or its header is broken (begins with {start!r})"
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,217 @@
+"""Batches of decoded and transformed images, by torch's DataLoader.
+
+Worker processes come from a fork server. A plain fork would copy a process that has gloo's,
+NCCL's and OpenMP's threads: the child inherits locks whose holders do not exist there, and
+the parent's SIGTERM handler besides. The server is a small process that has imported this
+module and started no thread of ours; workers fork from it in milliseconds. (A script that
+trains with workers therefore needs `if __name__ == "__main__":`, as on macOS and Windows,
+and by default on Linux since Python 3.14.)
+
+A broken image leaves its batch and is named in `Batch.skipped`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from meshuffle.data.augment import EvalTransform
+from meshuffle.data.base import ImageSource
+from meshuffle.data.preprocess import Preprocess
+from meshuffle.data.sampler import EpochSampler, SampleKey
+from meshuffle.errors import ImageError
+
+_MAX_WORKERS = 8  # per rank; beyond it the decoding of a rank rarely limits
+
+
+class Transform(Protocol):
+    """What turns an image into bytes for the network; `size` is (height, width)."""
+
+    size: tuple[int, int]
+
+    def __call__(self, image: Image.Image, draw: int) -> Tensor:
+        """Return uint8 [3, height, width]."""
+
+
+@dataclass
+class Batch:
+    """One rank's valid samples of one step; N may be 0.
+
+    `images`: uint8 [N, 3, H, W], channels-last in memory. `labels`, `indices` (in the
+    source), `draws`, `positions`
+    (in the rank's part of the batch, before broken images left): int64 [N].
+    `skipped`: one message per broken image.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    draws: Tensor
+    positions: Tensor
+    skipped: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def pin_memory(self) -> Batch:
+        """Move the images to page-locked memory; the DataLoader calls this."""
+        self.images = self.images.pin_memory()
+        return self
+
+
+def train_loader(
+    source: ImageSource,
+    transform: Transform,
+    sampler: EpochSampler,
+    epoch: int,
+    *,
+    start_step: int = 0,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Yield this rank's batches of `epoch` from `start_step` on.
+
+    Worker processes end with the iterator, also when it is closed or dropped midway.
+    """
+    batches = sampler.batches(epoch, start_step)
+    return _batches(_Samples(source, transform), batches, num_workers, pin_memory)
+
+
+def eval_loader(
+    source: ImageSource,
+    preprocess: Preprocess,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Yield every image once in order, in the evaluation geometry.
+
+    `batch_size` is global; each rank has a contiguous part of each batch, possibly empty, so
+    that all ranks take the same number of steps.
+    """
+    sampler = EpochSampler(len(source), batch_size, rank=rank, world=world, shuffle=False)
+    return train_loader(
+        source,
+        EvalTransform(preprocess),
+        sampler,
+        0,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+    )
+
+
+def auto_workers(source: ImageSource, num_ranks: int = 1) -> int:
+    """Return how many worker processes one of `num_ranks` ranks on this machine should use.
+
+    None for images in memory; otherwise the rank's cores less one, at most 8.
+    """
+    if source.in_memory:
+        return 0
+    return max(0, min(_MAX_WORKERS, num_cores() // num_ranks - 1))
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class SkipLog:
+    """Remembers broken images over a run, and tells each of them once.
+
+    `strict=True` raises the first as `ImageError` instead.
+    """
+
+    def __init__(self, *, strict: bool = False) -> None:
+        self.messages: list[str] = []
+        self._strict = strict
+        self._known: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self.messages)
+
+    def note(self, skipped: Iterable[str]) -> list[str]:
+        """Return the messages that are new, and remember them."""
+        new = [message for message in dict.fromkeys(skipped) if message not in self._known]
+        if new and self._strict:
+            raise ImageError(new[0])
+        self._known.update(new)
+        self.messages += new
+        return new
+
+
+class _Samples(Dataset[Batch]):
+    """A data set whose item is a whole batch: a list of sample keys in, a Batch out."""
+
+    def __init__(self, source: ImageSource, transform: Transform) -> None:
+        self._source = source
+        self._transform = transform
+
+    def __getitems__(self, keys: list[SampleKey]) -> Batch:
+        views, kept, skipped = [], [], []
+        for position, key in enumerate(keys):
+            try:
+                views.append(self._transform(self._source.image(key.index), key.draw))
+                kept.append((key.index, key.draw, position))
+            except ImageError as error:
+                skipped.append(str(error))
+        images = self._stack(views)
+        indices, draws, positions = torch.tensor(kept, dtype=torch.int64).reshape(-1, 3).T
+        labels = torch.from_numpy(self._source.labels[indices.numpy()])
+        return Batch(images, labels, indices, draws, positions, skipped)
+
+    def _stack(self, views: list[Tensor]) -> Tensor:
+        """Channels-last, as PIL has the pixels: a plain copy, and the faster format."""
+        if not views:
+            return torch.empty((0, 3, *self._transform.size), dtype=torch.uint8)
+        return torch.stack([view.permute(1, 2, 0) for view in views]).permute(0, 3, 1, 2)
+
+
+def _batches(
+    samples: _Samples, batches: Iterable[list[SampleKey]], num_workers: int, pin_memory: bool
+) -> Iterator[Batch]:
+    loader = DataLoader(
+        samples,
+        batch_sampler=batches,
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        multiprocessing_context=_fork_server() if num_workers else None,
+        worker_init_fn=_init_worker if num_workers else None,
+    )
+    iterator = iter(loader)
+    try:
+        yield from iterator
+    finally:
+        # The only way to end the workers now; dropping the last reference would do, but the
+        # traceback of an exception may hold one.
+        getattr(iterator, "_shutdown_workers", lambda: None)()
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _fork_server() -> multiprocessing.context.BaseContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["meshuffle.data.loader"])
+    return context
+
+
+def _init_worker(worker: int) -> None:
+    """Ctrl-C reaches the whole process group: the rank decides, and ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)

@@ -1,0 +1,149 @@
+"""From an image to what the network sees: one object, stored with the weights.
+
+    PIL RGB ──to_uint8: resize, centre crop──▶ uint8 [3, h, w] ──normalise──▶ float32 NCHW
+
+Training replaces the geometry by its augmentation and shares `normalise`; evaluation,
+prediction, export and serving share both halves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from meshuffle.data.base import IMAGENET_MEAN, IMAGENET_STD, Data
+from meshuffle.errors import ConfigError, did_you_mean
+
+Interpolation = Literal["nearest", "bilinear", "bicubic"]
+Triple = tuple[float, float, float]
+_CROP_RATIO = 0.875  # ImageNet's custom: short side 256 for a crop of 224
+_MAX_ASPECT = 16
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Geometry and numbers of the input; compares, prints and stores as plain data.
+
+    `crop`: (height, width) of the centre crop in pixels, or one number for a square.
+    `resize`: length of the short side before the crop, or None to keep the size.
+    `interpolation`: antialiased when it shrinks. `channels`: their order in the network's
+    input. `scale`: factor on the bytes 0 … 255. `mean`, `std`: after scaling, in the order
+    of `channels`. Raises `ConfigError` for values out of range.
+    """
+
+    crop: tuple[int, int] | int = 224
+    resize: int | None = 256
+    interpolation: Interpolation = "bilinear"
+    channels: Literal["RGB", "BGR"] = "RGB"
+    scale: float = 1 / 255
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        size = (self.crop, self.crop) if isinstance(self.crop, int) else tuple(self.crop)
+        object.__setattr__(self, "crop", size)
+        object.__setattr__(self, "mean", tuple(float(x) for x in self.mean))
+        object.__setattr__(self, "std", tuple(float(x) for x in self.std))
+        if len(size) != 2 or min(size) < 1 or (self.resize is not None and self.resize < 1):
+            raise ConfigError(f"crop (={self.crop}) and resize (={self.resize}) must be ≥ 1")
+        if self.interpolation not in ("nearest", "bilinear", "bicubic"):
+            raise ConfigError(f"interpolation (={self.interpolation!r}) is unknown")
+        if self.channels not in ("RGB", "BGR"):
+            raise ConfigError(f"channels (={self.channels!r}) must be RGB or BGR")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0 or self.scale <= 0:
+            raise ConfigError(
+                f"mean, std and scale (={self.scale}) must be 3, 3 and 1 numbers, std and scale > 0"
+            )
+
+    @classmethod
+    def imagenet(cls, size: int = 224) -> Preprocess:
+        """Return torchvision's evaluation preset: short side `size` / 0.875, then the crop."""
+        return cls(crop=size, resize=round(size / _CROP_RATIO))
+
+    @classmethod
+    def authors(cls) -> Preprocess:
+        """Return what the authors' released networks expect: BGR, 0 … 255, not normalised."""
+        return cls(channels="BGR", scale=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)
+
+    @classmethod
+    def for_data(cls, data: Data, size: int | None = None) -> Preprocess:
+        """Return what suits a data set, at its suggested size or at `size` pixels."""
+        crop = size or data.input_size
+        resize = round(crop / _CROP_RATIO) if data.style == "photos" else crop
+        return cls(crop=crop, resize=resize, mean=data.mean, std=data.std)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
+        """Return the object that `to_dict` wrote; `ConfigError` for an unknown key."""
+        known = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"unknown preprocessing key {key!r}{did_you_mean(key, known)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data; lists for tuples."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the network's input."""
+        assert isinstance(self.crop, tuple)
+        return self.crop
+
+    @property
+    def mode(self) -> InterpolationMode:
+        """The interpolation as torchvision names it."""
+        return InterpolationMode(self.interpolation)
+
+    @property
+    def mean_bytes(self) -> tuple[int, int, int]:
+        """The mean colour as RGB bytes: what is grey to the network."""
+        red, green, blue = (min(255, max(0, round(m / self.scale))) for m in self.mean)
+        return (red, green, blue) if self.channels == "RGB" else (blue, green, red)
+
+    def to_uint8(self, image: Image.Image) -> Tensor:
+        """Return the evaluation view of an RGB image: uint8 [3, h, w], channels still RGB."""
+        return to_tensor(self.framed(image))
+
+    def framed(self, image: Image.Image) -> Image.Image:
+        """Return `image` resized and centre-cropped to `size`; a smaller one gets black edges."""
+        if self.resize is not None and min(image.size) != self.resize:
+            image = F.resize(_tame(image), [self.resize], interpolation=self.mode)
+        if image.size == self.size[::-1]:
+            return image
+        return F.center_crop(image, list(self.size))
+
+    def normalise(self, images_NCHW: Tensor) -> Tensor:
+        """Return uint8 RGB images as the network's float32 input, on the batch's device.
+
+        (x · scale − mean) / std as one product and one sum; keeps channels-last.
+        """
+        std = torch.tensor(self.std, device=images_NCHW.device).view(1, 3, 1, 1)
+        mean = torch.tensor(self.mean, device=images_NCHW.device).view(1, 3, 1, 1)
+        if self.channels == "BGR":
+            images_NCHW = images_NCHW.flip(1)
+        return torch.mul(images_NCHW, self.scale / std).sub_(mean / std)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Return an RGB image as uint8 [3, h, w]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _tame(image: Image.Image) -> Image.Image:
+    """Keep the middle of a strip: 1×60000 would otherwise become 256×15,000,000 pixels."""
+    width, height = image.size
+    limit = _MAX_ASPECT * min(width, height)
+    if max(width, height) <= limit:
+        return image
+    left, top = max(0, (width - limit) // 2), max(0, (height - limit) // 2)
+    return image.crop((left, top, min(width, left + limit), min(height, top + limit)))

@@ -1,0 +1,116 @@
+"""Which samples a rank sees at each step: pure integers, no process group.
+
+The global order of an epoch is a permutation keyed by (seed, epoch). It does not know the
+number of ranks: a rank takes its contiguous part of every global batch, so the union over
+the ranks is each sample exactly once, and one process sees the same global batches.
+
+Repeated augmentation (`repeats` > 1; Hoffer et al., "Augment your batch", 2020, and Berman
+et al., "MultiGrain", 2019): a global batch of B holds B / repeats distinct images, each
+`repeats` times with draws of their own, and an epoch keeps its number of steps, so that it
+visits num_samples // repeats distinct images, other ones each epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshuffle.data.seeds import draw63, shuffled
+from meshuffle.errors import ConfigError
+
+_ORDER, _DRAW = 1, 2  # separate the two uses of one (seed, epoch)
+
+
+class SampleKey(NamedTuple):
+    """One sample of one epoch. `draw`: 0 … 2⁶³ − 1, the seed of its augmentation."""
+
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    draw: int
+
+
+def shard_bounds(num: int, world: int, unit: int = 1) -> list[tuple[int, int]]:
+    """Return (start, stop) per rank: contiguous parts of 0 … `num` in multiples of `unit`.
+
+    Parts differ by at most one unit; only the last part that is not empty may end in an
+    incomplete unit. With `unit=2` a pair (2k, 2k + 1) never straddles two ranks.
+
+    >>> shard_bounds(5, 2), shard_bounds(5, 2, unit=2)
+    ([(0, 3), (3, 5)], [(0, 4), (4, 5)])
+    """
+    num_units = -(-num // unit)
+    base, extra = divmod(num_units, world)
+    edges = [unit * (rank * base + min(rank, extra)) for rank in range(world + 1)]
+    return [(min(a, num), min(b, num)) for a, b in pairwise(edges)]
+
+
+@dataclass(frozen=True)
+class EpochSampler:
+    """The batches of every epoch, for one rank.
+
+    `num_samples` ≥ 0 images; `batch_size` ≥ 1 is the global batch, a multiple of `repeats`;
+    `rank` in 0 … `world` − 1; `shuffle=False` keeps the order 0, 1, 2, …; `unit`: ranks take
+    multiples of it (2 for mixup pairs). Raises `ConfigError` for values out of range.
+    """
+
+    num_samples: int
+    batch_size: int
+    rank: int = 0
+    world: int = 1
+    seed: int = 0
+    shuffle: bool = True
+    repeats: int = 1
+    unit: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.batch_size, self.repeats, self.unit, self.world) < 1 or self.num_samples < 0:
+            raise ConfigError(f"{self} needs positive sizes")
+        if not 0 <= self.rank < self.world:
+            raise ConfigError(f"rank (={self.rank}) must be in 0 … {self.world - 1}")
+        if self.batch_size % self.repeats:
+            raise ConfigError(
+                f"batch size (={self.batch_size}) must be divisible by repeats (={self.repeats})"
+            )
+
+    @property
+    def num_distinct(self) -> int:
+        """Distinct images that one epoch visits."""
+        return min(self.num_samples, max(1, self.num_samples // self.repeats))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches of one epoch; the last one may be smaller, none is dropped."""
+        return -(-self.num_distinct * self.repeats // self.batch_size)
+
+    def batch_sizes(self, step: int) -> int:
+        """Return the global number of samples of batch `step`, over all ranks."""
+        return len(self._positions(step)) * self.repeats
+
+    def batches(self, epoch: int, start_step: int = 0) -> Iterator[list[SampleKey]]:
+        """Yield this rank's part, possibly empty, of each global batch from `start_step` on."""
+        order = self._order(epoch)
+        for step in range(start_step, self.steps_per_epoch):
+            keys = self._global_batch(order, epoch, step)
+            start, stop = shard_bounds(len(keys), self.world, self.unit)[self.rank]
+            yield keys[start:stop]
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        if not self.shuffle:
+            return np.arange(self.num_samples)
+        return shuffled(self.num_samples, _ORDER, self.seed, epoch)
+
+    def _positions(self, step: int) -> range:
+        size = self.batch_size // self.repeats
+        return range(self.num_distinct)[step * size : (step + 1) * size]
+
+    def _global_batch(self, order: NDArray[np.int64], epoch: int, step: int) -> list[SampleKey]:
+        """One copy of all images after the other, so that a mixup pair mixes two images."""
+        distinct = order[self._positions(step)]
+        indices = np.tile(distinct, self.repeats)
+        copies = np.repeat(np.arange(self.repeats), len(distinct))
+        draws = draw63(_DRAW, self.seed, epoch, indices, copies)
+        return [SampleKey(*pair) for pair in zip(indices.tolist(), draws.tolist(), strict=True)]

@@ -1,0 +1,135 @@
+"""List the image files of a folder of classes, the same on every machine.
+
+Folders and files are visited in the order of their names' bytes; symbolic links are
+followed, but a link to a folder that we are already in is not entered again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from meshuffle.data.image import EXTENSIONS
+from meshuffle.errors import DataError, did_you_mean
+
+
+@dataclass
+class ClassFolders:
+    """One folder of classes. Paths are bytes, relative to the data set's root.
+
+    `files`: image files of each class, sorted. `ignored`: files passed over because they
+    are hidden, are no image by their extension, or stand beside the class folders.
+    """
+
+    files: dict[str, list[bytes]] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+
+    @property
+    def classes(self) -> list[str]:
+        """All class names, sorted, including those of empty folders."""
+        return sorted(self.files, key=os.fsencode)
+
+    @property
+    def empty(self) -> list[str]:
+        """Names of class folders without any image file."""
+        return [name for name in self.classes if not self.files[name]]
+
+
+class PathTable:
+    """Many paths in one block of bytes: 1.3 million take 60 MB, and forks share them."""
+
+    def __init__(self, paths: list[bytes]) -> None:
+        self._text = b"".join(paths)
+        self._ends = np.cumsum([0, *map(len, paths)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return os.fsdecode(self._text[self._ends[index] : self._ends[index + 1]])
+
+
+def existing_folder(path: str | Path) -> Path:
+    """Return `path` with `~` expanded; `DataError` with a did-you-mean if it is no folder."""
+    folder = Path(path).expanduser()
+    try:
+        if folder.is_dir():
+            return folder
+        if folder.exists():
+            raise DataError(f"{folder} is a file; a folder is needed here")
+        siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+    except PermissionError as error:
+        raise _unreadable(folder, error) from error
+    raise DataError(f"no such folder: {folder}{did_you_mean(folder.name, siblings)}")
+
+
+def subfolders(folder: Path) -> list[str]:
+    """Return the names of the folders in `folder` that are not hidden, sorted."""
+    return [entry.name for entry in _entries(folder) if entry.is_dir() and not _hidden(entry)]
+
+
+def scan_classes(root: Path, relative: str = "") -> ClassFolders:
+    """List the class folders in `root/relative`; paths are relative to `root`."""
+    found = ClassFolders()
+    for entry in _entries(root / relative):
+        path = os.fsencode(os.path.join(relative, entry.name))  # noqa: PTH118
+        if entry.is_dir() and not _hidden(entry):
+            images: list[bytes] = []
+            for file in _walk(root, path, frozenset()):
+                _sort_in(file, images, found.ignored)
+            found.files[entry.name] = images
+        elif not entry.is_dir():
+            found.ignored.append(os.fsdecode(path))
+    return found
+
+
+def holds_images(folder: Path) -> int:
+    """Return how many image files lie directly in `folder`."""
+    return sum(_is_image(os.fsencode(entry.name)) for entry in _entries(folder))
+
+
+def _walk(root: Path, relative: bytes, above: frozenset[tuple[int, int]]) -> Iterator[bytes]:
+    folder = root / os.fsdecode(relative)
+    here = folder.stat()
+    if (identity := (here.st_dev, here.st_ino)) in above:
+        return
+    for entry in _entries(folder):
+        path = relative + b"/" + os.fsencode(entry.name)
+        if not entry.is_dir():
+            yield path
+        elif not _hidden(entry):
+            yield from _walk(root, path, above | {identity})
+
+
+def _sort_in(file: bytes, images: list[bytes], ignored: list[str]) -> None:
+    if _is_image(os.path.basename(file)):  # noqa: PTH119
+        images.append(file)
+    else:
+        ignored.append(os.fsdecode(file))
+
+
+def _is_image(name: bytes) -> bool:
+    extension = os.path.splitext(name)[1].lower()  # noqa: PTH122
+    return not name.startswith(b".") and os.fsdecode(extension) in EXTENSIONS
+
+
+def _hidden(entry: os.DirEntry[str]) -> bool:
+    return entry.name.startswith(".")
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: os.fsencode(entry.name))
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: OSError) -> DataError:
+    return DataError(f"{folder} cannot be read: {error.strerror}")

@@ -1,0 +1,124 @@
+"""Who am I among the ranks, and the process group that joins us.
+
+The environment of torchrun, of SLURM, or of neither (one rank) is read by `rank_env`;
+`process_group` opens and always closes the group, one rank or thousands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from meshuffle.dist.device import backend_for
+from meshuffle.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RankEnv:
+    """One rank's place: `rank` of `world`, and `local_rank` of `local_world` on its host."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that prints and writes."""
+        return self.rank == 0
+
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+
+
+def rank_env(environ: Mapping[str, str] | None = None) -> RankEnv | None:
+    """Return the rank that a launcher gave this process, or None when nobody launched it.
+
+    torchrun's variables come first; SLURM's count only inside `srun` (a job step), with more
+    than one task.
+
+    Raises:
+        ConfigError: a launcher's variable is missing or not a number.
+    """
+    env = os.environ if environ is None else environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        rank, world = _integer(env, "RANK"), _integer(env, "WORLD_SIZE")
+        local_rank = _integer(env, "LOCAL_RANK", rank)
+        return RankEnv(rank, world, local_rank, _integer(env, "LOCAL_WORLD_SIZE", world))
+    if "SLURM_STEP_ID" in env and _integer(env, "SLURM_NTASKS", 1) > 1:
+        rank, world = _integer(env, "SLURM_PROCID"), _integer(env, "SLURM_NTASKS")
+        per_node = _integer(env, "SLURM_NTASKS_PER_NODE", world)
+        return RankEnv(rank, world, _integer(env, "SLURM_LOCALID", 0), per_node)
+    return None
+
+
+def _integer(env: Mapping[str, str], key: str, default: int | None = None) -> int:
+    text = env.get(key)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text or "")
+    except ValueError:
+        raise ConfigError(f"the launcher set {key}={text!r}, which is not a number") from None
+
+
+def fill_rendezvous(environ: dict[str, str]) -> None:
+    """Set MASTER_ADDR and MASTER_PORT from SLURM's variables where torchrun did not."""
+    if "MASTER_ADDR" not in environ:
+        nodes = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_NODELIST", "127.0.0.1"))
+        environ["MASTER_ADDR"] = first_host(nodes)
+    if "MASTER_PORT" not in environ:
+        environ["MASTER_PORT"] = str(20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000)
+
+
+def first_host(nodelist: str) -> str:
+    """Return the first host of a SLURM node list.
+
+    >>> first_host("gpu[03-05,9],login1")
+    'gpu03'
+    """
+    head, bracket, rest = nodelist.partition("[")
+    if not bracket or "," in head:
+        return nodelist.partition(",")[0]
+    inside, _, suffix = rest.partition("]")
+    first = inside.replace("-", ",").partition(",")[0]
+    return head + first + suffix.partition(",")[0]
+
+
+@contextlib.contextmanager
+def process_group(
+    env: RankEnv, device: torch.device, timeout_s: float = 1800
+) -> Iterator[dist.ProcessGroup]:
+    """Join the ranks for the length of a `with` block; yields the group of all ranks.
+
+    Args:
+        env: this rank's place; one rank needs no rendezvous.
+        device: decides the backend (gloo on CPU, NCCL on CUDA).
+        timeout_s: how long a collective may wait for the others, seconds.
+    """
+    timeout = datetime.timedelta(seconds=timeout_s)
+    backend = backend_for(device)
+    if env.world == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        fill_rendezvous(os.environ)  # type: ignore[arg-type]
+        dist.init_process_group(
+            backend,
+            rank=env.rank,
+            world_size=env.world,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+    try:
+        group = dist.group.WORLD
+        assert group is not None
+        yield group
+    finally:
+        dist.destroy_process_group()

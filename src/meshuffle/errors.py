@@ -1,0 +1,89 @@
+"""Every error that Meshuffle raises on purpose, and the exit code of each.
+
+    MeshuffleError                     1   the work failed
+    ├── InputError                     2   something that the caller supplied is wrong
+    │   ├── ConfigError                    an option, a config key, or a value of one
+    │   ├── PlanError                      a plan text that does not parse or does not fit
+    │   ├── DataError                      a data set as a whole: path, format, classes
+    │   │   └── ImageError                 one image; training reports it once and goes on
+    │   ├── ModelError                     a model name, its knobs, or its weights
+    │   └── RunError                       a run folder that is missing, broken or in use
+    ├── OutOfMemory                    1   names the largest batch that fits
+    ├── ParityError                    1   an exported file disagrees with the model
+    ├── RankFailed                     1   a rank died or hung
+    └── Interrupted                130/143 Ctrl-C or SIGTERM, after saving
+
+The command line prints `error: ` and the message on one line; the message says what,
+where, the values, and what to do. `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MeshuffleError(Exception):
+    """The root of the tree; `exit_code` is what the process returns."""
+
+    exit_code = 1
+
+
+class InputError(MeshuffleError):
+    """Something that the caller supplied is wrong."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """An option, a config key, or a value of one."""
+
+
+class PlanError(InputError):
+    """A plan text that does not parse, or does not fit the ranks or the batch."""
+
+
+class DataError(InputError):
+    """A data set as a whole: its path, its format, its classes."""
+
+
+class ImageError(DataError):
+    """One image that cannot be used: truncated, empty, fake or bomb-sized."""
+
+
+class ModelError(InputError):
+    """A model name, the knobs of a model, or its weights."""
+
+
+class RunError(InputError):
+    """A run folder that is missing, broken, or in use by another process."""
+
+
+class OutOfMemory(MeshuffleError):
+    """The batch does not fit; the message names the largest one that does."""
+
+
+class ParityError(MeshuffleError):
+    """An exported file does not compute what the model computes."""
+
+
+class RankFailed(MeshuffleError):
+    """A rank died or did not answer in time."""
+
+
+class Interrupted(MeshuffleError):
+    """Ctrl-C (SIGINT) or SIGTERM arrived; the state has been saved."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `"; did you mean 'x'?"` for the known word nearest to `word`, or `""`.
+
+    >>> did_you_mean("epoch", ["epochs", "batch"])
+    "; did you mean 'epochs'?"
+    """
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""

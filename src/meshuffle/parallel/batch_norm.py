@@ -1,0 +1,179 @@
+"""Batch norm over the whole batch, wherever its samples are.
+
+`SyncBatchNorm` of torch refuses CPU tensors, and its statistics of an uneven batch are only
+right on GPUs. This one is made of ATen's own batch-norm kernels, on any device:
+
+    forward    local mean and variance → all-gather (mean, variance, count) → combine → normalise
+    backward   local Σg and Σg·x̂ → all-reduce → grad_x = a·g + b·x + c, per channel
+
+One small collective in each direction. The all-reduced Σg·x̂ and Σg are the exact gradients of
+weight and bias, so that each rank keeps only its own part (the reducer sums all gradients).
+
+Legend: N batch, C channels, R ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Function
+
+
+class BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm whose statistics are those of all ranks' samples together.
+
+    In eval mode, and without running statistics as in torch, it is the ordinary layer. A rank
+    may hold no sample at all. Parameters and buffers have torch's names.
+    """
+
+    group: dist.ProcessGroup | None = None
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2 dims, (N, C, …); got {input.dim()}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise `input` of shape (N, C, …)."""
+        self._check_input_dim(input)
+        use_batch = self.training or self.running_mean is None
+        if not use_batch:
+            return super().forward(input)
+        weight = self.weight if self.affine else input.new_ones(self.num_features)
+        bias = self.bias if self.affine else input.new_zeros(self.num_features)
+        output, mean_C, var_C, count = _SyncBatchNorm.apply(
+            input, weight, bias, self.eps, self.group
+        )
+        if self.training and self.track_running_stats:
+            self._update_running(mean_C, var_C, count)
+        return output
+
+    @torch.no_grad()
+    def _update_running(self, mean_C: Tensor, var_C: Tensor, count: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None:
+            return
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        rate: Any = self.momentum
+        if rate is None:
+            rate = 1.0 / self.num_batches_tracked.to(mean_C.dtype)
+        unbiased_C = var_C * (count / (count - 1).clamp_min(1))
+        self.running_mean += rate * (mean_C - self.running_mean).to(self.running_mean.dtype)
+        self.running_var += rate * (unbiased_C - self.running_var).to(self.running_var.dtype)
+
+
+class _SyncBatchNorm(Function):
+    """The forward and the backward of the module's docstring."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mean_C, var_C, count = global_statistics(x, group)
+        stat_dtype = weight.dtype
+        mean_C, var_C = mean_C.to(stat_dtype), var_C.to(stat_dtype)
+        output = x.new_empty(x.shape) if x.numel() == 0 else _normalise(x, weight, bias, mean_C, var_C, eps)
+        ctx.save_for_backward(x, weight, mean_C, var_C, count)
+        ctx.eps, ctx.group = eps, group
+        ctx.mark_non_differentiable(mean_C, var_C, count)
+        return output, mean_C, var_C, count
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, weight, mean_C, var_C, count = ctx.saved_tensors
+        inv_std_C = torch.rsqrt(var_C + ctx.eps)
+        local_2C = _local_sums(grad, x, mean_C, inv_std_C, ctx.eps)
+        total_2C = local_2C.clone()
+        if dist.get_world_size(ctx.group) > 1:
+            dist.all_reduce(total_2C, group=ctx.group)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _input_gradient(grad, x, weight, mean_C, inv_std_C, total_2C / count)
+        num_channels = weight.numel()
+        return grad_x, local_2C[:num_channels], local_2C[num_channels:], None, None
+
+
+def global_statistics(x: Tensor, group: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (mean_C, biased variance_C, count) over all ranks' samples.
+
+    The ranks' moments are combined by Chan's formula, so that no precision is lost where the
+    mean is large against the deviation. Source: Chan, Golub, LeVeque, STAN-CS-79-773 (1979).
+
+    Args:
+        x: (N, C, …) of this rank; N may be 0.
+        group: the ranks that share a batch; None is all of them.
+    """
+    world = dist.get_world_size(group)
+    local = _local_statistics(x)
+    if world == 1:
+        num_channels = x.shape[1]
+        return local[:num_channels], local[num_channels : 2 * num_channels], local[-1]
+    gathered = local.new_empty(world * local.numel())
+    dist.all_gather_into_tensor(gathered, local, group=group)
+    gathered_R = gathered.view(world, -1)
+    num_channels = x.shape[1]
+    mean_RC = gathered_R[:, :num_channels]
+    var_RC = gathered_R[:, num_channels : 2 * num_channels]
+    count_R1 = gathered_R[:, -1:]
+    count = count_R1.sum()
+    mean_C = (mean_RC * count_R1).sum(0) / count
+    var_C = ((var_RC + (mean_RC - mean_C).square()) * count_R1).sum(0) / count
+    return mean_C, var_C, count
+
+
+def _local_statistics(x: Tensor) -> Tensor:
+    """Return [mean_C, biased variance_C, count] of this rank, one float64 (on CPU) vector."""
+    stat_dtype = torch.float32 if x.device.type == "mps" else torch.float64
+    num_channels = x.shape[1]
+    vector = torch.zeros(2 * num_channels + 1, dtype=stat_dtype, device=x.device)
+    if x.numel():
+        mean_C, var_C = torch.batch_norm_update_stats(x, None, None, 0.0)
+        vector[:num_channels], vector[num_channels:-1] = mean_C, var_C
+        vector[-1] = x.numel() // num_channels
+    return vector
+
+
+def _normalise(
+    x: Tensor, weight: Tensor, bias: Tensor, mean_C: Tensor, var_C: Tensor, eps: float
+) -> Tensor:
+    return torch.native_batch_norm(x, weight, bias, mean_C, var_C, False, 0.0, eps)[0]
+
+
+def _local_sums(grad: Tensor, x: Tensor, mean_C: Tensor, inv_std_C: Tensor, eps: float) -> Tensor:
+    """Return this rank's [Σ g·x̂, Σ g] over all dims but C, shape (2C,)."""
+    if x.numel() == 0:
+        return torch.zeros(2 * mean_C.numel(), dtype=mean_C.dtype, device=x.device)
+    ones = torch.ones_like(mean_C)
+    mask = [False, True, True]
+    _, sum_gx_C, sum_g_C = torch.ops.aten.native_batch_norm_backward(
+        grad, x, ones, None, None, mean_C, inv_std_C, True, eps, mask
+    )
+    return torch.cat((sum_gx_C, sum_g_C))
+
+
+def _input_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor, mean_C: Tensor, inv_std_C: Tensor, mean_2C: Tensor
+) -> Tensor:
+    """Return w·s·(g − mean(g) − x̂·mean(g·x̂)) as a·g + b·x + c with s = 1/√(var + eps)."""
+    num_channels = weight.numel()
+    a_C = weight * inv_std_C
+    b_C = -a_C * inv_std_C * mean_2C[:num_channels]
+    c_C = -a_C * mean_2C[num_channels:] - b_C * mean_C
+    shape = (1, num_channels) + (1,) * (x.dim() - 2)
+    a, b, c = (v.to(x.dtype).view(shape) for v in (a_C, b_C, c_C))
+    return torch.addcmul(c, x, b).addcmul_(grad, a)
+
+
+def synchronise_batch_norm(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
+    """Turn every batch norm of `model` into `BatchNorm` over `group`, in place; returns `model`.
+
+    Parameters and buffers are kept, the same objects under the same names.
+    """
+    for module in model.modules():
+        # The exact classes: a subclass has a forward of its own (lazy, synchronised, fused).
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            module.__class__ = BatchNorm
+            module.group = group
+    return model

@@ -1,0 +1,163 @@
+"""Data parallel: each rank computes its samples' part of one gradient.
+
+Losses are sums over samples divided by the global number of samples, so gradients are *summed*
+over ranks; uneven and empty parts need no special case. Buckets have a fixed layout and a fixed
+order from the first step on, so a resumed run adds in the same order as an uninterrupted one
+(torch's DDP re-buckets after its first step).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Mode = Literal["replicate", "central"]
+_BUCKET_BYTES = 25 << 20
+
+
+class _Bucket:
+    """Some parameters whose gradients travel in one flat buffer."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.pending = len(parameters)
+        self.flat: Tensor | None = None
+        self.work: dist.Work | None = None
+
+    def pack(self) -> Tensor:
+        """Copy the gradients into one flat tensor; a missing one counts as zero."""
+        pieces = [
+            (p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1)
+            for p in self.parameters
+        ]
+        self.flat = torch.cat(pieces)
+        return self.flat
+
+    def unpack(self) -> None:
+        """Copy the sums back and get ready for the next step."""
+        assert self.flat is not None
+        sizes = [p.numel() for p in self.parameters]
+        for parameter, piece in zip(self.parameters, self.flat.split(sizes), strict=True):
+            if parameter.grad is not None:
+                parameter.grad.copy_(piece.view_as(parameter))
+        self.pending, self.flat, self.work = len(self.parameters), None, None
+
+
+class DataParallel:
+    """Keeps the replicas of a model equal, step after step.
+
+    `replicate`: gradients are all-reduced and every rank updates. `central`: gradients are
+    reduced to rank 0, which updates and broadcasts the parameters (the classic
+    parameter-server step, kept for comparison).
+
+    Use it as: backward of each micro-batch, the last one after `expect_last_backward()`;
+    `reduce_gradients()`; where `updates_here`, the optimiser's step; `share_update()`.
+
+    Args:
+        model: the same on all ranks; parameters that need no gradient are left out.
+        group: the ranks that share a batch.
+        mode: see above.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        group: dist.ProcessGroup,
+        mode: Mode = "replicate",
+        bucket_bytes: int = _BUCKET_BYTES,
+    ) -> None:
+        self.group, self.mode = group, mode
+        self.world = dist.get_world_size(group)
+        self.updates_here = mode == "replicate" or dist.get_rank(group) == 0
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self._trained = trained
+        self._buckets = _fill_buckets(reversed(trained), bucket_bytes) if self.world > 1 else []
+        self._next, self._armed = 0, False
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._hook(bucket))
+            for bucket in self._buckets
+            for parameter in bucket.parameters
+        ]
+
+    def _hook(self, bucket: _Bucket):  # type: ignore[no-untyped-def]
+        def arrived(_: Tensor) -> None:
+            if self._armed:
+                bucket.pending -= 1
+                self._launch_ready()
+
+        return arrived
+
+    def expect_last_backward(self) -> None:
+        """Let the reduction start as soon as gradients arrive in the next backward."""
+        self._armed = True
+
+    def reduce_gradients(self) -> None:
+        """Finish the sum of all gradients over the ranks."""
+        self._armed = False
+        while self._next < len(self._buckets):
+            self._launch(self._buckets[self._next])
+        for bucket in self._buckets:
+            assert bucket.work is not None
+            bucket.work.wait()
+            bucket.unpack()
+        self._next = 0
+
+    def _launch_ready(self) -> None:
+        while self._next < len(self._buckets) and self._buckets[self._next].pending == 0:
+            self._launch(self._buckets[self._next])
+
+    def _launch(self, bucket: _Bucket) -> None:
+        # Strictly in order: the ranks' collectives must match even where a gradient is missing.
+        flat = bucket.pack()
+        if self.mode == "central":
+            bucket.work = dist.reduce(flat, group_dst=0, group=self.group, async_op=True)
+        else:
+            bucket.work = dist.all_reduce(flat, group=self.group, async_op=True)
+        self._next += 1
+
+    @torch.no_grad()
+    def share_update(self) -> None:
+        """Broadcast what rank 0 updated; nothing to do where every rank did."""
+        if self.mode != "central" or self.world == 1:
+            return
+        flat = torch.cat([p.detach().reshape(-1) for p in self._trained])
+        dist.broadcast(flat, group_src=0, group=self.group)
+        sizes = [p.numel() for p in self._trained]
+        for parameter, piece in zip(self._trained, flat.split(sizes), strict=True):
+            parameter.copy_(piece.view_as(parameter))
+
+    def close(self) -> None:
+        """Remove the hooks, for example before other parameters are unfrozen."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _fill_buckets(parameters: Iterable[nn.Parameter], limit_bytes: int) -> list[_Bucket]:
+    """Group parameters, in order, by dtype and device, into buckets of about `limit_bytes`."""
+    groups: list[list[nn.Parameter]] = []
+    size_bytes = 0
+    for parameter in parameters:
+        num_bytes = parameter.numel() * parameter.element_size()
+        same_kind = groups and _kind(groups[-1][0]) == _kind(parameter)
+        if not same_kind or size_bytes + num_bytes > limit_bytes:
+            groups.append([])
+            size_bytes = 0
+        groups[-1].append(parameter)
+        size_bytes += num_bytes
+    return [_Bucket(group) for group in groups]
+
+
+def _kind(parameter: nn.Parameter) -> tuple[torch.dtype, torch.device]:
+    return parameter.dtype, parameter.device
+
+
+@torch.no_grad()
+def broadcast_from_main(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """Give every rank rank 0's parameters and buffers."""
+    if dist.get_world_size(group) > 1:
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, group_src=0, group=group)
