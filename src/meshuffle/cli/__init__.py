@@ -1,0 +1,100 @@
+"""The command line: one thin function per verb, in a file of its own.
+
+No verb's file imports torch at its top, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError
+
+from meshuffle.errors import Interrupted, MeshuffleError
+
+_VERBS = ("doctor", "models", "data", "train", "evaluate", "predict", "export")
+_LATER = {
+    "profile": "the planner",
+    "plan": "the planner",
+    "verify": "the parallel engine",
+    "simulate": "the planner",
+    "bench": "serving",
+    "serve": "serving",
+}
+
+
+def build_app() -> App:
+    """Return the app with every verb that exists."""
+    from importlib import import_module
+
+    from meshuffle import __version__
+
+    app = App(
+        name="meshuffle",
+        help="Train ShuffleNets, and any PyTorch model, on all the machine has.",
+        version=f"meshuffle {__version__}",
+    )
+    for verb in _VERBS:
+        import_module(f"meshuffle.cli.{verb}").register(app)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code (errors.py says which)."""
+    tokens = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in tokens
+    try:
+        if tokens and tokens[0] in _LATER:
+            return _fail(f"'{tokens[0]}' does not exist yet; it comes with {_LATER[tokens[0]]}", 2)
+        answer = build_app()(
+            tokens, exit_on_error=False, print_error=False, result_action="return_value"
+        )
+        _show(answer, as_json="--json" in tokens)
+        return answer.exit_code if isinstance(answer, Answer) else 0
+    except CycloptsError as error:
+        return _fail(_one_line(str(error)), 2)
+    except (MeshuffleError, KeyboardInterrupt, BrokenPipeError) as error:
+        if debug:
+            traceback.print_exc()
+        return _known(error)
+
+
+def _known(error: BaseException) -> int:
+    if isinstance(error, BrokenPipeError):  # `meshuffle models | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # kept until the process ends
+        return 0
+    if isinstance(error, KeyboardInterrupt):
+        return _fail("interrupted", 130)
+    assert isinstance(error, MeshuffleError)
+    if isinstance(error, Interrupted):
+        print(error, file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    return _fail(str(error), error.exit_code)
+
+
+def _fail(text: str, exit_code: int) -> int:
+    print(f"error: {_one_line(text)}", file=sys.stderr)  # noqa: T201
+    return exit_code
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+class Answer:
+    """What a verb returns: one JSON value, and the text for people."""
+
+    def __init__(self, value: object, text: str = "", exit_code: int = 0) -> None:
+        self.value, self.text, self.exit_code = value, text, exit_code
+
+
+def _show(answer: object, as_json: bool) -> None:
+    if not isinstance(answer, Answer):
+        return
+    if as_json:
+        print(json.dumps(answer.value))  # noqa: T201
+    elif answer.text:
+        print(answer.text)  # noqa: T201

@@ -8,6 +8,7 @@ from meshuffle.data.augment import (
     build_train_transform,
 )
 from meshuffle.data.base import ArraySource, Data, ImageSource, View, relabel, subset
+from meshuffle.data.check import CheckReport, check_data
 from meshuffle.data.image import decode_image
 from meshuffle.data.loader import Batch, SkipLog, auto_workers, eval_loader, train_loader
 from meshuffle.data.mix import mix_batch
@@ -20,6 +21,7 @@ __all__ = [
     "ArraySource",
     "AugmentConfig",
     "Batch",
+    "CheckReport",
     "Data",
     "EpochSampler",
     "EvalTransform",
@@ -32,6 +34,7 @@ __all__ = [
     "augmentation_for",
     "auto_workers",
     "build_train_transform",
+    "check_data",
     "decode_image",
     "eval_loader",
     "mix_batch",

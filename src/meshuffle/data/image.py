@@ -41,8 +41,6 @@ _BROKEN = (
     ValueError,
     EOFError,
     IndexError,
-    KeyError,
-    TypeError,
     OverflowError,
     struct.error,
     zlib.error,

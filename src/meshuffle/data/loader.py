@@ -15,8 +15,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from typing import Any, Protocol
 
 import torch
@@ -28,7 +30,7 @@ from meshuffle.data.augment import EvalTransform
 from meshuffle.data.base import ImageSource
 from meshuffle.data.preprocess import Preprocess
 from meshuffle.data.sampler import EpochSampler, SampleKey
-from meshuffle.errors import ImageError
+from meshuffle.errors import ImageError, MeshuffleError
 
 _MAX_WORKERS = 8  # per rank; beyond it the decoding of a rank rarely limits
 
@@ -80,7 +82,8 @@ def train_loader(
 ) -> Iterator[Batch]:
     """Yield this rank's batches of `epoch` from `start_step` on.
 
-    Worker processes end with the iterator, also when it is closed or dropped midway.
+    Worker processes end with the iterator, also when it is closed or dropped midway. Raises
+    `MeshuffleError` when a worker is killed, for example by a lack of memory.
     """
     batches = sampler.batches(epoch, start_step)
     return _batches(_Samples(source, transform), batches, num_workers, pin_memory)
@@ -195,6 +198,10 @@ def _batches(
     iterator = iter(loader)
     try:
         yield from iterator
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise MeshuffleError(" ".join(str(error).split())) from error
     finally:
         # The only way to end the workers now; dropping the last reference would do, but the
         # traceback of an exception may hold one.
@@ -206,12 +213,33 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _fork_server() -> multiprocessing.context.BaseContext:
+    """Start the server with Ctrl-C blocked, which it and its workers inherit from birth."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")  # Windows
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["meshuffle.data.loader"])
+    resource_tracker.ensure_running()  # its own start would unblock the signal again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 
 def _init_worker(worker: int) -> None:
-    """Ctrl-C reaches the whole process group: the rank decides, and ends its workers."""
+    """Ctrl-C reaches the whole process group: the rank decides, and ends its workers.
+
+    When the rank is killed outright, nobody does: DataLoader's workers watch their parent,
+    which is the server, and the server waits for them. So each watches the rank itself.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_the_rank, daemon=True).start()
+
+
+def _end_with_the_rank() -> None:
+    rank = multiprocessing.parent_process()
+    if rank is not None:
+        rank.join()
+        os._exit(1)

@@ -21,6 +21,7 @@ from meshuffle.errors import DataError
 
 VAL_FRACTION = 0.1
 _VAL_SEED = 1998
+_MAX_BYTES = 1 << 30  # the real files hold 47 MB
 _FILES = {"train": "train", "test": "t10k"}
 _FASHION = (
     "T-shirt/top",
@@ -103,6 +104,8 @@ def _parse_idx(stream: BinaryIO, file: Path, num_dims: int) -> NDArray[np.uint8]
         )
     shape = [int(size) for size in head[1:]]
     num_bytes = math.prod(shape)
+    if num_bytes > _MAX_BYTES:
+        raise DataError(f"{file}: its header says {num_bytes:,} bytes of data, which is too many")
     body = stream.read(num_bytes + 1)  # never more than the header promises
     if len(body) != num_bytes:
         has = f"{len(body):,}" if len(body) < num_bytes else "more"

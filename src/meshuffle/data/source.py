@@ -39,6 +39,8 @@ def open_data(spec: str, *, seed: int = 0, need: Sequence[str] = ("train", "val"
 
     Raises `DataError`, one line: what is wrong, where, and what to do.
     """
+    if not spec:
+        raise DataError("the name of the data set is empty; for example digits, or a folder")
     if spec == "digits":
         return open_digits("", seed=seed, need=need)
     prefix, colon, path = spec.partition(":")

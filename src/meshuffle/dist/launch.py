@@ -1,20 +1,17 @@
-"""Start ranks by torchrun on this host, and say plainly how they ended.
-
-This file imports no torch: the process that launches stays small and starts fast.
-"""
+"""Start ranks by torchrun's elastic launcher on this host, and say plainly how they ended."""
 
 from __future__ import annotations
 
+import logging
 import os
-import signal
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from meshuffle.errors import Interrupted, RankFailed
+from meshuffle.errors import Interrupted, MeshuffleError, RankFailed
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SAVE_TIMEOUT_S = 600
 
 
 def torchrun(
@@ -23,50 +20,73 @@ def torchrun(
     num_ranks: int,
     *,
     threads: int,
-    quiet_ranks: bool = True,
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     """Run `python -m module arguments` as `num_ranks` ranks on this host and wait for them.
 
-    SIGINT and SIGTERM are passed on; the ranks save and stop, and so does this.
+    SIGINT and SIGTERM reach the ranks once each; they save and stop, and so does this.
 
     Args:
         threads: CPU threads of each rank (OMP_NUM_THREADS).
-        quiet_ranks: show torchrun's own log only where it is an error.
+        environment: further variables for the ranks.
 
     Raises:
         Interrupted: a signal stopped the ranks after they had saved.
-        RankFailed: a rank ended otherwise than by success; its own message is above.
+        RankFailed: a rank failed; carries the first failure's message and exit code.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
-    command += [f"--nproc-per-node={num_ranks}", sys.executable, "-m", module, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    if quiet_ranks:
-        environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        environment.setdefault("LOGLEVEL", "CRITICAL")
-    # A session of its own: Ctrl-C reaches the ranks once, from here, and not from the terminal too.
-    child = subprocess.Popen(command, env=environment, start_new_session=True)
-    with _forward_signals(child) as received:
-        code = child.wait()
-    if received:
-        raise Interrupted("stopped; the run was saved", received[0])
-    if code:
-        raise RankFailed(f"{num_ranks} ranks of {module}: a rank failed; its message stands above")
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-
-@contextmanager
-def _forward_signals(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    received: list[int] = []
-
-    def forward(number: int, _: object) -> None:
-        received.append(number)
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
-
-    before = {number: signal.signal(number, forward) for number in _STOP_SIGNALS}
+    os.environ.update(environment or {})
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SAVE_TIMEOUT_S))
+    # Its log repeats, with a traceback, what the error below says in one line.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(),
+    )
     try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
+        elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
+    except SignalException as stopped:
+        raise Interrupted("stopped; the run was saved", int(stopped.sigval)) from None
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        raise _as_error(rank, num_ranks, failure) from None
+
+
+def _as_error(rank: int, num_ranks: int, failure: object) -> MeshuffleError:
+    """Turn torchrun's record of a rank's failure into the error that the caller shows."""
+    exit_code: int = getattr(failure, "exitcode", 1)
+    data = getattr(failure, "error_file_data", None) or {}
+    message = data.get("message", "") if isinstance(data, dict) else ""
+    text = message.get("message", "") if isinstance(message, dict) else str(message)
+    if exit_code < 0 or not text:
+        how = f"was killed by signal {-exit_code}" if exit_code < 0 else f"exited with {exit_code}"
+        text = f"rank {rank} of {num_ranks} {how}; its last lines stand above"
+    error = RankFailed(text)
+    error.exit_code = exit_code if exit_code > 0 else 1
+    return error
+
+
+def record_failure(error: BaseException) -> None:
+    """Leave `error` where the launcher of this rank will find it; does nothing without one."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    import json
+    import time
+
+    expected = isinstance(error, MeshuffleError)
+    text = str(error) if expected else f"{type(error).__name__}: {error}"
+    record = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+    Path(path).write_text(json.dumps({"message": record}))

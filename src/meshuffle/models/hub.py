@@ -34,7 +34,7 @@ def create_torchvision(name: str, num_classes: int | None, knobs: Mapping[str, A
     """
     _require_known("torchvision", name, torchvision.models.list_models(module=torchvision.models))
     arguments = {**_TORCHVISION_DEFAULTS.get(name, {}), **_without_none(num_classes), **knobs}
-    return _build(
+    return build_with(
         f"torchvision:{name}",
         lambda **given: torchvision.models.get_model(name, weights=None, **given),
         arguments,
@@ -58,7 +58,7 @@ def create_timm(name: str, num_classes: int | None, knobs: Mapping[str, Any]) ->
     arguments = {**_without_none(num_classes), **knobs}
     if "in_channels" in arguments:
         arguments["in_chans"] = arguments.pop("in_channels")
-    return _build(
+    return build_with(
         f"timm:{name}",
         lambda **given: timm.create_model(name, pretrained=False, **given),
         arguments,
@@ -87,7 +87,7 @@ def create_from_factory(name: str, num_classes: int | None, knobs: Mapping[str, 
     if unknown:
         given = ", ".join(f"`{knob}` (={arguments[knob]!r})" for knob in unknown)
         raise ModelError(f"{name} does not take {given}; add it to the function's parameters")
-    model = _build(name, factory, arguments)
+    model = build_with(name, factory, arguments)
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name} returned a {type(model).__name__}; it must return an nn.Module")
     return model
@@ -125,8 +125,14 @@ def _accepted(factory: Callable[..., nn.Module], arguments: Iterable[str]) -> se
     return {name for name, p in parameters.items() if p.kind is not p.POSITIONAL_ONLY}
 
 
-def _build(name: str, factory: Callable[..., nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
-    """Call `factory`; a TypeError or ValueError of arguments becomes a ModelError with them."""
+def build_with(
+    name: str, factory: Callable[..., nn.Module], arguments: Mapping[str, Any]
+) -> nn.Module:
+    """Return `factory(**arguments)`.
+
+    Raises:
+        ModelError: in place of a TypeError or ValueError, with the arguments that caused it.
+    """
     try:
         return factory(**arguments)
     except (TypeError, ValueError) as error:

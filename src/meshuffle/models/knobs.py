@@ -153,13 +153,15 @@ def scaled_channels(channels: Sequence[int], width: float, multiple: int) -> tup
     """Multiply each by `width` and round up to a multiple of `multiple`.
 
     Raises:
-        ModelError: `width` is not positive.
+        ModelError: `width` or a number of channels is not positive.
 
     >>> scaled_channels((200, 400), 0.25, 4)
     (52, 100)
     """
     if not width > 0:
         raise ModelError(f"`width` (={width}) must be above 0")
+    for count in channels:
+        require_at_least("stage_channels", count, 1)
     return tuple(round_up(int(count * width + 0.5), multiple) for count in channels)
 
 

@@ -14,6 +14,7 @@ Shape suffixes: N batch, C channels, H height, W width, D = C/2.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Self
 
@@ -79,7 +80,10 @@ def inverse_of(perm: Sequence[int]) -> tuple[int, ...]:
 
 def _checked_bijection(perm: Sequence[int], num_channels: int) -> tuple[int, ...]:
     """Return `perm` as a tuple, or say which index is out of range, repeated or missing."""
-    given = tuple(int(channel) for channel in perm)
+    try:
+        given = tuple(operator.index(channel) for channel in perm)
+    except TypeError as error:
+        raise ModelError(f"`permutation` must be a list of channel indices: {error}") from error
     counts = dict.fromkeys(range(num_channels), 0)
     outside = sorted({channel for channel in given if channel not in counts})
     for channel in given:

@@ -15,7 +15,13 @@ from torch import nn
 
 from meshuffle.errors import ModelError, did_you_mean
 from meshuffle.models.counting import count_macs, count_parameters
-from meshuffle.models.hub import FACTORY, create_from_factory, create_timm, create_torchvision
+from meshuffle.models.hub import (
+    FACTORY,
+    build_with,
+    create_from_factory,
+    create_timm,
+    create_torchvision,
+)
 from meshuffle.models.shufflenet_v1 import STAGE_CHANNELS, ShuffleNetV1
 from meshuffle.models.shufflenet_v2 import ShuffleNetV2
 from meshuffle.models.shufflenet_v2plus import ShuffleNetV2Plus
@@ -163,9 +169,10 @@ def _builder(name: str) -> Build:
         return partial(hubs[source], rest)
     if FACTORY.fullmatch(name):
         return partial(create_from_factory, name)
+    longer = [known for known in _MODELS if name and known.startswith(name)]
     raise ModelError(
         f"unknown model {name!r}; `meshuffle models` lists ours, and torchvision:NAME, timm:NAME "
-        f"and package.module:function are taken too{did_you_mean(name, _MODELS)}"
+        f"and package.module:function are taken too{did_you_mean(name, longer or _MODELS)}"
     )
 
 
@@ -179,7 +186,7 @@ def _create_own(info: ModelInfo, num_classes: int | None, knobs: Mapping[str, An
                 f"{', '.join(known)}{did_you_mean(knob, known)}"
             )
     classes = {} if num_classes is None else {"num_classes": num_classes}
-    return info.build(**classes, **knobs)
+    return build_with(info.name, info.build, {**classes, **knobs})
 
 
 @contextmanager

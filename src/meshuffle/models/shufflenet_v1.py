@@ -184,7 +184,10 @@ class ShuffleNetV1(nn.Module):
         require_at_least("num_classes", num_classes, 1)
         depths = require_depths(depths, len(STRIDES))
         channels = _stage_channels(groups, width, stage_channels)
-        stem = stem_channels or _stem_channels(channels[0], groups, width)
+        stem = stem_channels
+        if stem is None:
+            stem = _stem_channels(channels[0], groups, width)
+        require_at_least("stem_channels", stem, 1)
         sides = unit_map_sides(input_size, 4, depths, STRIDES)
         kernels = per_unit("kernel_size", kernel_size, sides, auto_kernel_size)
         require_kernels(kernels)

@@ -203,7 +203,10 @@ class ShuffleNetV2(nn.Module):
         super().__init__()
         require_at_least("num_classes", num_classes, 1)
         require_at_least("in_channels", in_channels, 1)
+        require_at_least("head_channels", head_channels, 1)
         require_at_least("len(stem_channels)", len(stem_channels), 1)
+        for count in stem_channels:
+            require_at_least("stem_channels", count, 1)
         require_fraction("drop_path", drop_path)
         if drop_path and not residual:
             raise ModelError(f"`drop_path` (={drop_path}) needs `residual=True`")

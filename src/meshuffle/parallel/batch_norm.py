@@ -175,5 +175,6 @@ def synchronise_batch_norm(model: nn.Module, group: dist.ProcessGroup | None = N
         # The exact classes: a subclass has a forward of its own (lazy, synchronised, fused).
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             module.__class__ = BatchNorm
+        if isinstance(module, BatchNorm):
             module.group = group
     return model

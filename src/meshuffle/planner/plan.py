@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Plan:
         pp_kind: the schedule; None is the default one.
         mb: micro-batches per step; None is 2·pp where pp > 1, else 1.
         threads: CPU threads of each rank; None shares the cores evenly.
+        predicted_step_ms: milliseconds of a step, where they were predicted or timed.
     """
 
     dp: int = 1
@@ -47,6 +48,7 @@ class Plan:
     pp_kind: str | None = None
     mb: int | None = None
     threads: int | None = None
+    predicted_step_ms: float | None = field(default=None, compare=False)
 
     @property
     def num_ranks(self) -> int:
@@ -130,6 +132,8 @@ def _checked(values: dict[str, Any], where: str) -> Plan:
             choices = ", ".join(_KINDS[axis]) or "nothing"
             hint = did_you_mean(str(value), _KINDS[axis])
             raise PlanError(f"{where}: {axis}=N can be followed by {choices}; not '{value}'{hint}")
+        if key == "predicted_step_ms":
+            continue
         if not is_kind and (type(value) is not int or value < 1):
             raise PlanError(f"{where}: {key}={value} must be a whole number of at least 1")
     return Plan(**values)

@@ -1,0 +1,50 @@
+"""`meshuffle eval`: how good the weights of a run are on a data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import App, Parameter
+
+from meshuffle.cli import Answer
+from meshuffle.cli.options import Debug, Json, Model
+
+
+def register(app: App) -> None:
+    """Add the verb to `app`."""
+    app.command(evaluate, name="eval")
+
+
+def evaluate(
+    target: Path,
+    /,
+    *,
+    data: Annotated[str | None, Parameter(help="Another data set than the run's.")] = None,
+    split: Annotated[
+        Literal["train", "val", "test"] | None,
+        Parameter(help="Default: test where the data has one, else val."),
+    ] = None,
+    batch: Annotated[int, Parameter(help="Images at a time.")] = 64,
+    model: Model = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> Answer:
+    """Evaluate the best weights of a run, or a weights file.
+
+    Parameters
+    ----------
+    target
+        A run folder, or a weights file of one.
+    """
+    from meshuffle.train.api import evaluate as run_evaluation
+
+    evaluation, used = run_evaluation(target, data=data, split=split, batch=batch, model=model)
+    metrics = {key: round(value, 6) for key, value in evaluation.metrics.items()}
+    value = {"task": "classify", "num_samples": evaluation.num_samples, "metrics": metrics}
+    parts = [f"top-1 {metrics['top1']:.2f} %"]
+    if "top5" in metrics:
+        parts.append(f"top-5 {metrics['top5']:.2f} %")
+    text = f"{used}: {', '.join(parts)}, loss {metrics['loss']:.4f} on {evaluation.num_samples} images"
+    skipped = [f"skipped: {message}" for message in evaluation.skipped]
+    return Answer(value | {"skipped_inputs": len(skipped)}, "\n".join([*skipped, text]))

@@ -1,0 +1,18 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+Json = Annotated[
+    bool, Parameter(name="--json", negative=(), help="One JSON value on standard output.")
+]
+Debug = Annotated[
+    bool, Parameter(name="--debug", negative=(), help="Show the traceback of an error.")
+]
+Model = Annotated[
+    str | None,
+    Parameter(help="Repeat the name of a package.module:function model, to run its code."),
+]

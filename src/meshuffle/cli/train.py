@@ -1,0 +1,100 @@
+"""`meshuffle train`: settings from flags and a file, then a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, ArgumentCollection, Parameter
+
+from meshuffle.cli import Answer
+from meshuffle.cli.options import Debug, Json
+from meshuffle.errors import ConfigError
+from meshuffle.train.config import FIELDS, Origin, TrainConfig, check, read_config
+
+_flags: set[str] = set()
+
+
+def register(app: App) -> None:
+    """Add the verb to `app`."""
+    app.command(train)
+    app.config = (_note_flags,)
+
+
+def _note_flags(app: App, commands: Sequence[str], arguments: ArgumentCollection) -> None:
+    """Remember which settings stand on the command line; defaults and files do not count."""
+    _flags.clear()
+    _flags.update(
+        argument.keys[0] if argument.keys else argument.field_info.name
+        for argument in arguments
+        if argument.tokens
+    )
+
+
+def train(
+    data: str | None = None,
+    /,
+    *,
+    settings: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig(),  # noqa: B008
+    config: Annotated[Path | None, Parameter(help="Settings from a TOML file.")] = None,
+    resume: Annotated[Path | None, Parameter(help="Continue a run folder.")] = None,
+    show_config: Annotated[
+        bool, Parameter(negative=(), help="Print the settings and their origin; train nothing.")
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> Answer | None:
+    """Train a model on images, on every core or GPU of this machine.
+
+    Parameters
+    ----------
+    data
+        digits, a folder, imagenet:PATH, cifar10:PATH, mnist:PATH or fashion-mnist:PATH.
+    """
+    if json:
+        os.environ["MESHUFFLE_QUIET_STDOUT"] = "1"
+    if resume is not None:
+        return _resume(resume, data, config)
+    settings, origins = _merged(settings, config, data)
+    if show_config:
+        from meshuffle.train.api import describe_config
+
+        return Answer(*describe_config(settings, origins))
+    from meshuffle.train.api import train as run_training
+
+    return _answer(run_training(settings, origins))
+
+
+def _resume(run: Path, data: str | None, config: Path | None) -> Answer:
+    given = sorted((_flags & set(FIELDS)) | ({"DATA"} if data else set()))
+    given += ["config"] if config else []
+    if given:
+        names = ", ".join(name.replace("_", "-").rstrip("-") for name in given)
+        raise ConfigError(f"--resume continues a run with its own settings; leave out: {names}")
+    from meshuffle.train.api import resume as run_resume
+
+    return _answer(run_resume(run))
+
+
+def _merged(
+    settings: TrainConfig, config: Path | None, data: str | None
+) -> tuple[TrainConfig, dict[str, Origin]]:
+    """Put flags over the file over the defaults, and say where each value came from."""
+    from_file = read_config(config) if config else {}
+    flags = {name: getattr(settings, name) for name in _flags & set(FIELDS) - {"data"}}
+    if data is not None:
+        flags["data"] = data
+    # A file of an earlier run names that run's folder and the plan of that machine.
+    values: dict[str, Any] = {**from_file, **flags}
+    origins: dict[str, Origin] = {name: "file" for name in from_file}
+    origins |= {name: "flag" for name in flags}
+    if not values.get("data"):
+        raise ConfigError("DATA is missing: meshuffle train DATA, for example: train digits")
+    return check(dataclasses.replace(TrainConfig(), **values)), origins
+
+
+def _answer(result: dict[str, Any]) -> Answer:
+    return Answer(result, result["run"])

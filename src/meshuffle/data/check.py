@@ -1,0 +1,208 @@
+"""Look at a data set before training on it: counts, broken files, duplicates, a picture."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from meshuffle.data.base import Data, ImageSource, shortened
+from meshuffle.data.grid import draw_grid
+from meshuffle.data.image import decode_image
+from meshuffle.data.source import open_data
+from meshuffle.errors import ImageError
+
+Progress = Callable[[int, int], None]
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `check_data` found.
+
+    `counts`: {split: {class: images}}, broken ones included. `absent`: {split: classes that
+    other splits have}. `unreadable`: (name, reason). `leaks`: exact duplicates (name, name)
+    between two splits; `repeated`: within one split. `ignored`: files passed over.
+    `smallest`, `largest`: (width, height) by area. `imbalance`: images of the largest over
+    the smallest class of train (or of the only split), or None where a class is empty.
+    """
+
+    spec: str
+    classes: tuple[str, ...]
+    counts: Mapping[str, Mapping[str, int]]
+    absent: Mapping[str, tuple[str, ...]]
+    unreadable: tuple[tuple[str, str], ...]
+    leaks: tuple[tuple[str, str], ...]
+    repeated: tuple[tuple[str, str], ...]
+    ignored: tuple[str, ...]
+    smallest: tuple[int, int] | None
+    largest: tuple[int, int] | None
+    imbalance: float | None
+    grid: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found that spoils a training or its evaluation."""
+        return not self.problems()
+
+    def problems(self) -> list[str]:
+        """Return one line for each kind of trouble; the empty list is a clean bill."""
+        lines = [
+            f"{split} lacks {len(names)} classes: {shortened(names)}"
+            for split, names in self.absent.items()
+        ]
+        if len(self.classes) < 2:
+            lines.append(f"only {len(self.classes)} class; a classifier needs two or more")
+        if self.unreadable:
+            lines.append(f"{len(self.unreadable)} unreadable images (training skips them)")
+        if self.leaks:
+            lines.append(f"{len(self.leaks)} exact duplicates between splits")
+        return lines
+
+    def render(self) -> str:
+        """Return the report as text of several lines."""
+        lines = [f"{self.spec}: {len(self.classes)} classes", *self._table()]
+        lines += [f"sizes: {_size(self.smallest)} … {_size(self.largest)} (width×height)"]
+        if self.imbalance is not None:
+            lines.append(f"largest class / smallest class: {self.imbalance:.2f}")
+        lines += _section("unreadable", [reason for _, reason in self.unreadable])
+        lines += _section("duplicates between splits", [f"{a} = {b}" for a, b in self.leaks])
+        lines += _section("duplicates within a split", [f"{a} = {b}" for a, b in self.repeated])
+        lines += _section("ignored files", self.ignored)
+        lines += [f"grid: {self.grid}"] if self.grid else []
+        lines += [f"problem: {line}" for line in self.problems()] or ["no problem found"]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data, with `problems`."""
+        return {**asdict(self), "problems": self.problems()}
+
+    def _table(self) -> Iterator[str]:
+        width = max(map(len, (*self.classes, "class")))
+        yield "  ".join([f"{'class':{width}}", *(f"{split:>8}" for split in self.counts)])
+        for name in self.classes:
+            row = (f"{counts[name]:>8,}" for counts in self.counts.values())
+            yield "  ".join([f"{name:{width}}", *row])
+        total = (f"{sum(counts.values()):>8,}" for counts in self.counts.values())
+        yield "  ".join([f"{'sum':{width}}", *total])
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What one image told us. `error` is None for a good one."""
+
+    name: str
+    digest: bytes
+    size: tuple[int, int] | None
+    error: str | None
+
+
+def check_data(
+    spec: str, grid_path: Path | str | None = None, progress: Progress | None = None
+) -> CheckReport:
+    """Read every image of `spec` and report; also save a grid of samples as a PNG.
+
+    `progress(done, total)` is called after each image. Raises `DataError` only where there
+    is no data set to look at.
+    """
+    data = open_data(spec, need=())
+    total = sum(len(source) for source in data.splits.values())
+    samples: dict[str, list[_Sample]] = {split: [] for split in data.splits}
+    done = 0
+    for split, source in data.splits.items():
+        for sample in _look_at_all(source):
+            samples[split].append(sample)
+            done += 1
+            if progress is not None:
+                progress(done, total)
+    if grid_path is not None:
+        draw_grid(data, Path(grid_path))
+    return _report(data, samples, grid_path)
+
+
+def _look_at_all(source: ImageSource) -> Iterator[_Sample]:
+    """Yield a sample per image, in order; threads, because decoding releases the GIL."""
+    chunk = 256
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(source), chunk):
+            indices = range(start, min(start + chunk, len(source)))
+            yield from pool.map(lambda index: _look_at(source, index), indices)
+
+
+def _look_at(source: ImageSource, index: int) -> _Sample:
+    name = source.name(index)
+    try:
+        content = source.content(index)
+        digest = hashlib.blake2b(content, digest_size=16).digest()
+        image = source.image(index) if source.in_memory else decode_image(content, name=name)
+    except ImageError as error:
+        return _Sample(name, b"", None, str(error))
+    return _Sample(name, digest, image.size, None)
+
+
+def _report(
+    data: Data, samples: Mapping[str, list[_Sample]], grid_path: Path | str | None
+) -> CheckReport:
+    counts = {split: _counts(source) for split, source in data.splits.items()}
+    absent = {
+        split: tuple(name for name, count in of_split.items() if count == 0)
+        for split, of_split in counts.items()
+    }
+    leaks, repeated = _duplicates(samples)
+    everything = [sample for of_split in samples.values() for sample in of_split]
+    sizes = sorted((s.size for s in everything if s.size), key=lambda size: size[0] * size[1])
+    main = list(counts.get("train", next(iter(counts.values()))).values())
+    return CheckReport(
+        spec=data.spec,
+        classes=data.classes,
+        counts=counts,
+        absent={split: names for split, names in absent.items() if names},
+        unreadable=tuple((s.name, s.error) for s in everything if s.error is not None),
+        leaks=tuple(leaks),
+        repeated=tuple(repeated),
+        ignored=data.ignored,
+        smallest=sizes[0] if sizes else None,
+        largest=sizes[-1] if sizes else None,
+        imbalance=max(main) / min(main) if min(main) else None,
+        grid=None if grid_path is None else str(grid_path),
+    )
+
+
+def _counts(source: ImageSource) -> dict[str, int]:
+    found = np.bincount(source.labels, minlength=len(source.classes)).tolist()
+    return dict(zip(source.classes, found, strict=True))
+
+
+def _duplicates(
+    samples: Mapping[str, list[_Sample]],
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Return pairs (first seen, duplicate) between splits and within one."""
+    first: dict[bytes, tuple[str, str]] = {}
+    leaks, repeated = [], []
+    for split, of_split in samples.items():
+        for sample in of_split:
+            if sample.error is not None:
+                continue
+            home, name = first.setdefault(sample.digest, (split, sample.name))
+            if home != split:
+                leaks.append((name, sample.name))
+            elif name != sample.name:
+                repeated.append((name, sample.name))
+    return leaks, repeated
+
+
+def _size(size: tuple[int, int] | None) -> str:
+    return "none" if size is None else f"{size[0]}×{size[1]}"
+
+
+def _section(title: str, lines: list[str] | tuple[str, ...]) -> list[str]:
+    if not lines:
+        return []
+    more = [f"  … and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    return [f"{title}: {len(lines)}", *(f"  {line}" for line in lines[:_SHOWN]), *more]

@@ -1,0 +1,126 @@
+"""Does an exported file compute what the model computes? Every format asks here.
+
+Shape suffixes: N batch, C channels (in an image) or classes (in logits), H height, W width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from meshuffle.data import Preprocess
+from meshuffle.errors import DataError, ParityError
+
+BATCH_SIZES = (1, 2, 5)
+"""A batch size that was baked into the graph shows in at least one of these."""
+
+TOLERANCE = 1e-4
+"""Largest error as a share of the largest |logit|; float32 runtimes stay near 1e-6."""
+
+Run = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a file's outputs are from the model's, over all batches.
+
+    Attributes:
+        max_abs_error: max |file − model| over all logits.
+        max_relative_error: `max_abs_error` / max |logit of the model|.
+        top1_agreement: images with the same most likely class, in percent.
+        batch_sizes: of the batches that were compared.
+        file_bytes: size of the file.
+        runtime: what ran the file, with its version.
+    """
+
+    max_abs_error: float
+    max_relative_error: float
+    top1_agreement: float
+    batch_sizes: tuple[int, ...]
+    file_bytes: int
+    runtime: str
+
+    def __str__(self) -> str:
+        batches = ", ".join(map(str, self.batch_sizes))
+        return (
+            f"max error {self.max_abs_error:.1e} (relative {self.max_relative_error:.1e}), "
+            f"top-1 agreement {self.top1_agreement:.0f} % on batches of {batches} ({self.runtime})"
+        )
+
+
+def on_cpu(model: nn.Module) -> nn.Module:
+    """Return a copy of `model` on the CPU in float32 and eval mode; the original stays as it is."""
+    return copy.deepcopy(model).to("cpu", torch.float32).eval()
+
+
+def parity_batches(images_NCHW: Tensor, preprocess: Preprocess) -> list[Tensor]:
+    """Return normalised float32 batches of 1, 2 and 5 images, each with images of its own.
+
+    Args:
+        images_NCHW: uint8 RGB [N, 3, H, W] of real images; used again in turn where N < 8.
+
+    Raises:
+        DataError: no image, or not uint8 [N, 3, H, W].
+    """
+    shape = tuple(images_NCHW.shape)
+    if images_NCHW.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3 or not shape[0]:
+        raise DataError(
+            f"export checks its file on real images: at least one, as uint8 [N, 3, H, W]; "
+            f"got {images_NCHW.dtype} {list(shape)}"
+        )
+    picks = (torch.arange(sum(BATCH_SIZES)) % shape[0]).split(BATCH_SIZES)
+    return [preprocess.normalise(images_NCHW[pick].cpu()).contiguous() for pick in picks]
+
+
+@torch.inference_mode()
+def check_parity(
+    model: nn.Module,
+    run: Run,
+    batches_NCHW: list[Tensor],
+    path: Path,
+    *,
+    runtime: str,
+    tolerance: float = TOLERANCE,
+) -> Parity:
+    """Compare `run`, which executes the file at `path`, with `model` in eval mode.
+
+    Args:
+        run: float32 [N, 3, H, W] to logits float32 [N, C].
+        tolerance: largest allowed `max_relative_error`, above 0.
+
+    Raises:
+        ParityError: another shape, a value that is not finite, or an error above `tolerance`.
+    """
+    expected = [model(x_NCHW).numpy() for x_NCHW in batches_NCHW]
+    found = [run(x_NCHW.numpy()) for x_NCHW in batches_NCHW]
+    for a_NC, b_NC in zip(expected, found, strict=True):
+        if a_NC.shape != b_NC.shape:
+            raise ParityError(
+                f"{runtime} returns logits of shape {list(b_NC.shape)}, "
+                f"the model {list(a_NC.shape)}. Nothing was written"
+            )
+    a_NC, b_NC = np.concatenate(expected), np.concatenate(found)
+    error = float(np.abs(a_NC - b_NC).max())
+    parity = Parity(
+        max_abs_error=error,
+        # The floor is for a model whose logits are all zero.
+        max_relative_error=error / max(float(np.abs(a_NC).max()), float(np.finfo(np.float32).tiny)),
+        top1_agreement=100.0 * float((a_NC.argmax(1) == b_NC.argmax(1)).mean()),
+        batch_sizes=tuple(map(len, batches_NCHW)),
+        file_bytes=path.stat().st_size,
+        runtime=runtime,
+    )
+    # Negated, so that an error that is not a number fails too.
+    if not parity.max_relative_error <= tolerance:
+        raise ParityError(
+            f"the exported file disagrees with the model: {parity}; the relative error may be at "
+            f"most {tolerance:g}. Nothing was written"
+        )
+    return parity

@@ -1,0 +1,158 @@
+"""`--plan auto`, until the planner's search exists: time the candidates here, take the fastest.
+
+One launch of the largest number of ranks times them all: for a candidate of k ranks the first k
+train random images and the others wait. Candidates take turns, and each keeps its best turn, so
+that a disturbance of the machine must hit all turns of one to mislead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from meshuffle.data import Batch, Preprocess, shard_bounds
+from meshuffle.dist.device import keep_freed_pages, num_cores, pick_device, synchronize
+from meshuffle.dist.group import RankEnv, process_group, rank_env
+from meshuffle.dist.launch import record_failure, torchrun
+from meshuffle.errors import MeshuffleError
+from meshuffle.planner.plan import Plan, parse_plan
+from meshuffle.train.config import TrainConfig, read_config, to_toml
+from meshuffle.train.state import TrainState, build_state
+from meshuffle.train.weights import Card
+from meshuffle.train.config import parse_knobs
+
+_TURNS, _TURN_S, _MAX_STEPS = 3, 1.0, 8
+
+
+def candidate_plans(batch: int, num_cores: int, num_accelerators: int) -> list[Plan]:
+    """Return the plans worth timing on one host.
+
+    >>> [str(plan) for plan in candidate_plans(64, 4, 0)]
+    ['dp=1,threads=4', 'dp=2,threads=2', 'dp=4,threads=1']
+    """
+    if num_accelerators > 1:
+        return [Plan(dp=n) for n in (1, num_accelerators) if n <= batch]
+    if num_accelerators == 1:
+        return [Plan()]
+    sizes = [n for n in (1, num_cores // 4, num_cores // 2, num_cores) if 1 <= n <= batch]
+    return [Plan(dp=n, threads=max(1, num_cores // n)) for n in dict.fromkeys(sizes)]
+
+
+def fastest_plan(
+    config: TrainConfig, num_classes: int, num_cores: int, num_accelerators: int
+) -> tuple[Plan, list[str]]:
+    """Return the plan, and a line that says why; one candidate needs no timing."""
+    assert config.batch is not None
+    if config.device == "cpu":
+        num_accelerators = 0
+    plans = candidate_plans(config.batch, num_cores, num_accelerators)
+    if len(plans) == 1:
+        return plans[0], [f"plan {plans[0]}: the only candidate on this machine"]
+    times = time_plans(config, num_classes, plans)
+    best = min(times, key=lambda text: times[text])
+    shown = ", ".join(f"{text} {ms:.0f} ms" for text, ms in times.items())
+    plan = dataclasses.replace(parse_plan(best), predicted_step_ms=round(times[best], 1))
+    return plan, [f"plan {best}: the fastest here ({shown} a step)"]
+
+
+def time_plans(config: TrainConfig, num_classes: int, plans: list[Plan]) -> dict[str, float]:
+    """Return milliseconds of a step by plan text, measured in ranks of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings, out = Path(folder) / "config.toml", Path(folder) / "times.json"
+        settings.write_text(to_toml(config, {}))
+        arguments = [str(settings), str(out), str(num_classes), *(str(plan) for plan in plans)]
+        most = max(plan.num_ranks for plan in plans)
+        torchrun("meshuffle.train.candidates", arguments, most, threads=max(1, num_cores() // most))
+        return json.loads(out.read_text())
+
+
+def _time_all(config: TrainConfig, num_classes: int, plans: list[Plan]) -> dict[str, float]:
+    env = rank_env() or RankEnv()
+    device = pick_device(config.device, env.local_rank)
+    keep_freed_pages()
+    best = {str(plan): float("inf") for plan in plans}
+    with process_group(env, device):
+        control = dist.new_group(backend="gloo")
+        groups = [dist.new_group(list(range(plan.num_ranks))) for plan in plans]
+        states = [
+            _build(config, plan, num_classes, env, device, group) if env.rank < plan.dp else None
+            for plan, group in zip(plans, groups, strict=True)
+        ]
+        for turn in range(_TURNS + 1):
+            for plan, state in zip(plans, states, strict=True):
+                step_s = _turn(state, plan, env, warm=turn == 0) if state else float("inf")
+                if turn:
+                    best[str(plan)] = min(best[str(plan)], 1000 * step_s)
+                dist.barrier(control)
+    return best
+
+
+def _build(
+    config: TrainConfig,
+    plan: Plan,
+    num_classes: int,
+    env: RankEnv,
+    device: torch.device,
+    group: dist.ProcessGroup,
+) -> TrainState:
+    assert config.input_size is not None
+    knobs = parse_knobs(config.knobs)
+    classes = tuple(str(i) for i in range(num_classes))
+    card = Card(config.model, classes, Preprocess.imagenet(config.input_size), knobs=knobs)
+    return build_state(config, plan, card, RankEnv(env.rank, plan.dp), device, group)[0]
+
+
+def _turn(state: TrainState, plan: Plan, env: RankEnv, warm: bool) -> float:
+    """Return the seconds of a step, the mean over about a second of steps."""
+    if state.step.device.type == "cpu":
+        torch.set_num_threads(plan.threads or 1)
+    batch, total = _random_batch(state, plan, env)
+    micro_batches = state.step.micro_batches(batch)
+    counts = [total // len(micro_batches)] * len(micro_batches)
+    num_steps, began = 0, time.perf_counter()
+    num_wanted = 1 if warm else _MAX_STEPS
+    while num_steps < num_wanted:
+        state.step.run(micro_batches, counts, lr=0.0)
+        synchronize(state.step.device)
+        num_steps += 1
+        seconds = torch.tensor(time.perf_counter() - began)
+        dist.broadcast(seconds, group_src=0, group=state.group)
+        if seconds > _TURN_S:
+            break
+    return (time.perf_counter() - began) / num_steps
+
+
+def _random_batch(state: TrainState, plan: Plan, env: RankEnv) -> tuple[Batch, int]:
+    config = state.config
+    assert config.batch is not None and config.input_size is not None
+    start, stop = shard_bounds(config.batch, plan.dp)[env.rank]
+    num, size = stop - start, config.input_size
+    images = torch.randint(0, 256, (num, 3, size, size), dtype=torch.uint8)
+    zeros = torch.zeros(num, dtype=torch.int64)
+    images = images.contiguous(memory_format=torch.channels_last)
+    return Batch(images, zeros, zeros, zeros, torch.arange(num), []), config.batch
+
+
+def main() -> int:
+    """Run as one of torchrun's ranks: CONFIG OUT NUM_CLASSES PLAN…"""
+    settings, out, num_classes, *texts = sys.argv[1:]
+    try:
+        config = TrainConfig(**read_config(Path(settings)))
+        times = _time_all(config, int(num_classes), [parse_plan(text) for text in texts])
+    except MeshuffleError as error:
+        record_failure(error)
+        return error.exit_code
+    if (rank_env() or RankEnv()).is_main:
+        Path(out).write_text(json.dumps(times))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""The state of a run, from which it continues bit for bit.
+
+`state/` holds folders `step-00001200/`, each a torch Distributed Checkpoint whose tensors carry
+the model's own names, and a `meta.json`. A folder is written under a temporary name, synced and
+renamed, so one with its final name is whole; the two newest are kept.
+
+Reading runs no code: Distributed Checkpoint keeps its index as a pickle, which is read here by
+an unpickler that knows the index's own classes and nothing else.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.optim import Optimizer
+
+from meshuffle.errors import RunError
+from meshuffle.train.files import sync, write_json
+
+_KEPT = 2
+_METADATA = "torch.distributed.checkpoint.metadata"
+_INDEX_NAMES = {
+    (_METADATA, name)
+    for name in (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    )
+} | {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+}
+
+
+def save_checkpoint(state: Path, step: int, tensors: Mapping[str, Tensor], meta: Any) -> Path:
+    """Write `tensors` and `meta` (plain JSON) as the checkpoint of `step`; returns its folder."""
+    final = state / f"step-{step:08d}"
+    temporary = state / f".{final.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        writer = dcp.FileSystemWriter(temporary, sync_files=True)
+        plain = {name: tensor.detach() for name, tensor in tensors.items()}
+        with _alone():
+            dcp.save(plain, storage_writer=writer, no_dist=True)
+        write_json(temporary / "meta.json", {"step": step, **meta})
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.replace(final)
+        sync(state)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in sorted(state.glob("step-*"))[:-_KEPT]:
+        shutil.rmtree(old)
+    return final
+
+
+def latest_checkpoint(state: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the meta data of the newest checkpoint in `state`.
+
+    Raises:
+        RunError: there is none, or it cannot be read.
+    """
+    folders = sorted(state.glob("step-*"))
+    if not folders:
+        raise RunError(f"{state}: no checkpoint yet; start the run again without --resume")
+    folder = folders[-1]
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        reader = _SafeReader(folder)
+        tensors: dict[str, Any] = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in reader.read_metadata().state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        with _alone():
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
+    except (OSError, ValueError, pickle.UnpicklingError, dcp.CheckpointException) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunError(
+            f"{folder}: cannot be read ({reason}); delete it to continue from the one before"
+        ) from None
+    return tensors, meta
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Silence the remark that no process group is in use: each rank's state is the whole."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Builds the classes of the checkpoint's index, and refuses every other name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return the class, or raise for a name that no index holds."""
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in _INDEX_NAMES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"the index names {module}.{name}, which no checkpoint needs")
+
+
+class _SafeReader(dcp.FileSystemReader):
+    """Distributed Checkpoint's reader with the index read as above."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        """Return the checkpoint's index."""
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _IndexUnpickler(file).load()
+        if metadata.storage_meta is None:
+            metadata.storage_meta = self.storage_meta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return the optimiser's state as `optim.PARAMETER.KEY`."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"optim.{names[parameter]}.{key}": value
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_optimizer(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` returned."""
+    trained = {p for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        prefix = f"optim.{name}."
+        state = {
+            # Adam's `step` is a scalar that stays on the CPU unless it is fused on a GPU.
+            k.removeprefix(prefix): v.to(parameter.device) if v.ndim else v.clone()
+            for k, v in tensors.items()
+            if k.startswith(prefix) and "." not in k.removeprefix(prefix)
+        }
+        if state and parameter in trained:
+            optimizer.state[parameter] = state
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold the run folder for this process; the lock goes with the process, however it ends.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    with (run / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"{run}: another process is training in it") from None
+        yield

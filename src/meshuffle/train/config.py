@@ -1,0 +1,304 @@
+"""Every setting of a training run: one dataclass, its TOML form, and where each value came from.
+
+A value of None means "chosen from the data and the machine"; `resolve` replaces every None, so
+that `--config RUN/config.toml` repeats a run. No torch here: `--help` reads this file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from meshuffle.errors import ConfigError, did_you_mean
+
+Origin = Literal["default", "chosen", "file", "flag"]
+T = typing.TypeVar("T")
+
+
+def _option(text: str, group: str = "Run") -> Parameter:
+    return Parameter(help=text, group=group, negative=())
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The settings of one run, grouped as `meshuffle train --help` shows them."""
+
+    data: Annotated[str, Parameter(parse=False)] = ""
+    model: Annotated[str, _option("Model name; see `meshuffle models`.")] = "shufflenet_v2_x1_0"
+    knobs: Annotated[
+        dict[str, str], _option("Model knobs, for example --knobs.kernel_size auto.")
+    ] = field(default_factory=dict)
+    task: Annotated[Literal["classify"], _option("What the model learns.")] = "classify"
+    plan: Annotated[str, _option("Plan text, auto, or a plan.json.")] = "auto"
+    from_: Annotated[
+        str | None, Parameter(name="--from", help="Start from the weights of a run or file.")
+    ] = None
+    epochs: Annotated[int | None, _option("Passes over the data.")] = None
+    batch: Annotated[int | None, _option("Global batch size, over all ranks.")] = None
+    input_size: Annotated[int | None, _option("Side of the square input, pixels.")] = None
+    seed: Annotated[int, _option("Seed of weights, order, augmentation and dropout.")] = 0
+    deterministic: Annotated[bool, _option("Refuse operations that do not repeat.")] = False
+
+    optimizer: Annotated[Literal["sgd", "adam", "adamw"], _option("Optimiser.", "Optimiser")] = (
+        "sgd"
+    )
+    lr: Annotated[float | None, _option("Highest learning rate.", "Optimiser")] = None
+    momentum: Annotated[float, _option("Of SGD (Nesterov).", "Optimiser")] = 0.9
+    weight_decay: Annotated[
+        float | None, _option("Of weights; never of norms and biases.", "Optimiser")
+    ] = None
+    schedule: Annotated[
+        Literal["cosine", "linear", "step", "constant"], _option("Of the rate.", "Optimiser")
+    ] = "cosine"
+    step_epochs: Annotated[
+        tuple[int, ...], _option("Epochs at which the step schedule falls.", "Optimiser")
+    ] = ()
+    step_factor: Annotated[float, _option("By how much it falls there.", "Optimiser")] = 0.1
+    warmup_epochs: Annotated[
+        float | None, _option("Linear warm-up, in epochs; fractions too.", "Optimiser")
+    ] = None
+    clip_norm: Annotated[
+        float | None, _option("Largest global norm of the gradient; 0 is off.", "Optimiser")
+    ] = None
+    accumulate: Annotated[
+        int, _option("Micro-batches per step; batch norm sees one at a time.", "Optimiser")
+    ] = 1
+    ema: Annotated[
+        float, _option("Decay per step of the averaged weights; 0 is off.", "Optimiser")
+    ] = 0.0
+    early_stop: Annotated[
+        int, _option("Stop after so many epochs without a better one; 0 is off.", "Optimiser")
+    ] = 0
+
+    label_smoothing: Annotated[float, _option("0 … 1.", "Regularisation")] = 0.1
+    dropout: Annotated[
+        float | None, _option("In front of the classifier, 0 … 1.", "Regularisation")
+    ] = None
+    freeze: Annotated[
+        str, _option("none, backbone, or until:LAYER (inclusive).", "Regularisation")
+    ] = "none"
+    unfreeze_epoch: Annotated[
+        int, _option("Train everything from this epoch on (from 1); 0 is never.", "Regularisation")
+    ] = 0
+    crop_scale: Annotated[
+        float | None, _option("Random resized crop: smallest area; 0 is off.", "Augmentation")
+    ] = None
+    flip: Annotated[float | None, _option("Probability of a mirror image.", "Augmentation")] = None
+    affine_degrees: Annotated[float | None, _option("Rotation, ± degrees.", "Augmentation")] = None
+    affine_translate: Annotated[
+        float | None, _option("Shift, ± part of the side.", "Augmentation")
+    ] = None
+    affine_scale: Annotated[float | None, _option("Zoom, 1 ± this.", "Augmentation")] = None
+    trivial_augment: Annotated[
+        bool | None, Parameter(help="One random operation per image.", group="Augmentation")
+    ] = None
+    erasing: Annotated[
+        float | None, _option("Probability of random erasing.", "Augmentation")
+    ] = None
+    mixup: Annotated[float | None, _option("Alpha; 0 is off.", "Augmentation")] = None
+    cutmix: Annotated[float | None, _option("Alpha; 0 is off.", "Augmentation")] = None
+    repeats: Annotated[int | None, _option("Copies of an image per batch.", "Augmentation")] = None
+
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], _option("Device.", "Machine")] = "auto"
+    precision: Annotated[
+        Literal["float32", "bf16"], _option("bf16 is autocast.", "Machine")
+    ] = "float32"
+    channels_last: Annotated[
+        bool, Parameter(help="Memory format of images and weights.", group="Machine")
+    ] = True
+    compile: Annotated[
+        Literal["auto", "on", "off"], _option("torch.compile; auto where it pays.", "Machine")
+    ] = "auto"
+    workers: Annotated[int | None, _option("Loader processes per rank.", "Machine")] = None
+    strict: Annotated[bool, _option("Stop at the first unreadable image.", "Machine")] = False
+    save_every: Annotated[
+        str, _option("Checkpoint interval: 10m (minutes) or 500 (steps).", "Machine")
+    ] = "10m"
+    out: Annotated[str | None, _option("Run folder; default runs/MODEL-DATA-N.", "Machine")] = None
+
+
+FIELDS: Mapping[str, dataclasses.Field[Any]] = {f.name: f for f in dataclasses.fields(TrainConfig)}
+
+
+def config_key(name: str) -> str:
+    """Return the field's name in a file or a flag: `from_` is written `from`."""
+    return name.rstrip("_")
+
+
+def check(config: TrainConfig) -> TrainConfig:
+    """Return `config` if every value is in its range.
+
+    Raises:
+        ConfigError: names the setting, its value and its range.
+    """
+    at_least = {"epochs": 1, "batch": 1, "input_size": 8, "accumulate": 1, "repeats": 1}
+    at_least |= {"workers": 0, "unfreeze_epoch": 0, "early_stop": 0, "warmup_epochs": 0}
+    at_least |= {"weight_decay": 0, "clip_norm": 0, "lr": 0, "seed": 0}
+    for name, least in at_least.items():
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    for name in ("label_smoothing", "dropout", "ema", "momentum", "step_factor"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be in 0 … 1 (1 excluded)")
+    save_interval(config.save_every)
+    if config.freeze not in ("none", "backbone") and not config.freeze.startswith("until:"):
+        hint = did_you_mean(config.freeze, ("none", "backbone"))
+        raise ConfigError(f"--freeze {config.freeze}: none, backbone or until:LAYER{hint}")
+    if config.schedule == "step" and not config.step_epochs:
+        raise ConfigError("--schedule step needs --step-epochs, for example --step-epochs 30 60")
+    if config.schedule != "step" and config.step_epochs:
+        raise ConfigError(f"--step-epochs has no effect with --schedule {config.schedule}")
+    if config.unfreeze_epoch and config.freeze == "none":
+        raise ConfigError("--unfreeze-epoch has no effect without --freeze")
+    return config
+
+
+def save_interval(text: str) -> tuple[float, int]:
+    """Return (seconds, steps) between checkpoints; the other one is infinite or 0.
+
+    >>> save_interval("10m"), save_interval("500")
+    ((600.0, 0), (inf, 500))
+    """
+    try:
+        if text.endswith("m"):
+            minutes = float(text[:-1])
+            if minutes > 0:
+                return 60 * minutes, 0
+        elif int(text) > 0:
+            return float("inf"), int(text)
+    except ValueError:
+        pass
+    raise ConfigError(f"--save-every {text}: write minutes as 10m, or a number of steps as 500")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the values of a TOML file, by field name.
+
+    Raises:
+        ConfigError: no file, no TOML, an unknown key, or a value of the wrong type.
+    """
+    try:
+        values = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"config {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"config {path}: not TOML ({error})") from None
+    known = {config_key(name): name for name in FIELDS}
+    result = {}
+    for key, value in values.items():
+        plain = key.replace("-", "_")
+        if plain not in known:
+            raise ConfigError(f"config {path}: unknown key '{key}'{did_you_mean(plain, known)}")
+        result[known[plain]] = _typed(value, known[plain], f"config {path}: {key}")
+    return result
+
+
+def _typed(value: Any, name: str, where: str) -> Any:
+    """Return `value` as the field's type, or raise ConfigError."""
+    hint = typing.get_type_hints(TrainConfig)[name]
+    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for choice in choices:
+        origin = typing.get_origin(choice) or choice
+        if origin is Literal and value in typing.get_args(choice):
+            return value
+        if origin is tuple and isinstance(value, list) and all(type(v) is int for v in value):
+            return tuple(value)
+        if origin is dict and isinstance(value, dict):
+            return {key: v if isinstance(v, str) else json.dumps(v) for key, v in value.items()}
+        if origin is float and type(value) in (int, float):
+            return float(value)
+        if origin in (int, str, bool) and type(value) is origin:
+            return value
+    names = " or ".join(getattr(c, "__name__", str(c)) for c in choices if c is not type(None))
+    raise ConfigError(f"{where} = {value!r}: expected {names}")
+
+
+def to_toml(config: TrainConfig, origins: Mapping[str, Origin]) -> str:
+    """Return the TOML text of `config`, each line with its value's origin as a comment."""
+    lines = ["# The resolved settings of this run; `meshuffle train --config` repeats it."]
+    tables = []
+    for name in FIELDS:
+        value = getattr(config, name)
+        origin = origins.get(name, "default")
+        if isinstance(value, dict):
+            tables += [f"\n[{name}]  # {origin}", *(f"{k} = {_toml(v)}" for k, v in value.items())]
+        elif value is None:
+            lines.append(f"# {config_key(name)} is not set  # {origin}")
+        else:
+            lines.append(f"{config_key(name)} = {_toml(value)}  # {origin}")
+    return "\n".join(lines + tables) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def parse_knobs(knobs: Mapping[str, str]) -> dict[str, Any]:
+    """Return the knobs' values: JSON where the text is JSON, else the text.
+
+    >>> parse_knobs({"groups": "3", "kernel_size": "auto", "depths": "[4, 8, 4]"})
+    {'groups': 3, 'kernel_size': 'auto', 'depths': [4, 8, 4]}
+    """
+
+    def value(text: str) -> Any:
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+
+    return {name: value(text) for name, text in knobs.items()}
+
+
+def resolve(
+    config: TrainConfig, num_train: int, input_size: int, augment: Mapping[str, Any]
+) -> TrainConfig:
+    """Replace every None by a value that suits `num_train` images.
+
+    Epochs fall from 100 (500 images or fewer) to 20 (100,000) and are 100 from 500,000 on, where
+    training starts from nothing for real. The batch is the square root of the data,
+    as a power of two, 16 … 256. SGD's rate is the paper's 0.5 at batch 1024 (arXiv 1807.11164), scaled by the square
+    root of the batch; Adam's and AdamW's are 0.001 and 0.002 at batch 256, scaled likewise.
+
+    Args:
+        num_train: images of the training split.
+        input_size: suggested by the data, pixels.
+        augment: the data's defaults by field name.
+    """
+    batch = config.batch or min(256, max(16, 2 ** round(math.log2(num_train) / 2)))
+    epochs = config.epochs or default_epochs(num_train)
+    rates = {"sgd": 0.5 * (batch / 1024) ** 0.5}
+    rates |= {"adam": 0.001 * (batch / 256) ** 0.5, "adamw": 0.002 * (batch / 256) ** 0.5}
+    decays = {"sgd": 4e-5, "adam": 0.0, "adamw": 0.05}
+    chosen: dict[str, Any] = {
+        "batch": batch,
+        "epochs": epochs,
+        "input_size": input_size,
+        "lr": float(f"{rates[config.optimizer]:.3g}"),
+        "weight_decay": decays[config.optimizer],
+        "warmup_epochs": round(min(5.0, 0.1 * epochs), 2),
+        "clip_norm": 0.0,
+        **augment,
+    }
+    missing = {k: v for k, v in chosen.items() if getattr(config, k) is None}
+    return check(dataclasses.replace(config, **missing))
+
+
+def default_epochs(num_train: int) -> int:
+    """Return the number of epochs where none is given; see `resolve`."""
+    if num_train >= 500_000:
+        return 100
+    return max(20, min(100, round(100 * (500 / max(num_train, 500)) ** 0.3)))

@@ -1,0 +1,307 @@
+"""The one training loop: epochs of steps, an evaluation after each, checkpoints between."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from meshuffle.data import (
+    Batch,
+    Data,
+    EpochSampler,
+    SkipLog,
+    build_train_transform,
+    eval_loader,
+    train_loader,
+)
+from meshuffle.dist.device import is_out_of_memory, synchronize
+from meshuffle.dist.group import RankEnv
+from meshuffle.errors import Interrupted
+from meshuffle.train.compiling import CompileChoice
+from meshuffle.train.evaluate import Evaluation, evaluate
+from meshuffle.train.memory import out_of_memory
+from meshuffle.train.config import save_interval
+from meshuffle.train.optim import hold_frozen, learning_rate
+from meshuffle.train.signals import StopRequest
+from meshuffle.train.state import TrainState
+from meshuffle.train.step import sum_over_ranks
+from meshuffle.train.task import seed_step
+from meshuffle.train.watch import Watch
+
+_SHOW_EVERY_S = 0.5
+
+
+class Loop:
+    """One rank's walk through a run; `control` is a CPU group for a few numbers per step."""
+
+    def __init__(
+        self,
+        run: Path,
+        state: TrainState,
+        data: Data,
+        env: RankEnv,
+        control: dist.ProcessGroup,
+        watch: Watch,
+        stop: StopRequest,
+        num_workers: int,
+    ) -> None:
+        self.run, self.state, self.data, self.env = run, state, data, env
+        self.control, self.watch, self.stop, self.num_workers = control, watch, stop, num_workers
+        config = state.config
+        assert config.batch is not None and config.epochs is not None
+        self.num_epochs = config.epochs
+        self.transform = build_train_transform(state.step.augment, state.card.preprocess)
+        self.sampler = EpochSampler(
+            len(data.splits["train"]),
+            config.batch,
+            rank=env.rank,
+            world=env.world,
+            seed=config.seed,
+            repeats=state.step.augment.repeats,
+            unit=2 if state.step.augment.mixes else 1,
+        )
+        self.skips = SkipLog(strict=config.strict)
+        self.skips.note(state.progress.skipped)
+        self.compile = CompileChoice(config, state.progress.compiled)
+        self._save_s, self._save_steps = save_interval(config.save_every)
+        self._saved_at = time.monotonic()
+
+    def fit(self) -> None:
+        """Train until the last epoch, or until early stopping."""
+        progress = self.state.progress
+        while progress.epoch < self.num_epochs and not progress.finished:
+            if progress.epoch + 1 == self.state.config.unfreeze_epoch and not progress.epoch_step:
+                self.state.unfreeze()
+                self.watch.event(f"epoch {progress.epoch + 1}: training all parameters")
+            self._train_epoch()
+            self._close_epoch()
+        if not progress.finished:
+            progress.finished = True
+            self._save()
+
+    def _train_epoch(self) -> None:
+        progress, sampler = self.state.progress, self.sampler
+        self.watch.begin_epoch(
+            progress.epoch + 1, self.num_epochs, sampler.steps_per_epoch, progress.epoch_step
+        )
+        self.state.model.train()
+        hold_frozen(self.state.model, self.state.frozen)
+        self._meter = _Meter(self.state, self.watch)
+        for batch in self._batches():
+            self._step(batch)
+        self._meter.show(self.control)
+
+    def _batches(self) -> Iterator[Batch]:
+        """Yield the epoch's batches from where the run stands, timing the wait for each."""
+        loader = train_loader(
+            self.data.splits["train"],
+            self.transform,
+            self.sampler,
+            self.state.progress.epoch,
+            start_step=self.state.progress.epoch_step,
+            num_workers=self.num_workers,
+            pin_memory=self.state.step.device.type == "cuda",
+        )
+        while True:
+            waiting = time.perf_counter()
+            batch = next(loader, None)  # type: ignore[call-overload]
+            self._meter.wait_s += time.perf_counter() - waiting
+            if batch is None:
+                return
+            yield batch
+
+    def _step(self, batch: Batch) -> None:
+        """Agree with the other ranks on what this step is, do it, and save where it is due."""
+        progress, step = self.state.progress, self.state.step
+        began = time.perf_counter()
+        for message in self.skips.note(batch.skipped):
+            self.watch.event(f"skipped: {message}")
+        micro_batches = step.micro_batches(batch)
+        own = [float(len(micro)) for micro in micro_batches]
+        main = self.env.is_main
+        agreed = sum_over_ranks(
+            [*own, float(self.stop.number), float(main and self._save_due())], self.control
+        )
+        *counts, stop, save = (round(value) for value in agreed)
+        seed_step(self.state.config.seed, progress.step, self.env.rank)
+        lr = learning_rate(self.state.config, progress.step, self.sampler.steps_per_epoch)
+        try:
+            step.forward = self.compile.forward(self.state.model, len(batch), self.watch)
+            sums = step.run(micro_batches, counts, lr)
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise out_of_memory(step, batch, self.env.world) from None
+            raise
+        if self.state.average is not None and sum(counts):
+            self.state.average.update_parameters(self.state.model)
+        progress.step += 1
+        progress.epoch_step += 1
+        self._meter.add(sums, lr, self.control)
+        self.compile.timed(time.perf_counter() - began, self._steps_left(), self.control)
+        progress.compiled = self.compile.decided
+        if stop or save:
+            self._pause(stop)
+
+    def _steps_left(self) -> int:
+        return self.num_epochs * self.sampler.steps_per_epoch - self.state.progress.step
+
+    def _save_due(self) -> bool:
+        if self._save_steps:
+            return (self.state.progress.step + 1) % self._save_steps == 0
+        return time.monotonic() - self._saved_at > self._save_s
+
+    def _pause(self, stop: int) -> None:
+        """Save in mid-epoch; with `stop`, end the run here."""
+        self._meter.show(self.control)
+        self._save()
+        if stop:
+            progress = self.state.progress
+            where = f"epoch {progress.epoch + 1}, step {progress.step}"
+            self.watch.event(f"stopped in {where}; continue with: {resume_command(self.run)}")
+            raise Interrupted(f"stopped in {where}; saved", self.stop.number or 15)
+
+    def _save(self) -> None:
+        self._collect_skipped()
+        if self.env.is_main:
+            self.state.save(self.run)
+        self._saved_at = time.monotonic()
+        dist.barrier(self.control)
+
+    def _collect_skipped(self) -> None:
+        """Bring the ranks' broken images together."""
+        shares: list[list[str]] = [self.skips.messages]
+        if self.env.world > 1:
+            shares = [[] for _ in range(self.env.world)]
+            dist.all_gather_object(shares, self.skips.messages, group=self.control)
+        self.state.progress.skipped = sorted({text for share in shares for text in share})
+
+    def _close_epoch(self) -> None:
+        """Judge the model, keep the best, write the epoch's row, decide whether to go on."""
+        state, progress = self.state, self.state.progress
+        loss, correct, samples = progress.sums
+        lr = learning_rate(state.config, progress.step - 1, self.sampler.steps_per_epoch)
+        seconds = progress.epoch_seconds
+        progress.epoch += 1
+        row: dict[str, Any] = {
+            "epoch": progress.epoch,
+            "step": progress.step,
+            "lr": float(f"{lr:.6g}"),
+            "train_loss": loss / max(1.0, samples),
+            "train_top1": 100 * correct / max(1.0, samples),
+            "images_per_s": round(samples / max(seconds, 1e-9), 2),
+            "data_wait": round(self._meter.wait_s / max(self._meter.seconds, 1e-9), 4),
+            "seconds": round(seconds, 3),
+        }
+        metrics = self.evaluate("val").metrics
+        row |= {f"val_{key}": value for key, value in metrics.items()}
+        better = self._keep_best(metrics)
+        progress.sums, progress.epoch_step, progress.epoch_seconds = [0.0, 0.0, 0.0], 0, 0.0
+        self.watch.end_epoch(row)
+        patience = state.config.early_stop
+        if patience and not better and progress.epoch - progress.best_epoch >= patience:
+            self.watch.event(f"no better epoch since {progress.best_epoch}: stopping early")
+            progress.finished = True
+            self._save()
+
+    def _keep_best(self, metrics: dict[str, float]) -> bool:
+        progress = self.state.progress
+        top1, loss = metrics.get("top1", 0.0), metrics.get("loss", math.inf)
+        better = (top1, -loss) > (progress.best_top1, -progress.best_loss)
+        if better:
+            progress.best_top1, progress.best_loss = top1, loss
+            progress.best_epoch = progress.epoch
+            if self.env.is_main:
+                path = self.run / "weights" / "best.safetensors"
+                self.state.save_weights(path, metrics)
+        return better
+
+    def evaluate(self, split: str) -> Evaluation:
+        """Evaluate the judged model on a split, over all ranks."""
+        state, source = self.state, self.data.splits[split]
+        assert state.config.batch is not None
+        batches = eval_loader(
+            source,
+            state.card.preprocess,
+            batch_size=state.config.batch,
+            rank=self.env.rank,
+            world=self.env.world,
+            num_workers=self.num_workers,
+        )
+        evaluation = evaluate(
+            state.judged,
+            batches,
+            state.card.classes,
+            state.card.preprocess,
+            state.step.device,
+            group=self.control,
+            precision=state.config.precision,
+            channels_last=state.config.channels_last,
+        )
+        for message in self.skips.note(evaluation.skipped):
+            self.watch.event(f"skipped: {message}")
+        return evaluation
+
+
+class _Meter:
+    """Sums of an epoch; shown now and then, over all ranks."""
+
+    def __init__(self, state: TrainState, watch: Watch) -> None:
+        self._state, self._watch = state, watch
+        self._pending: Any = None
+        self._num_pending, self._lr = 0, 0.0
+        self._shown = time.perf_counter()
+        self._every = 1
+        self.wait_s = self.seconds = 0.0
+
+    def add(self, sums: Any, lr: float, control: dist.ProcessGroup) -> None:
+        """Add a step's sums; every so many steps, show what has come together."""
+        self._pending = sums if self._pending is None else self._pending + sums
+        self._num_pending, self._lr = self._num_pending + 1, lr
+        if self._num_pending >= self._every:
+            self.show(control)
+
+    def show(self, control: dist.ProcessGroup) -> None:
+        """Sum over the ranks, add to the run's progress, and tell the watch."""
+        if not self._num_pending:
+            return
+        synchronize(self._state.step.device)
+        now = time.perf_counter()
+        seconds, self._shown = now - self._shown, now
+        main_seconds = seconds if dist.get_rank() == 0 else 0.0
+        *sums, seconds = sum_over_ranks([*self._pending.tolist(), main_seconds], control)
+        progress = self._state.progress
+        progress.sums = [a + b for a, b in zip(progress.sums, sums, strict=True)]
+        progress.seconds += seconds
+        progress.epoch_seconds += seconds
+        self.seconds += seconds
+        step_ms = 1000 * seconds / self._num_pending
+        progress.step_ms = [*progress.step_ms[-199:], round(step_ms, 3)]
+        self._watch.step(
+            {
+                "step": progress.step,
+                "epoch": progress.epoch + 1,
+                "loss": sums[0] / max(1.0, sums[2]),
+                "top1": 100 * sums[1] / max(1.0, sums[2]),
+                "lr": self._lr,
+                "images_per_s": round(sums[2] / max(seconds, 1e-9), 2),
+            },
+            self._num_pending,
+        )
+        self._every = max(1, round(1000 * _SHOW_EVERY_S / max(step_ms, 1e-3)))
+        self._pending, self._num_pending = None, 0
+
+
+def median_step_ms(state: TrainState) -> float | None:
+    """Return the median milliseconds of a step, or None before the first."""
+    return statistics.median(state.progress.step_ms) if state.progress.step_ms else None
+
+
+def resume_command(run: Path) -> str:
+    """Return the command that continues `run`."""
+    return f"meshuffle train --resume {run}"

@@ -1,0 +1,119 @@
+"""Optimiser, learning rate, freezing and averaged weights: small parts without state of ours."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from meshuffle.errors import ConfigError, did_you_mean
+from meshuffle.models import classifier_of, layer_names
+from meshuffle.train.config import TrainConfig
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+    """Return the optimiser of the trainable parameters of `model`.
+
+    Weight decay acts on weights of two or more dims, never on norms and biases.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in trained)
+    lr = config.lr or 0.0
+    if config.optimizer == "sgd":
+        nesterov = config.momentum > 0
+        return SGD(groups, lr=lr, momentum=config.momentum, nesterov=nesterov, fused=fused)
+    kind = Adam if config.optimizer == "adam" else AdamW
+    return kind(groups, lr=lr, fused=fused)
+
+
+def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Return the learning rate of `step` (from 0): linear warm-up, then the schedule."""
+    assert config.lr is not None and config.epochs is not None
+    total = config.epochs * steps_per_epoch
+    warmup = min(round((config.warmup_epochs or 0) * steps_per_epoch), total - 1)
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, total - warmup)
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.schedule == "linear":
+        return config.lr * (1 - progress)
+    if config.schedule == "step":
+        falls = sum(step // steps_per_epoch >= epoch for epoch in config.step_epochs)
+        return config.lr * config.step_factor**falls
+    return config.lr
+
+
+def freeze(model: nn.Module, choice: str) -> list[str]:
+    """Freeze what `choice` says; returns the names of the modules that stay frozen.
+
+    Args:
+        choice: `none`, `backbone` (all but the classifier) or `until:LAYER` (the layers in
+            forward order up to and with LAYER).
+
+    Raises:
+        ConfigError: LAYER is not one of the model's.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    if choice == "none":
+        return []
+    if choice == "backbone":
+        heads = classifier_of(model)
+        kept = {id(p) for name in heads for p in _part(model, name).parameters()}
+        frozen = [name for name, module in model.named_modules() if _outside(module, kept)]
+    else:
+        frozen = _layers_until(model, choice.removeprefix("until:"))
+    for name in frozen:
+        _part(model, name).requires_grad_(False)
+    return frozen
+
+
+def _part(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name)
+
+
+def _outside(module: nn.Module, kept: set[int]) -> bool:
+    """Whether `module` has parameters or buffers, and no parameter that is kept."""
+    has_state = bool(module.state_dict())
+    return has_state and not any(id(p) in kept for p in module.parameters())
+
+
+def _layers_until(model: nn.Module, last: str) -> list[str]:
+    names = layer_names(model)
+    if last not in names:
+        raise ConfigError(
+            f"--freeze until:{last}: no such layer{did_you_mean(last, names)}; "
+            f"layers in order: {', '.join(names)}"
+        )
+    return names[: names.index(last) + 1]
+
+
+def hold_frozen(model: nn.Module, frozen: list[str]) -> None:
+    """Put frozen modules into eval mode, so that their batch statistics stay as they are."""
+    for name in frozen:
+        _part(model, name).eval()
+
+
+def average(model: nn.Module, decay: float) -> AveragedModel:
+    """Return the exponential moving average of `model`, buffers too.
+
+    The average starts as a copy; the decay of the first steps is as given (no ramp).
+    """
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor | None:
+    """Scale all gradients so that their global norm is at most `max_norm`; 0 does nothing."""
+    if not max_norm:
+        return None
+    trained = [p for p in model.parameters() if p.grad is not None]
+    return torch.nn.utils.clip_grad_norm_(trained, max_norm)

@@ -1,0 +1,133 @@
+"""The main path of one rank: from a run folder to its report.
+
+`python -m meshuffle.train.rank RUN` is what torchrun starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from meshuffle.data import auto_workers, open_data
+from meshuffle.dist.device import keep_freed_pages, pick_device
+from meshuffle.dist.group import RankEnv, process_group, rank_env
+from meshuffle.dist.launch import record_failure
+from meshuffle.errors import Interrupted, MeshuffleError
+from meshuffle.planner.plan import read_plan
+from meshuffle.train.checkpoint import locked
+from meshuffle.train.config import TrainConfig, read_config
+from meshuffle.train.files import write_json
+from meshuffle.train.loop import Loop, median_step_ms
+from meshuffle.train.report import write_report
+from meshuffle.train.run import threads_per_rank
+from meshuffle.train.signals import stop_requests
+from meshuffle.train.state import TrainState, build_state, make_card
+from meshuffle.train.watch import SilentWatch, Watch, watch_run
+from meshuffle.train.weights import load_model
+
+
+def train_rank(run: Path) -> dict[str, Any]:
+    """Train as one rank of the plan of `run`, from its newest checkpoint if there is one.
+
+    Returns the content of `result.json`, which the main rank also writes.
+    """
+    keep_freed_pages()
+    config, plan = TrainConfig(**read_config(run / "config.toml")), read_plan(run / "plan.json")
+    env = rank_env() or RankEnv()
+    device = pick_device(config.device, env.local_rank)
+    if device.type == "cpu":
+        torch.set_num_threads(threads_per_rank(plan, env.local_world))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(deterministic_algorithms(config.deterministic))
+        if env.is_main:
+            stack.enter_context(locked(run))
+        stop = stack.enter_context(stop_requests())
+        group = stack.enter_context(process_group(env, device))
+        control = dist.new_group(backend="gloo")
+        data = open_data(config.data, need=("train", "val"))
+        card = make_card(config, data)
+        state, lines = build_state(config, plan, card, env, device, group)
+        resumed = any((run / "state").glob("step-*"))
+        if resumed:
+            state.restore(run)
+            lines = [f"resumed at epoch {state.progress.epoch + 1}, step {state.progress.step}"]
+        watch = stack.enter_context(_watch(run, state, env))
+        for line in lines:
+            watch.event(line)
+        workers = config.workers
+        if workers is None:
+            workers = auto_workers(data.splits["train"], env.local_world)
+        loop = Loop(run, state, data, env, control, watch, stop, workers)
+        loop.fit()
+        return _finish(run, loop, env)
+
+
+def _watch(
+    run: Path, state: TrainState, env: RankEnv
+) -> contextlib.AbstractContextManager[Watch]:
+    if not env.is_main:
+        return contextlib.nullcontext(SilentWatch())
+    progress = state.progress
+    quiet = os.environ.get("MESHUFFLE_QUIET_STDOUT") == "1"
+    return watch_run(
+        run, first_step=progress.step, first_epoch=progress.epoch + 1, quiet=quiet
+    )
+
+
+def _finish(run: Path, loop: Loop, env: RankEnv) -> dict[str, Any]:
+    """Evaluate the best weights on val and test, write `result.json` and the report."""
+    state = loop.state
+    best, card = load_model(run, model=state.config.model)
+    state.judged.load_state_dict(best.state_dict())
+    evaluations = {s: loop.evaluate(s) for s in ("val", "test") if s in loop.data.splits}
+    result = {
+        "splits": {split: e.metrics for split, e in evaluations.items()},
+        "num_samples": {split: e.num_samples for split, e in evaluations.items()},
+        "best_epoch": state.progress.best_epoch,
+        "skipped_inputs": len(state.progress.skipped),
+        "skipped": state.progress.skipped,
+        "measured_step_ms": median_step_ms(state),
+        "seconds": round(state.progress.seconds, 3),
+    }
+    if env.is_main:
+        write_json(run / "result.json", result)
+        split = list(evaluations)[-1]
+        write_report(run, evaluations[split], loop.data.splits[split], card)
+    dist.barrier(loop.control)
+    return result
+
+
+@contextlib.contextmanager
+def deterministic_algorithms(wanted: bool):  # type: ignore[no-untyped-def]
+    """Make torch refuse operations that do not repeat, for the length of a `with` block."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def main() -> int:
+    """Run as one of torchrun's ranks; the exit code says how it ended."""
+    try:
+        train_rank(Path(sys.argv[1]))
+    except Interrupted as stopped:
+        return stopped.exit_code
+    except MeshuffleError as error:
+        record_failure(error)
+        return error.exit_code
+    except Exception as error:
+        record_failure(error)
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""From settings to a run folder, and from a run folder to ranks that train.
+
+    prepare ──▶ run folder: config.toml, plan.json, env.json ──▶ launch ──▶ train_rank (rank.py)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from meshuffle.data import Data, augmentation_for, open_data
+from meshuffle.dist.device import num_accelerators, num_cores
+from meshuffle.dist.group import RankEnv
+from meshuffle.dist.launch import torchrun
+from meshuffle.errors import PlanError, RunError
+from meshuffle.planner.plan import Plan, parse_plan, read_plan
+from meshuffle.train.candidates import fastest_plan
+from meshuffle.train.config import Origin, TrainConfig, read_config, resolve, to_toml
+from meshuffle.train.files import write_json, write_text
+from meshuffle.train.state import augment_values, make_card
+from meshuffle.train.watch import environment
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A run folder that is ready to train, its plan, and how long a step should take."""
+
+    run: Path
+    plan: Plan
+    lines: tuple[str, ...] = ()
+
+
+def prepare(
+    config: TrainConfig, origins: Mapping[str, Origin], env: RankEnv | None = None
+) -> Prepared:
+    """Check everything that can be checked, choose what was left open, make the run folder.
+
+    Args:
+        config: as given; Nones are resolved here.
+        origins: where each value came from, by field name.
+        env: the ranks that a launcher has started, or None.
+
+    Raises:
+        InputError: the data, the model, the plan or a setting is wrong.
+    """
+    data = open_data(config.data, need=("train", "val"))
+    resolved = resolve_for(config, data)
+    card = make_card(resolved, data)
+    plan, lines = _choose_plan(resolved, len(card.classes), env)
+    origins = {
+        name: origins.get(name, "chosen" if getattr(config, name) != value else "default")
+        for name, value in vars(resolved).items()
+    }
+    resolved = dataclasses.replace(resolved, plan=str(plan))
+    run = make_run_folder(resolved)
+    write_text(run / "config.toml", to_toml(resolved, origins))
+    write_json(run / "plan.json", plan.to_dict())
+    write_json(run / "env.json", environment())
+    return Prepared(run, plan, tuple(lines))
+
+
+def reopen(run: Path, env: RankEnv | None = None) -> Prepared:
+    """Return what `prepare` returned for an existing run folder, to continue it.
+
+    Raises:
+        RunError: not a run folder; PlanError: other ranks than the run was made for.
+    """
+    if not (run / "config.toml").is_file():
+        raise RunError(f"{run}: no config.toml in it; is it a run folder?")
+    read_config(run / "config.toml")
+    plan = read_plan(run / "plan.json")
+    _check_ranks(plan, env)
+    return Prepared(run, plan)
+
+
+def resolve_for(config: TrainConfig, data: Data) -> TrainConfig:
+    """Return `config` with every open value chosen for `data`."""
+    augment = augment_values(augmentation_for(data))
+    return resolve(config, len(data.splits["train"]), data.input_size, augment)
+
+
+def launch(prepared: Prepared, module: str = "meshuffle.train.rank") -> None:
+    """Train: in this process where the plan has one rank, else in ranks started by torchrun."""
+    from meshuffle.train.rank import train_rank
+
+    if prepared.plan.num_ranks == 1:
+        train_rank(prepared.run)
+    else:
+        threads = threads_per_rank(prepared.plan)
+        torchrun(module, [str(prepared.run)], prepared.plan.num_ranks, threads=threads)
+
+
+def threads_per_rank(plan: Plan, local_world: int | None = None) -> int:
+    """Return the plan's threads, or an even share of this host's cores, at least 1."""
+    return plan.threads or max(1, num_cores() // (local_world or plan.num_ranks))
+
+
+def _choose_plan(
+    config: TrainConfig, num_classes: int, env: RankEnv | None
+) -> tuple[Plan, list[str]]:
+    """Return the plan, and lines to print."""
+    assert config.batch is not None
+    if config.plan != "auto":
+        plan = parse_plan(config.plan)
+        _check_supported(plan)
+        _check_ranks(plan, env)
+        if plan.dp > config.batch:
+            raise PlanError(
+                f"plan {plan}: {plan.dp} ranks share a batch of {config.batch}; "
+                f"use --batch {plan.dp} or more, or a smaller dp"
+            )
+        return plan, []
+    if env is not None:
+        return Plan(dp=env.world), [f"plan dp={env.world}: the ranks that were launched"]
+    return fastest_plan(config, num_classes, num_cores(), num_accelerators())
+
+
+def _check_supported(plan: Plan) -> None:
+    """Refuse what a later version will do."""
+    if plan.tp > 1 or plan.pp > 1 or plan.mb:
+        raise PlanError(f"plan {plan}: tensor and pipeline parallel do not exist yet; use dp=N")
+    if plan.dp_kind == "shard":
+        raise PlanError(f"plan {plan}: sharded states do not exist yet; use dp={plan.dp}")
+
+
+def _check_ranks(plan: Plan, env: RankEnv | None) -> None:
+    if env is not None and plan.num_ranks != env.world:
+        raise PlanError(
+            f"plan {plan} has {plan.num_ranks} ranks, but the launcher started {env.world}"
+        )
+
+
+def make_run_folder(config: TrainConfig) -> Path:
+    """Make and return the run folder: `--out`, or the first free runs/MODEL-DATA-N.
+
+    Raises:
+        RunError: `--out` exists and is not empty, or cannot be made.
+    """
+    try:
+        if config.out is not None:
+            return _make_given(Path(config.out).expanduser().resolve())
+        name = re.sub(r"[^\w.-]+", "_", f"{config.model}-{_data_name(config.data)}").strip("_")
+        number = 1
+        while True:
+            run = Path.cwd() / "runs" / f"{name}-{number}"
+            try:
+                run.mkdir(parents=True)
+                return run
+            except FileExistsError:
+                number += 1
+    except OSError as error:
+        where = error.filename or config.out
+        raise RunError(f"cannot make the run folder {where}: {error.strerror}") from None
+
+
+def _make_given(run: Path) -> Path:
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise RunError(
+            f"--out {run}: exists already; choose another folder, or continue that run with "
+            f"--resume {run}"
+        )
+    run.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+def _data_name(data: str) -> str:
+    prefix, _, path = data.rpartition(":")
+    return Path(path).expanduser().resolve().name if "/" in path or path == "." else prefix or path

@@ -1,0 +1,122 @@
+"""One training step of one rank: micro-batches, one gradient over all ranks, one update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from meshuffle.data import AugmentConfig, Batch, Preprocess, mix_batch, shard_bounds
+from meshuffle.dist.device import Precision, autocast
+from meshuffle.parallel.data_parallel import DataParallel
+from meshuffle.train.optim import clip_gradients
+from meshuffle.train.task import Classify
+
+
+@dataclass
+class Step:
+    """What a step needs; `forward` is the model, compiled or not.
+
+    The loss of a step is the mean over all ranks' valid samples, so a sample weighs the same in
+    an uneven last batch, with an unreadable neighbour, or on any number of ranks.
+    """
+
+    model: nn.Module
+    forward: Callable[[Tensor], Tensor]
+    optimizer: Optimizer
+    parallel: DataParallel
+    task: Classify
+    preprocess: Preprocess
+    augment: AugmentConfig
+    device: torch.device
+    precision: Precision = "float32"
+    channels_last: bool = True
+    num_micro_batches: int = 1
+    clip_norm: float = 0.0
+
+    def micro_batches(self, batch: Batch) -> list[Batch]:
+        """Cut this rank's batch by position; a broken image shortens its own micro-batch only."""
+        if self.num_micro_batches == 1:
+            return [batch]
+        nominal = len(batch) + len(batch.skipped)
+        unit = 2 if self.augment.mixes else 1
+        bounds = shard_bounds(nominal, self.num_micro_batches, unit)
+        return [_select(batch, start, stop) for start, stop in bounds]
+
+    def run(self, micro_batches: list[Batch], counts: list[int], lr: float) -> Tensor:
+        """Do one step; returns [loss sum, correct, samples] of this rank, float64 (3,).
+
+        Args:
+            micro_batches: this rank's, possibly empty ones.
+            counts: valid samples of each micro-batch over all ranks.
+            lr: learning rate.
+        """
+        total, sums = sum(counts), torch.zeros(3, dtype=self._sum_dtype, device=self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        used = [i for i, count in enumerate(counts) if count]
+        for i in used:
+            if i == used[-1]:
+                self.parallel.expect_last_backward()
+            sums += self._forward_backward(micro_batches[i], total)
+        if used:
+            self.parallel.reduce_gradients()
+            self._update(lr)
+        return sums
+
+    def _update(self, lr: float) -> None:
+        if self.parallel.updates_here:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            clip_gradients(self.model, self.clip_norm)
+            self.optimizer.step()
+        self.parallel.share_update()
+
+    def _forward_backward(self, batch: Batch, total: int) -> Tensor:
+        x_NCHW, targets = self._inputs(batch)
+        with autocast(self.device, self.precision):
+            logits_NC = self.forward(x_NCHW)
+        loss_sum = self.task.loss_sum(logits_NC, targets)
+        (loss_sum / total).backward()
+        with torch.no_grad():
+            correct = self.task.num_correct(logits_NC, targets)
+            values = [loss_sum.detach(), correct, torch.full_like(loss_sum, len(batch))]
+            return torch.stack([value.to(self._sum_dtype) for value in values])
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        x_NCHW = self.preprocess.normalise(batch.images.to(self.device, non_blocking=True))
+        targets = batch.labels.to(self.device, non_blocking=True)
+        if self.augment.mixes:
+            x_NCHW, targets = mix_batch(
+                x_NCHW,
+                targets,
+                self.task.num_classes,
+                self.augment,
+                batch.draws,
+                batch.positions,
+            )
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return x_NCHW.contiguous(memory_format=layout), targets
+
+    @property
+    def _sum_dtype(self) -> torch.dtype:
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
+
+def _select(batch: Batch, start: int, stop: int) -> Batch:
+    """Return the samples whose position is in start … stop − 1, their positions from 0 on."""
+    inside = (batch.positions >= start) & (batch.positions < stop)
+    fields = (batch.images, batch.labels, batch.indices, batch.draws, batch.positions - start)
+    return Batch(*(field[inside] for field in fields), skipped=[])
+
+
+def sum_over_ranks(values: list[float], group: dist.ProcessGroup) -> list[float]:
+    """Return the element-wise sums of small host values over the ranks of a CPU group."""
+    if dist.get_world_size(group) == 1:
+        return values
+    vector = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(vector, group=group)
+    return vector.tolist()

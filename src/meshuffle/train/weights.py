@@ -1,0 +1,189 @@
+"""Weights and the card that travels with them, in one safetensors file.
+
+The card (JSON in the file's metadata) says which model the tensors belong to, its classes and
+its preprocessing: all that `eval`, `predict`, `export` and `serve` need. Reading it runs no
+code; a model named `package.module:function` is rebuilt only when the caller repeats the name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from meshuffle.data import Preprocess
+from meshuffle.errors import ModelError, RunError
+from meshuffle.models import create_model
+from meshuffle.train.files import replaced
+
+_KEY = "meshuffle"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the tensors of a weights file are.
+
+    Attributes:
+        model: the registry's name; `knobs`: what it was built with besides `num_classes`.
+        task: `classify`.
+        classes: names in the order of the outputs; `titles`: readable names, where known.
+        preprocess: from an image to the input.
+        data: the text of the DATA argument that it was trained on.
+        epoch: finished epochs; `metrics`: those of the validation split at that point.
+    """
+
+    model: str
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+    task: str = "classify"
+    knobs: dict[str, Any] = field(default_factory=dict)
+    titles: dict[str, str] = field(default_factory=dict)
+    data: str = ""
+    epoch: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return the card as one line of JSON."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return json.dumps({**values, "preprocess": self.preprocess.to_dict()})
+
+    @classmethod
+    def from_json(cls, text: str) -> Card:
+        """Return the card that `to_json` wrote; keys of a later version are left out."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        values = {k: v for k, v in json.loads(text).items() if k in known}
+        values["preprocess"] = Preprocess.from_dict(values["preprocess"])
+        return cls(**{**values, "classes": tuple(values["classes"])})
+
+
+def save_weights(path: Path, tensors: Mapping[str, Tensor], card: Card) -> None:
+    """Write `tensors` (a `state_dict`) and `card` to `path`; the old file lives until it is whole."""
+    plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    with replaced(path) as temporary:
+        save_file(_without_aliases(plain), temporary, metadata={_KEY: card.to_json()})
+
+
+def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that share storage with an earlier one; safetensors refuses them."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() in seen:
+            tensors[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    return tensors
+
+
+def find_weights(target: Path) -> Path:
+    """Return the weights file that `target` means: itself, or the best one of a run folder.
+
+    Raises:
+        RunError: nothing there, with what was looked for.
+    """
+    if target.is_file():
+        return target
+    if not target.exists():
+        raise RunError(f"{target}: no such run folder or weights file")
+    for name in ("best", "last"):
+        if (path := target / "weights" / f"{name}.safetensors").is_file():
+            return path
+    raise RunError(f"{target}: no weights/best.safetensors in it; is it a run folder?")
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], Card | None]:
+    """Return the tensors of a weights file, and its card where it has one.
+
+    Takes safetensors, and `torch.save` files of plain tensors (`weights_only=True`).
+
+    Raises:
+        RunError: the file is broken, or holds something other than tensors.
+    """
+    if path.suffix != ".safetensors":
+        return _read_torch(path), None
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{path}: not a readable safetensors file ({error})") from None
+    return tensors, Card.from_json(text) if text else None
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    import pickle
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunError(f"{path}: not a readable weights file ({reason})") from None
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not content:
+        raise RunError(f"{path}: expected a state_dict, found {type(content).__name__}")
+    tensors = {k.removeprefix("module."): v for k, v in content.items() if isinstance(v, Tensor)}
+    if not tensors:
+        raise RunError(f"{path}: no tensors in it")
+    return tensors
+
+
+def load_model(target: Path, model: str | None = None) -> tuple[nn.Module, Card]:
+    """Rebuild the model of a run folder or a weights file, in eval mode, with its card.
+
+    Args:
+        target: a run folder or a file that `save_weights` wrote.
+        model: repeats the name of a `package.module:function` model, to allow its import.
+
+    Raises:
+        RunError: the file is missing, broken or has no card.
+        ModelError: the tensors do not fit the model, or the name must be repeated.
+    """
+    path = find_weights(target)
+    tensors, card = read_weights(path)
+    if card is None:
+        raise RunError(f"{path}: plain weights without a card; only files of a run work here yet")
+    network = build_model(card, model)
+    missing, unexpected, reshaped = load_matching(network, tensors)
+    if missing or unexpected or reshaped:
+        raise ModelError(
+            f"{path} does not fit {card.model}: {_listed('missing', missing)}"
+            f"{_listed('unexpected', unexpected)}{_listed('other shape', reshaped)}"
+        )
+    return network.eval(), card
+
+
+def _listed(what: str, names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{what} {', '.join(names[:3])}{more}; " if names else ""
+
+
+def build_model(card: Card, model: str | None = None) -> nn.Module:
+    """Build the card's model with random weights; see `load_model` for `model`."""
+    prefix = card.model.partition(":")[0] if ":" in card.model else None
+    if prefix not in (None, "torchvision", "timm", "transformers") and model != card.model:
+        raise ModelError(
+            f"the weights belong to {card.model}, which is code outside Meshuffle; "
+            f"to run it, repeat its name: --model {card.model}"
+        )
+    return create_model(card.model, num_classes=len(card.classes), seed=0, **card.knobs)
+
+
+def load_matching(
+    model: nn.Module, tensors: Mapping[str, Tensor]
+) -> tuple[list[str], list[str], list[str]]:
+    """Copy the tensors that fit into `model`; return the names (missing, unexpected, reshaped)."""
+    own = model.state_dict()
+    missing = [name for name in own if name not in tensors]
+    unexpected = [name for name in tensors if name not in own]
+    shared = [name for name in tensors if name in own]
+    reshaped = [name for name in shared if tensors[name].shape != own[name].shape]
+    fitting = {name: tensors[name] for name in shared if name not in reshaped}
+    model.load_state_dict(fitting, strict=False)
+    return missing, unexpected, reshaped

@@ -1,0 +1,129 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from meshuffle.data import check_data
+from meshuffle.errors import DataError
+
+
+@pytest.fixture
+def troubled(make_folder):
+    """One of each trouble: a leak, a copy, a broken file, strange files, a missing class."""
+    root = make_folder({"train/a": 4, "train/b": 2, "train/c": 1, "val/a": 2, "val/b": 1})
+    shutil.copy(root / "train/a/000.png", root / "val/a/leak.png")
+    shutil.copy(root / "train/b/000.png", root / "train/b/copy.png")
+    (root / "val/b/broken.jpg").write_text("404")
+    (root / "val/b/empty1.jpg").touch()
+    (root / "val/b/empty2.jpg").touch()
+    (root / "train/a/notes.txt").touch()
+    (root / "train/.hidden.png").touch()
+    Image.new("RGB", (1, 1)).save(root / "train/c/dot.png")
+    return root
+
+
+def test_everything_is_found(troubled):
+    report = check_data(str(troubled))
+    assert report.counts == {
+        "train": {"a": 4, "b": 3, "c": 2},
+        "val": {"a": 3, "b": 4, "c": 0},
+    }
+    assert report.absent == {"val": ("c",)}
+    reasons = dict(report.unreadable)
+    assert "not a JPEG" in reasons[str(troubled / "val/b/broken.jpg")]
+    assert "empty file" in reasons[str(troubled / "val/b/empty1.jpg")]
+    assert len(reasons) == 3
+    assert report.leaks == ((str(troubled / "train/a/000.png"), str(troubled / "val/a/leak.png")),)
+    assert [names[1] for names in report.repeated] == [str(troubled / "train/b/copy.png")]
+    assert set(report.ignored) == {"train/a/notes.txt", "train/.hidden.png"}
+    assert (report.smallest, report.largest) == ((1, 1), (12, 10))
+    assert report.imbalance == 2.0
+    assert not report.ok
+    assert len(report.problems()) == 3
+
+
+def test_report_as_text_and_json(troubled):
+    report = check_data(str(troubled))
+    text = report.render()
+    for part in ("val lacks 1 classes: c", "1×1 … 12×10", "broken.jpg: not a JPEG", "leak.png"):
+        assert part in text
+    stored = json.loads(json.dumps(report.to_dict()))
+    assert stored["counts"]["train"]["a"] == 4
+    assert len(stored["problems"]) == 3
+
+
+def test_classes_that_only_val_has(make_folder):
+    report = check_data(str(make_folder({"train/a": 1, "train/b": 1, "val/z": 1})))
+    assert report.absent == {"train": ("z",), "val": ("a", "b")}
+    assert report.imbalance is None
+
+
+def test_a_flat_folder_is_looked_at_whole(make_folder):
+    root = make_folder({"a": 3, "b": 5})
+    shutil.copy(root / "a/000.png", root / "b/same.png")
+    report = check_data(str(root))
+    assert report.counts == {"train": {"a": 3, "b": 6}}
+    assert len(report.repeated) == 1 and report.leaks == ()
+    assert report.ok and "no problem found" in report.render()
+
+
+def test_one_class_is_a_problem_and_no_error(make_folder):
+    report = check_data(str(make_folder({"a": 2})))
+    assert "only 1 class; a classifier needs two or more" in report.problems()
+
+
+def test_long_lists_are_cut(make_folder):
+    root = make_folder({"a": 2, "b": 2})
+    for i in range(25):
+        (root / "a" / f"x{i:02}.txt").touch()
+    text = check_data(str(root)).render()
+    assert "ignored files: 25" in text and "… and 15 more" in text
+    assert "x09.txt" in text and "x10.txt" not in text
+
+
+def test_digits_in_memory():
+    report = check_data("digits")
+    assert sum(sum(counts.values()) for counts in report.counts.values()) == 1797
+    assert report.smallest == report.largest == (8, 8)
+    assert report.leaks == () and report.ok
+
+
+def test_progress_counts_every_image(make_folder):
+    calls = []
+    check_data(str(make_folder({"a": 3, "b": 4})), progress=lambda *call: calls.append(call))
+    assert calls == [(i, 7) for i in range(1, 8)]
+
+
+def test_grid(make_folder, tmp_path):
+    root = make_folder({"a": 12, "b": 2})
+    (root / "a" / "000.png").write_text("broken")
+    Image.new("RGB", (1, 3000), "red").save(root / "b" / "strip.png")
+    (root / "日本").mkdir()
+    shutil.copy(root / "b/000.png", root / "日本")
+    report = check_data(str(root), grid_path=tmp_path / "new" / "grid.png")
+    grid = Image.open(tmp_path / "new" / "grid.png")
+    assert grid.size == (140 + 8 * 100 + 4, 3 * 100 + 4)
+    assert report.grid == str(tmp_path / "new" / "grid.png")
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["grid.png"]
+    cells = np.asarray(grid)
+    assert cells[4:100, 140:940].std() > 10  # images in the first row
+    assert cells[104:200, 440:940].min() == 255  # the second row has three
+
+
+def test_grid_that_cannot_be_written(make_folder, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"cannot write .*grid\.png"):
+        check_data(str(make_folder({"a": 1, "b": 1})), grid_path=tmp_path / "file" / "grid.png")
+
+
+def test_no_data_set_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="no class folders"):
+        check_data(str(tmp_path))
+
+
+def test_real_photographs(hymenoptera):
+    report = check_data(str(hymenoptera))
+    assert report.counts["train"] == {"ants": 124, "bees": 121}
+    assert report.unreadable == ()

@@ -1,0 +1,92 @@
+import pytest
+
+import meshuffle.data
+from meshuffle.data import OPENERS, open_data
+from meshuffle.errors import DataError
+
+
+def error_of(spec: str) -> str:
+    with pytest.raises(DataError) as caught:
+        open_data(spec)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["coco", "voc", "yolo", "masks", "csv", "json", "text", "hf"])
+def test_formats_of_later_tasks(prefix):
+    assert error_of(f"{prefix}:somewhere").startswith(f"{prefix}: data comes with its task")
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("cifar:x", "unknown data format 'cifar' in 'cifar:x'; did you mean 'cifar10'?"),
+        ("what:x", "known: cifar10:, fashion-mnist:, folder:, imagenet:, mnist:"),
+        ("mnist:", "'mnist:' lacks its path: mnist:PATH"),
+        ("mnist", "'mnist' lacks its path: mnist:PATH"),
+        ("digits8", "no such folder or data set: digits8; did you mean 'digits'?"),
+        ("imagent", "did you mean 'imagenet'?"),
+        ("/no/such/place", "no such folder: /no/such/place"),
+        ("cifar10:/no/such/place", "no such folder: /no/such/place"),
+        ("", "the name of the data set is empty"),
+    ],
+)
+def test_misspelt(spec, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert text in error_of(spec)
+
+
+def test_a_folder_with_a_colon_in_its_name(make_folder):
+    root = make_folder({"a": 2, "b": 2})
+    root.rename(root.with_name("day:1"))
+    assert open_data(str(root.with_name("day:1"))).classes == ("a", "b")
+
+
+def test_a_folder_called_like_a_data_set(make_folder, monkeypatch):
+    root = make_folder({"a": 2, "b": 2})
+    root.rename(root.with_name("mnist"))
+    monkeypatch.chdir(root.parent)
+    assert open_data("mnist").classes == ("a", "b")
+    assert open_data("folder:mnist").spec == "folder:mnist"
+
+
+def test_home_folder(make_folder, monkeypatch):
+    root = make_folder({"a": 2, "b": 2})
+    monkeypatch.setenv("HOME", str(root.parent))
+    assert open_data("~/photos").classes == ("a", "b")
+
+
+def test_table_of_formats():
+    assert sorted(OPENERS) == ["cifar10", "fashion-mnist", "folder", "imagenet", "mnist"]
+
+
+def test_public_names():
+    assert meshuffle.data.__all__ == [
+        "OPENERS",
+        "ArraySource",
+        "AugmentConfig",
+        "Batch",
+        "CheckReport",
+        "Data",
+        "EpochSampler",
+        "EvalTransform",
+        "ImageSource",
+        "Preprocess",
+        "SampleKey",
+        "SkipLog",
+        "TrainTransform",
+        "View",
+        "augmentation_for",
+        "auto_workers",
+        "build_train_transform",
+        "check_data",
+        "decode_image",
+        "eval_loader",
+        "mix_batch",
+        "open_data",
+        "relabel",
+        "shard_bounds",
+        "subset",
+        "train_loader",
+    ]
+    assert all(hasattr(meshuffle.data, name) for name in meshuffle.data.__all__)

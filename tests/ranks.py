@@ -1,0 +1,52 @@
+"""Run a function as several ranks on this machine, for tests."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from meshuffle.dist.group import RankEnv, process_group
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
+    """Return what `function(group, *arguments)` returned on each rank; picklable values."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(
+            _rank,
+            (world, free_port(), folder, function, arguments),
+            nprocs=world,
+            start_method="spawn",
+        )
+        return [
+            torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)
+        ]
+
+
+def _rank(
+    rank: int,
+    world: int,
+    port: int,
+    folder: str,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with process_group(RankEnv(rank, world, rank, world), torch.device("cpu"), 60) as group:
+        result = function(group, *arguments)
+        dist.barrier(group)
+    torch.save(result, Path(folder) / f"{rank}.pt")
