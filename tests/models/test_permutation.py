@@ -209,3 +209,25 @@ def test_repr_names_how_it_runs():
     assert "(2, 3)" in repr(ChannelShuffle(6, 3, "inverse"))
     assert "index" in repr(ChannelShuffle(6, 3, "random"))
     assert "identity" in repr(ChannelShuffle(6, 1, "paper"))
+
+
+@pytest.mark.parametrize("half", [6, 7])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_halves_of_the_join_and_their_gradients(half: int, layout: torch.memory_format) -> None:
+    """The fast path (channels-last, even) and the plain one say the same as join and chunk."""
+    shuffle = ChannelShuffle(2 * half, 2)
+    inputs = [
+        torch.randn(2, half, 3, 4, dtype=torch.float64).contiguous(memory_format=layout)
+        for _ in range(2)
+    ]
+    weights = torch.randn(2, 2 * half, 3, 4, dtype=torch.float64)
+
+    def run(halves: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        a, b = (x.clone().requires_grad_() for x in inputs)
+        y = torch.cat(shuffle.join_halves(a, b), 1) if halves else shuffle.join(a, b)
+        (y * weights).sum().backward()
+        return y.detach(), [a.grad, b.grad]
+
+    (y, grads), (expected, expected_grads) = run(True), run(False)
+    assert torch.equal(y, expected)
+    assert all(torch.equal(g, e) for g, e in zip(grads, expected_grads, strict=True))

@@ -27,7 +27,7 @@ def make_model() -> nn.Module:
 
 def make_batch(batch: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn(batch, 3, 32, 32, generator=generator, dtype=torch.float64)
+    x = torch.randn(batch, 3, 64, 64, generator=generator, dtype=torch.float64)
     return x, torch.randint(0, NUM_CLASSES, (batch,), generator=generator)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from cyclopts import App, CycloptsError
 
+from meshuffle.dist.launch import be_a_good_neighbour
 from meshuffle.errors import Interrupted, MeshuffleError
 
 _VERBS = ("doctor", "models", "data", "train", "evaluate", "predict", "export")
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code (errors.py says which)."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in tokens
+    be_a_good_neighbour()
     try:
         if tokens and tokens[0] in _LATER:
             return _fail(f"'{tokens[0]}' does not exist yet; it comes with {_LATER[tokens[0]]}", 2)

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from meshuffle.errors import ModelError, did_you_mean
 
@@ -176,6 +177,19 @@ class ChannelShuffle(nn.Module):
             return torch.stack((a_NHWD, b_NHWD), dim=4).flatten(3).permute(0, 3, 1, 2)
         return torch.stack((a_NDHW, b_NDHW), dim=2).flatten(1, 2)
 
+    def join_halves(self, a_NDHW: Tensor, b_NDHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the two halves of `join(a, b)`, each whole in memory.
+
+        What follows (convolutions, batch norms and all their gradients) is then free of strided
+        slices; in channels-last that saves a tenth of a training step on CPU.
+        """
+        plain = self.rows == 2 and not self.is_identity and a_NDHW.shape[1] % 2 == 0
+        if plain and _is_channels_last(b_NDHW) and not torch.compiler.is_compiling():
+            halves: tuple[Tensor, Tensor] = _Interleave.apply(a_NDHW, b_NDHW)
+            return halves
+        first, second = self.join(a_NDHW, b_NDHW).chunk(2, dim=1)
+        return first, second
+
     def split(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Return the two halves of `forward(x)`, as views where the permutation allows it.
 
@@ -192,6 +206,41 @@ class ChannelShuffle(nn.Module):
         """Say the number of channels and how the permutation runs."""
         how = "index" if self.rows is None else f"({self.rows}, {self.num_channels // self.rows})"
         return f"{self.num_channels}, {'identity' if self.is_identity else how}"
+
+
+class _Interleave(Function):
+    """(a, b) → the halves of a₀ b₀ a₁ b₁ …, in channels-last; gradients come back whole too."""
+
+    @staticmethod
+    def forward(ctx: Any, a_NDHW: Tensor, b_NDHW: Tensor) -> tuple[Tensor, Tensor]:
+        middle = a_NDHW.shape[1] // 2
+        parts = (slice(0, middle), slice(middle, None))
+        first, second = (_alternate(a_NDHW[:, part], b_NDHW[:, part]) for part in parts)
+        return first, second
+
+    @staticmethod
+    def backward(ctx: Any, *grads_NDHW: Tensor) -> tuple[Tensor, Tensor]:
+        a_NDHW, b_NDHW = (_halves_of(grads_NDHW, start) for start in (0, 1))
+        return a_NDHW, b_NDHW
+
+
+def _alternate(even_NEHW: Tensor, odd_NEHW: Tensor) -> Tensor:
+    """Return a new channels-last tensor with `even` at channels 0, 2, … and `odd` at 1, 3, …"""
+    batch, num_even, height, width = even_NEHW.shape
+    y_NHWD = even_NEHW.new_empty(batch, height, width, 2 * num_even)
+    y_NDHW = y_NHWD.permute(0, 3, 1, 2)
+    y_NDHW[:, 0::2], y_NDHW[:, 1::2] = even_NEHW, odd_NEHW
+    return y_NDHW
+
+
+def _halves_of(grads_NDHW: tuple[Tensor, ...], start: int) -> Tensor:
+    """Return channels start, start + 2, … of both gradients, one behind the other."""
+    batch, num_channels, height, width = grads_NDHW[0].shape
+    middle = num_channels // 2
+    y_NHWD = grads_NDHW[0].new_empty(batch, height, width, num_channels)
+    y_NDHW = y_NHWD.permute(0, 3, 1, 2)
+    y_NDHW[:, :middle], y_NDHW[:, middle:] = (grad[:, start::2] for grad in grads_NDHW)
+    return y_NDHW
 
 
 def _is_channels_last(x_NCHW: Tensor) -> bool:

@@ -135,15 +135,35 @@ class ShuffleUnitV2(nn.Module):
         self.drop_path = StochasticDepth(drop_path, "row") if drops else nn.Identity()
         self.shuffle = ChannelShuffle(out_channels, 2, permutation, seed)
 
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Return (N, out_channels, H / stride, W / stride), halves rounded up."""
+    def forward(
+        self, x: Tensor | tuple[Tensor, Tensor], as_halves: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return (N, out_channels, H / stride, W / stride), H and W rounded up.
+
+        `x` may be the two halves of its channels; with `as_halves` so is the result.
+        """
+        join = self.shuffle.join_halves if as_halves else self.shuffle.join
         if not self.splits:
-            return self.shuffle.join(self.branch1(x_NCHW), self.se(self.branch2(x_NCHW)))
-        kept_NDHW, active_NDHW = x_NCHW.chunk(2, dim=1)
+            x_NCHW = torch.cat(x, dim=1) if isinstance(x, tuple) else x
+            return join(self.branch1(x_NCHW), self.se(self.branch2(x_NCHW)))
+        kept_NDHW, active_NDHW = x if isinstance(x, tuple) else x.chunk(2, dim=1)
         y_NDHW = self.se(self.branch2(active_NDHW))
         if self.adds:
             y_NDHW = torch.relu(active_NDHW + self.drop_path(y_NDHW))
-        return self.shuffle.join(kept_NDHW, y_NDHW)
+        return join(kept_NDHW, y_NDHW)
+
+
+class Stage(nn.Sequential):
+    """Units in a row; between them the two halves of the channels travel as two tensors."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return (N, out_channels, H, W) of the last unit."""
+        x: Tensor | tuple[Tensor, Tensor] = input
+        last = len(self) - 1
+        for position, unit in enumerate(self):
+            x = unit(x, as_halves=position < last)
+        assert isinstance(x, Tensor)
+        return x
 
 
 class ShuffleNetV2(nn.Module):
@@ -227,7 +247,7 @@ class ShuffleNetV2(nn.Module):
         for name, depth, out_unit, stride in zip(
             self.stage_names, depths, channels, strides, strict=True
         ):
-            stage = nn.Sequential()
+            stage = Stage()
             for position in range(depth):
                 stage.append(
                     ShuffleUnitV2(

@@ -153,13 +153,22 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str,
     for name, parameter in model.named_parameters():
         prefix = f"optim.{name}."
         state = {
-            # Adam's `step` is a scalar that stays on the CPU unless it is fused on a GPU.
-            k.removeprefix(prefix): v.to(parameter.device) if v.ndim else v.clone()
+            k.removeprefix(prefix): _like(v, parameter)
             for k, v in tensors.items()
             if k.startswith(prefix) and "." not in k.removeprefix(prefix)
         }
         if state and parameter in trained:
             optimizer.state[parameter] = state
+
+
+def _like(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Return `value` on the parameter's device and, at its shape, in its memory format.
+
+    The fused optimisers walk parameter and state in memory order, so the formats must agree.
+    """
+    if value.shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    return value.to(parameter.device, copy=True)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from meshuffle.data import (
 )
 from meshuffle.dist.device import is_out_of_memory, synchronize
 from meshuffle.dist.group import RankEnv
-from meshuffle.errors import Interrupted
+from meshuffle.errors import Interrupted, MeshuffleError
 from meshuffle.train.compiling import CompileChoice
 from meshuffle.train.evaluate import Evaluation, evaluate
 from meshuffle.train.memory import out_of_memory
@@ -97,8 +97,8 @@ class Loop:
             self._step(batch)
         self._meter.show(self.control)
 
-    def _batches(self) -> Iterator[Batch]:
-        """Yield the epoch's batches from where the run stands, timing the wait for each."""
+    def _batches(self) -> Iterator[Batch | None]:
+        """Yield the epoch's batches from where the run stands; None where a signal took one."""
         loader = train_loader(
             self.data.splits["train"],
             self.transform,
@@ -110,25 +110,28 @@ class Loop:
         )
         while True:
             waiting = time.perf_counter()
-            batch = next(loader, None)  # type: ignore[call-overload]
-            self._meter.wait_s += time.perf_counter() - waiting
-            if batch is None:
+            try:
+                batch: Batch | None = next(loader)
+            except StopIteration:
                 return
+            except MeshuffleError:
+                if not self.stop.number:
+                    raise
+                batch = None  # the signal that asks us to stop has ended the loader's workers
+            self._meter.wait_s += time.perf_counter() - waiting
             yield batch
 
-    def _step(self, batch: Batch) -> None:
+    def _step(self, batch: Batch | None) -> None:
         """Agree with the other ranks on what this step is, do it, and save where it is due."""
         progress, step = self.state.progress, self.state.step
         began = time.perf_counter()
+        micro_batches = [] if batch is None else step.micro_batches(batch)
+        counts, stop, save, lost = self._agree(micro_batches, batch is None)
+        if batch is None or lost:
+            self._pause(stop)
+            return
         for message in self.skips.note(batch.skipped):
             self.watch.event(f"skipped: {message}")
-        micro_batches = step.micro_batches(batch)
-        own = [float(len(micro)) for micro in micro_batches]
-        main = self.env.is_main
-        agreed = sum_over_ranks(
-            [*own, float(self.stop.number), float(main and self._save_due())], self.control
-        )
-        *counts, stop, save = (round(value) for value in agreed)
         seed_step(self.state.config.seed, progress.step, self.env.rank)
         lr = learning_rate(self.state.config, progress.step, self.sampler.steps_per_epoch)
         try:
@@ -147,6 +150,15 @@ class Loop:
         progress.compiled = self.compile.decided
         if stop or save:
             self._pause(stop)
+
+    def _agree(self, micro_batches: list[Batch], lost: bool) -> tuple[list[int], int, int, int]:
+        """Return the same (samples per micro-batch, stop, save, lost) on all ranks."""
+        own = [float(len(micro)) for micro in micro_batches]
+        own += [0.0] * (self.state.step.num_micro_batches - len(own))
+        save = self.env.is_main and self._save_due()
+        values = [*own, float(self.stop.number), float(save), float(lost)]
+        *counts, stop, saves, losses = map(round, sum_over_ranks(values, self.control))
+        return counts, stop, saves, losses
 
     def _steps_left(self) -> int:
         return self.num_epochs * self.sampler.steps_per_epoch - self.state.progress.step

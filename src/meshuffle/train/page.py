@@ -18,19 +18,25 @@ MISSING = '<p class="missing">not recorded</p>'
 _THUMB = 192  # pixels of the long side: twice what the page shows
 
 
-def text(value: object) -> str:
-    r"""Return `value` as HTML text, also safe inside a quoted attribute.
+def printable(value: object) -> str:
+    r"""Return `value` as text in which characters that do not print are escapes.
 
-    Characters that do not print (control, bidirectional override, lone surrogates of a file
-    name that is not UTF-8) appear as their escapes.
+    These are control characters, overrides of the writing direction, and the lone surrogates
+    of a file name that is not UTF-8.
+
+    >>> print(printable("a\u202eb"))
+    a\u202eb
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
+
+
+def text(value: object) -> str:
+    """Return `value` as HTML text, also safe inside a quoted attribute.
 
     >>> text('<b> & "x"')
     '&lt;b&gt; &amp; &quot;x&quot;'
-    >>> print(text("a\u202eb"))
-    a\u202eb
     """
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
-    return html.escape(shown)
+    return html.escape(printable(value))
 
 
 def block(value: str) -> str:
@@ -43,13 +49,13 @@ def percent(share: float) -> str:
     """Return a share in 0 … 1 with one decimal, never rounded to certainty.
 
     >>> percent(0.875), percent(0.9999), percent(1e-9), percent(1.0)
-    ('87.5 %', '> 99.9 %', '< 0.1 %', '100 %')
+    ('87.5 %', '>99.9 %', '<0.1 %', '100 %')
     """
     if share in (0.0, 1.0):
         return f"{100 * share:.0f} %"
     if share > 0.999:
-        return "> 99.9 %"
-    return "< 0.1 %" if share < 0.001 else f"{100 * share:.1f} %"
+        return ">99.9 %"
+    return "<0.1 %" if share < 0.001 else f"{100 * share:.1f} %"
 
 
 def section(title: str, *parts: str) -> str:
@@ -178,14 +184,14 @@ table { border-collapse:collapse; font-size:14px }
 th { text-align:left; font-size:13px }
 th, td { padding:4px 20px 4px 0; vertical-align:top }
 td { border-top:1px solid var(--rule) }
-.num { text-align:right }
+.num { text-align:right; white-space:nowrap }
 .bar { width:160px; min-width:80px }
 .bar i { display:block; height:8px; margin-top:7px; background:rgb(var(--hit)/.75) }
 .matrix { border-spacing:1px; border-collapse:separate; font-size:13px }
 .matrix td, .matrix th { min-width:34px; height:30px; padding:0 5px; border:0; text-align:center;
   vertical-align:middle }
 .matrix tbody td { background:var(--soft) }
-.matrix.wide td { min-width:24px; height:22px; padding:0 2px; font-size:11px }
+.matrix.wide td, .matrix.wide th { min-width:20px; height:20px; padding:0 1px; font-size:11px }
 .matrix tbody th { text-align:right; white-space:nowrap; max-width:14em; overflow:hidden;
   text-overflow:ellipsis; padding-right:8px }
 .matrix.tall thead th { height:auto; vertical-align:bottom; text-align:left }
@@ -197,7 +203,8 @@ td { border-top:1px solid var(--rule) }
   margin-bottom:6px; background:var(--soft); color:var(--muted); text-align:center }
 .cards .frame img { width:100%; height:100%; object-fit:contain }
 .cards figcaption div { display:flex; justify-content:space-between; gap:6px; white-space:nowrap }
-.cards figcaption span:first-child { min-width:0; overflow:hidden; text-overflow:ellipsis }
+.cards figcaption span:first-child { display:-webkit-box; -webkit-box-orient:vertical;
+  -webkit-line-clamp:2; min-width:0; overflow:hidden; overflow-wrap:anywhere; white-space:normal }
 .cards b { font-weight:600 } .wrong .said b { color:var(--bad) }
 .cards .name { color:var(--muted); font-size:12px }
 .facts { display:grid; grid-template-columns:max-content minmax(0,1fr); gap:3px 24px; margin:0;
@@ -210,7 +217,8 @@ ul { margin:0; padding-left:18px; font-size:14px; overflow-wrap:anywhere }
 footer { margin-top:48px; font-size:13px; color:var(--muted) }
 @media (max-width:560px) { body { padding:24px 16px 48px } h1 { font-size:23px }
   .big { display:grid; grid-template-columns:1fr 1fr; gap:16px 20px } .big dd { font-size:27px }
-  .matrix td, .matrix th { min-width:26px; height:26px; padding:0 2px } .cards {
+  .matrix td, .matrix th { min-width:26px; height:26px; padding:0 2px }
+  .matrix tbody th { max-width:8em } .cards {
   grid-template-columns:repeat(auto-fill,minmax(96px,1fr)) } .facts { grid-template-columns:1fr;
   gap:0 } .facts dd { margin-bottom:8px } th, td { padding-right:14px } .bar { width:90px } }
 @media print { body { max-width:none; padding:0; font-size:12px } h2 { break-after:avoid }

@@ -108,14 +108,14 @@ def epoch_ticks(record: Record) -> tuple[list[float], list[str]]:
     if len(epochs) == 1:
         return steps, [f"{epochs[0]:g}"]
     wanted = MaxNLocator(nbins=7, integer=True).tick_values(epochs[0], epochs[-1])
-    ticks = [tick for tick in wanted if epochs[0] <= tick <= epochs[-1]]
+    ticks = [tick for tick in wanted if epochs[0] <= tick <= epochs[-1] and tick == round(tick)]
     return np.interp(ticks, epochs, steps).tolist(), [f"{tick:g}" for tick in ticks]
 
 
 def draw_chart(chart: Chart, ticks: tuple[list[float], list[str]], theme: Theme) -> bytes:
     """Return the PNG of one chart. `ticks`: what `epoch_ticks` returns; without, it shows steps."""
     figure = Figure(figsize=(_WIDTH, _HEIGHT), dpi=_DPI, facecolor=theme.paper)
-    axes = figure.add_axes((0.115, 0.16, 0.865, 0.69))
+    axes = figure.add_axes((0.115, 0.16, 0.855, 0.69))
     for line in chart.lines:
         _draw_line(axes, line, chart.digits, theme)
     _mark_best(axes, chart, theme)
@@ -124,9 +124,12 @@ def draw_chart(chart: Chart, ticks: tuple[list[float], list[str]], theme: Theme)
         axes.yaxis.set_major_formatter(FuncFormatter(_power))
         axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
     elif chart.from_zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(max(line.y) for line in chart.lines if line.y) or 1)
     if ticks[0]:
         axes.set_xticks(*ticks)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
     axes.set_xlabel("epoch" if ticks[0] else "step", color=theme.muted, fontsize=8.5)
     _dress(axes, theme)
     axes.set_xlim(0, 1.01 * max(max(line.x) for line in chart.lines if line.x))
@@ -231,6 +234,11 @@ def _spans_decades(chart: Chart) -> bool:
 def _power(value: float, _: int) -> str:
     """Return 1000 as "1000" and 10⁶ as "1e6"."""
     return f"{value:g}".replace("e+0", "e").replace("e-0", "e-")
+
+
+def _thousands(value: float, _: int) -> str:
+    """Return 500 as "500" and 150000 as "150k"."""
+    return f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}"
 
 
 def _dress(axes: Axes, theme: Theme) -> None:

@@ -70,9 +70,9 @@ def write_report(
             f"<footer>Written by Meshuffle, {datetime.now():%Y-%m-%d %H:%M}.</footer>",
         )
     )
-    path = run / "report.html"
+    path, title = run / "report.html", " on ".join(filter(None, (card.model, card.data)))
     with replaced(path) as temporary:
-        temporary.write_bytes(page.page(f"{card.model} on {card.data}", body).encode())
+        temporary.write_bytes(page.page(title, body).encode())
     return path
 
 
@@ -165,9 +165,8 @@ def _confusion(evaluation: Evaluation, names: tuple[str, ...], folder: Path) -> 
     if len(names) > MAX_MATRIX_CLASSES:
         left = _confused_pairs(confusion, names)
     else:
-        # Matplotlib draws text only where it has no control characters or lone surrogates.
-        printable = [page.html.unescape(text(name))[:24] for name in names]
-        _write_png(folder / "confusion.png", draw_confusion(confusion, printable))
+        short = [page.printable(name)[:24] for name in names]
+        _write_png(folder / "confusion.png", draw_confusion(confusion, short))
         left = _matrix(confusion, names)
     return f'<div class="pair"><div>{left}</div><div>{_per_class(confusion, names)}</div></div>'
 
@@ -185,8 +184,9 @@ def _matrix(confusion: np.ndarray, names: tuple[str, ...]) -> str:
         )
         rows.append(f'<tr><th scope="row" title="{text(name)}">{text(name)}</th>{cells}</tr>')
     head = "".join(f'<th scope="col"><span>{text(name)}</span></th>' for name in names)
-    kind = " tall" if max(map(len, names)) > 3 else ""
-    kind += " wide" if len(names) > 15 else ""
+    is_wide = len(names) > 15
+    kind = " wide" if is_wide else ""
+    kind += " tall" if max(map(len, names)) > (2 if is_wide else 4) else ""
     return (
         '<h3>Rows: true. Columns: predicted.</h3><div class="scroll">'
         f'<table class="matrix{kind}"><thead><tr><td></td>{head}</tr></thead>'

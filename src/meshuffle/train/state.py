@@ -148,6 +148,8 @@ def make_card(config: TrainConfig, data: Data) -> weights.Card:
     knobs = parse_knobs(config.knobs)
     if config.dropout is not None:
         knobs["dropout"] = config.dropout
+    if "auto" in knobs.values():  # a kernel size or branches that follow the feature map's size
+        knobs.setdefault("input_size", config.input_size)
     preprocess = Preprocess.for_data(data, config.input_size)
     if config.from_:
         preprocess = _inherited(config, preprocess)
