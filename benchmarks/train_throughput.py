@@ -21,7 +21,6 @@ import datetime
 import json
 import os
 import platform
-import resource
 import socket
 import statistics
 import subprocess
@@ -155,7 +154,7 @@ def our_steps(batch: int, device: Any, compile_mode: str, precision: str) -> Any
     from meshuffle.planner.plan import Plan
     from meshuffle.train.compiling import compiled
     from meshuffle.train.config import TrainConfig, resolve
-    from meshuffle.train.state import AUGMENT_FIELDS, augment_values, build_state
+    from meshuffle.train.state import augment_values, build_state
     from meshuffle.train.step import sum_over_ranks
     from meshuffle.train.weights import Card
 
@@ -330,8 +329,10 @@ def main() -> None:
             f"{result['first_step_s'][name]:>14.1f}  {result['ranks'][name]}"
         )
     print(f"ratio ours / max(torchvision, ddp): {result['ratio']:.2f}")
-    print(f"largest difference of the loss, A and C, {NUM_COMPARED} steps: "
-          f"{100 * result['loss_difference']:.2f} %")
+    print(
+        f"largest difference of the loss, A and C, {NUM_COMPARED} steps: "
+        f"{100 * result['loss_difference']:.2f} %"
+    )
     return None
 
 

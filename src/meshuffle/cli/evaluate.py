@@ -45,6 +45,8 @@ def evaluate(
     parts = [f"top-1 {metrics['top1']:.2f} %"]
     if "top5" in metrics:
         parts.append(f"top-5 {metrics['top5']:.2f} %")
-    text = f"{used}: {', '.join(parts)}, loss {metrics['loss']:.4f} on {evaluation.num_samples} images"
+    text = (
+        f"{used}: {', '.join(parts)}, loss {metrics['loss']:.4f} on {evaluation.num_samples} images"
+    )
     skipped = [f"skipped: {message}" for message in evaluation.skipped]
     return Answer(value | {"skipped_inputs": len(skipped)}, "\n".join([*skipped, text]))

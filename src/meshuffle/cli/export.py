@@ -34,8 +34,10 @@ def export(
     target
         A run folder, or a weights file of one.
     """
-    from meshuffle.deploy import export as run_export
+    from dataclasses import asdict
 
-    parities = run_export(target, to.split(","), out=out, data=data, model=model)
-    value = {name: parity.to_dict() for name, parity in parities.items()}
-    return Answer(value, "\n".join(str(parity) for parity in parities.values()))
+    from meshuffle.deploy.api import export as run_export
+
+    written = run_export(target, to.split(","), out=out, data=data, model=model)
+    value = {name: {"file": str(path), **asdict(p)} for name, (path, p) in written.items()}
+    return Answer(value, "\n".join(f"{path}: {parity}" for path, parity in written.values()))

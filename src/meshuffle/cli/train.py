@@ -89,8 +89,8 @@ def _merged(
         flags["data"] = data
     # A file of an earlier run names that run's folder and the plan of that machine.
     values: dict[str, Any] = {**from_file, **flags}
-    origins: dict[str, Origin] = {name: "file" for name in from_file}
-    origins |= {name: "flag" for name in flags}
+    origins: dict[str, Origin] = dict.fromkeys(from_file, "file")
+    origins |= dict.fromkeys(flags, "flag")
     if not values.get("data"):
         raise ConfigError("DATA is missing: meshuffle train DATA, for example: train digits")
     return check(dataclasses.replace(TrainConfig(), **values)), origins

@@ -92,6 +92,20 @@ def first_host(nodelist: str) -> str:
     return head + first + suffix.partition(",")[0]
 
 
+def new_group(
+    ranks: list[int] | None = None, *, backend: str | None = None, local: bool = False
+) -> dist.ProcessGroup:
+    """Return a group of `ranks` (None is all), as torch does; every rank calls it in turn.
+
+    Args:
+        backend: None is the default group's.
+        local: only the members call it.
+    """
+    group = dist.new_group(ranks, backend=backend, use_local_synchronization=local)
+    assert isinstance(group, dist.ProcessGroup) or dist.get_rank() not in (ranks or [])
+    return group  # type: ignore[return-value]  # of those that are no member: never used
+
+
 @contextlib.contextmanager
 def process_group(
     env: RankEnv, device: torch.device, timeout_s: float = 1800

@@ -74,7 +74,11 @@ class _SyncBatchNorm(Function):
         mean_C, var_C, count = global_statistics(x, group)
         stat_dtype = weight.dtype
         mean_C, var_C = mean_C.to(stat_dtype), var_C.to(stat_dtype)
-        output = x.new_empty(x.shape) if x.numel() == 0 else _normalise(x, weight, bias, mean_C, var_C, eps)
+        output = (
+            x.new_empty(x.shape)
+            if x.numel() == 0
+            else _normalise(x, weight, bias, mean_C, var_C, eps)
+        )
         ctx.save_for_backward(x, weight, mean_C, var_C, count)
         ctx.eps, ctx.group = eps, group
         ctx.mark_non_differentiable(mean_C, var_C, count)

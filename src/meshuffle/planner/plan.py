@@ -95,7 +95,8 @@ def parse_plan(text: str) -> Plan:
             )
         key, number, kind = match.groups()
         if key not in _KINDS:
-            raise PlanError(f"plan '{text}': unknown part '{key}'{did_you_mean(key, _KINDS)}")
+            known = ", ".join(_KINDS)
+            raise PlanError(f"plan '{text}': unknown part '{key}'; the parts are {known}")
         if key in values:
             raise PlanError(f"plan '{text}': '{key}' stands twice")
         values[key] = int(number)
@@ -125,15 +126,17 @@ def read_plan(path: Path) -> Plan:
 def _checked(values: dict[str, Any], where: str) -> Plan:
     known = [field.name for field in dataclasses.fields(Plan)]
     for key, value in values.items():
+        if key.endswith("_kind") and not _KINDS.get(key.removesuffix("_kind"), ("",)):
+            raise PlanError(f"{where}: {key.removesuffix('_kind')}=N is followed by nothing")
         if key not in known:
             raise PlanError(f"{where}: unknown key '{key}'{did_you_mean(key, known)}")
+        if key == "predicted_step_ms":
+            continue
         axis, _, is_kind = key.partition("_")
         if is_kind and value not in _KINDS[axis]:
             choices = ", ".join(_KINDS[axis]) or "nothing"
             hint = did_you_mean(str(value), _KINDS[axis])
             raise PlanError(f"{where}: {axis}=N can be followed by {choices}; not '{value}'{hint}")
-        if key == "predicted_step_ms":
-            continue
         if not is_kind and (type(value) is not int or value < 1):
             raise PlanError(f"{where}: {key}={value} must be a whole number of at least 1")
     return Plan(**values)

@@ -97,7 +97,7 @@ def _say(*lines: str) -> None:
     """Print lines: to standard error where standard output is for JSON."""
     file = sys.stderr if os.environ.get("MESHUFFLE_QUIET_STDOUT") == "1" else sys.stdout
     for line in lines:
-        print(line, file=file, flush=True)  # noqa: T201
+        print(line, file=file, flush=True)
 
 
 def describe_config(
@@ -138,9 +138,7 @@ def evaluate(
         raise DataError(f"{opened.spec} has no {split} split; it has {', '.join(opened.splits)}")
     device = pick_device()
     batches = eval_loader(opened.splits[split], card.preprocess, batch_size=batch)
-    found = evaluation.evaluate(
-        network.to(device), batches, card.classes, card.preprocess, device
-    )
+    found = evaluation.evaluate(network.to(device), batches, card.classes, card.preprocess, device)
     return found, f"{opened.spec} {split}"
 
 

@@ -19,14 +19,13 @@ import torch.distributed as dist
 
 from meshuffle.data import Batch, Preprocess, shard_bounds
 from meshuffle.dist.device import keep_freed_pages, num_cores, pick_device, synchronize
-from meshuffle.dist.group import RankEnv, process_group, rank_env
+from meshuffle.dist.group import RankEnv, new_group, process_group, rank_env
 from meshuffle.dist.launch import record_failure, torchrun
 from meshuffle.errors import MeshuffleError
 from meshuffle.planner.plan import Plan, parse_plan
-from meshuffle.train.config import TrainConfig, read_config, to_toml
+from meshuffle.train.config import TrainConfig, parse_knobs, read_config, to_toml
 from meshuffle.train.state import TrainState, build_state
 from meshuffle.train.weights import Card
-from meshuffle.train.config import parse_knobs
 
 _TURNS, _TURN_S, _MAX_STEPS = 3, 1.0, 8
 
@@ -79,8 +78,8 @@ def _time_all(config: TrainConfig, num_classes: int, plans: list[Plan]) -> dict[
     keep_freed_pages()
     best = {str(plan): float("inf") for plan in plans}
     with process_group(env, device):
-        control = dist.new_group(backend="gloo")
-        groups = [dist.new_group(list(range(plan.num_ranks))) for plan in plans]
+        control = new_group(backend="gloo")
+        groups = [new_group(list(range(plan.num_ranks))) for plan in plans]
         states = [
             _build(config, plan, num_classes, env, device, group) if env.rank < plan.dp else None
             for plan, group in zip(plans, groups, strict=True)

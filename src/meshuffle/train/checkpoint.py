@@ -130,15 +130,14 @@ class _SafeReader(dcp.FileSystemReader):
         """Return the checkpoint's index."""
         with (Path(self.path) / ".metadata").open("rb") as file:
             metadata = _IndexUnpickler(file).load()
-        if metadata.storage_meta is None:
-            metadata.storage_meta = self.storage_meta()
-        metadata.storage_meta.load_id = self.load_id
+        if metadata.storage_meta is not None:
+            metadata.storage_meta.load_id = self.load_id
         return metadata
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """Return the optimiser's state as `optim.PARAMETER.KEY`."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"optim.{names[parameter]}.{key}": value
         for parameter, values in optimizer.state.items()

@@ -102,17 +102,17 @@ class TrainConfig:
     trivial_augment: Annotated[
         bool | None, Parameter(help="One random operation per image.", group="Augmentation")
     ] = None
-    erasing: Annotated[
-        float | None, _option("Probability of random erasing.", "Augmentation")
-    ] = None
+    erasing: Annotated[float | None, _option("Probability of random erasing.", "Augmentation")] = (
+        None
+    )
     mixup: Annotated[float | None, _option("Alpha; 0 is off.", "Augmentation")] = None
     cutmix: Annotated[float | None, _option("Alpha; 0 is off.", "Augmentation")] = None
     repeats: Annotated[int | None, _option("Copies of an image per batch.", "Augmentation")] = None
 
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], _option("Device.", "Machine")] = "auto"
-    precision: Annotated[
-        Literal["float32", "bf16"], _option("bf16 is autocast.", "Machine")
-    ] = "float32"
+    precision: Annotated[Literal["float32", "bf16"], _option("bf16 is autocast.", "Machine")] = (
+        "float32"
+    )
     channels_last: Annotated[
         bool, Parameter(help="Memory format of images and weights.", group="Machine")
     ] = True
@@ -269,9 +269,10 @@ def resolve(
     """Replace every None by a value that suits `num_train` images.
 
     Epochs fall from 100 (500 images or fewer) to 20 (100,000) and are 100 from 500,000 on, where
-    training starts from nothing for real. The batch is the square root of the data,
-    as a power of two, 16 … 256. SGD's rate is the paper's 0.5 at batch 1024 (arXiv 1807.11164), scaled by the square
-    root of the batch; Adam's and AdamW's are 0.001 and 0.002 at batch 256, scaled likewise.
+    training starts from nothing for real. The batch is the square root of the data, as a power
+    of two, 16 … 256. SGD's rate is the paper's 0.5 at batch 1024 (arXiv 1807.11164), scaled by
+    the square root of the batch; Adam's and AdamW's are 0.001 and 0.002 at batch 256, scaled
+    likewise.
 
     Args:
         num_train: images of the training split.

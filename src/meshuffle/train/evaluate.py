@@ -142,4 +142,5 @@ def _gather(
         columns = [none, none, none.astype(np.float32), no_top, no_top.astype(np.float32)]
     order = np.argsort(columns[0], kind="stable")
     messages = tuple(dict.fromkeys(message for _, part in shares for message in part))
-    return Evaluation(classes, *(column[order] for column in columns), skipped=messages)
+    indices, labels, losses, top_classes, probabilities = (column[order] for column in columns)
+    return Evaluation(classes, indices, labels, losses, top_classes, probabilities, messages)

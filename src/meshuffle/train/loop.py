@@ -24,9 +24,9 @@ from meshuffle.dist.device import is_out_of_memory, synchronize
 from meshuffle.dist.group import RankEnv
 from meshuffle.errors import Interrupted, MeshuffleError
 from meshuffle.train.compiling import CompileChoice
+from meshuffle.train.config import save_interval
 from meshuffle.train.evaluate import Evaluation, evaluate
 from meshuffle.train.memory import out_of_memory
-from meshuffle.train.config import save_interval
 from meshuffle.train.optim import hold_frozen, learning_rate
 from meshuffle.train.signals import StopRequest
 from meshuffle.train.state import TrainState

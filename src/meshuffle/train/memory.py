@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from meshuffle.data import Batch
 from meshuffle.dist.device import is_out_of_memory, release_memory, synchronize
+from meshuffle.dist.group import new_group
 from meshuffle.errors import OutOfMemory
 from meshuffle.parallel.batch_norm import synchronise_batch_norm
 from meshuffle.train.step import Step
@@ -17,7 +18,7 @@ def out_of_memory(step: Step, batch: Batch, world: int) -> OutOfMemory:
     Called on the rank whose step failed; nothing here talks to other ranks.
     """
     rank = dist.get_rank()
-    alone = dist.new_group([rank], use_local_synchronization=True)
+    alone = new_group([rank], local=True)
     synchronise_batch_norm(step.model, alone)
     fits, fails = 0, max(1, -(-len(batch) // step.num_micro_batches))
     while fails - fits > 1:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from meshuffle.data import auto_workers, open_data
 from meshuffle.dist.device import keep_freed_pages, pick_device
-from meshuffle.dist.group import RankEnv, process_group, rank_env
+from meshuffle.dist.group import RankEnv, new_group, process_group, rank_env
 from meshuffle.dist.launch import record_failure
 from meshuffle.errors import Interrupted, MeshuffleError
 from meshuffle.planner.plan import read_plan
@@ -49,7 +49,7 @@ def train_rank(run: Path) -> dict[str, Any]:
             stack.enter_context(locked(run))
         stop = stack.enter_context(stop_requests())
         group = stack.enter_context(process_group(env, device))
-        control = dist.new_group(backend="gloo")
+        control = new_group(backend="gloo")
         data = open_data(config.data, need=("train", "val"))
         card = make_card(config, data)
         state, lines = build_state(config, plan, card, env, device, group)
@@ -68,16 +68,12 @@ def train_rank(run: Path) -> dict[str, Any]:
         return _finish(run, loop, env)
 
 
-def _watch(
-    run: Path, state: TrainState, env: RankEnv
-) -> contextlib.AbstractContextManager[Watch]:
+def _watch(run: Path, state: TrainState, env: RankEnv) -> contextlib.AbstractContextManager[Watch]:
     if not env.is_main:
         return contextlib.nullcontext(SilentWatch())
     progress = state.progress
     quiet = os.environ.get("MESHUFFLE_QUIET_STDOUT") == "1"
-    return watch_run(
-        run, first_step=progress.step, first_epoch=progress.epoch + 1, quiet=quiet
-    )
+    return watch_run(run, first_step=progress.step, first_epoch=progress.epoch + 1, quiet=quiet)
 
 
 def _finish(run: Path, loop: Loop, env: RankEnv) -> dict[str, Any]:

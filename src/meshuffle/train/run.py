@@ -1,6 +1,6 @@
 """From settings to a run folder, and from a run folder to ranks that train.
 
-    prepare ──▶ run folder: config.toml, plan.json, env.json ──▶ launch ──▶ train_rank (rank.py)
+prepare ──▶ run folder: config.toml, plan.json, env.json ──▶ launch ──▶ train_rank (rank.py)
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from meshuffle.data import AugmentConfig, Data, Preprocess
@@ -20,7 +19,7 @@ from meshuffle.dist.group import RankEnv
 from meshuffle.errors import ConfigError
 from meshuffle.models import create_model
 from meshuffle.parallel.batch_norm import synchronise_batch_norm
-from meshuffle.parallel.data_parallel import DataParallel, broadcast_from_main
+from meshuffle.parallel.data_parallel import DataParallel, Mode, broadcast_from_main
 from meshuffle.planner.plan import Plan
 from meshuffle.train import checkpoint, optim, weights
 from meshuffle.train.config import TrainConfig, parse_knobs
@@ -211,7 +210,7 @@ def build_state(
 
 
 def _data_parallel(model: nn.Module, group: dist.ProcessGroup, plan: Plan) -> DataParallel:
-    mode = "central" if plan.dp_kind == "central" else "replicate"
+    mode: Mode = "central" if plan.dp_kind == "central" else "replicate"
     return DataParallel(model, group, mode)
 
 

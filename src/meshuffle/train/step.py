@@ -109,8 +109,14 @@ class Step:
 def _select(batch: Batch, start: int, stop: int) -> Batch:
     """Return the samples whose position is in start … stop − 1, their positions from 0 on."""
     inside = (batch.positions >= start) & (batch.positions < stop)
-    fields = (batch.images, batch.labels, batch.indices, batch.draws, batch.positions - start)
-    return Batch(*(field[inside] for field in fields), skipped=[])
+    return Batch(
+        images=batch.images[inside],
+        labels=batch.labels[inside],
+        indices=batch.indices[inside],
+        draws=batch.draws[inside],
+        positions=batch.positions[inside] - start,
+        skipped=[],
+    )
 
 
 def sum_over_ranks(values: list[float], group: dist.ProcessGroup) -> list[float]:

@@ -192,5 +192,7 @@ def environment() -> dict[str, Any]:
         "device": describe(pick_device()),
         "cores": num_cores(),
         "command": " ".join(sys.argv),
-        "launcher": next((k for k in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID") if k in os.environ), ""),
+        "launcher": next(
+            (k for k in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID") if k in os.environ), ""
+        ),
     }

@@ -65,7 +65,7 @@ class Card:
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], card: Card) -> None:
-    """Write `tensors` (a `state_dict`) and `card` to `path`; the old file lives until it is whole."""
+    """Write `tensors` (a `state_dict`) and `card` to `path`, replaced when all is written."""
     plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     with replaced(path) as temporary:
         save_file(_without_aliases(plain), temporary, metadata={_KEY: card.to_json()})
