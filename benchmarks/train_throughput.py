@@ -150,6 +150,7 @@ def our_steps(batch: int, device: Any, compile_mode: str, precision: str) -> Any
     import torchvision
 
     from meshuffle.data import AugmentConfig, Batch, Preprocess, shard_bounds
+    from meshuffle.dist.exchange import make_exchange
     from meshuffle.dist.group import process_group, rank_env
     from meshuffle.planner.plan import Plan
     from meshuffle.train.compiling import compiled
@@ -162,7 +163,7 @@ def our_steps(batch: int, device: Any, compile_mode: str, precision: str) -> Any
     assert env is not None
     _open.append(process_group(env, device))
     group = _open[0].__enter__()
-    control = dist.new_group(backend="gloo")
+    control = make_exchange(dist.new_group(backend="gloo"), torch.device("cpu"), True)
     config = TrainConfig(
         data="-", batch=batch, lr=LR, weight_decay=0.0, label_smoothing=0.0, precision=precision
     )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from meshuffle.data import shard_bounds
+from meshuffle.dist.exchange import GroupExchange, SharedExchange
 from meshuffle.models import create_model
 from meshuffle.parallel import batch_norm, data_parallel
 from meshuffle.parallel.batch_norm import synchronise_batch_norm
@@ -32,12 +33,13 @@ def make_batch(batch: int) -> tuple[Tensor, Tensor]:
 
 
 def train_three_steps(
-    group: dist.ProcessGroup, batch: int, mode: data_parallel.Mode, fault: str = ""
+    group: dist.ProcessGroup, batch: int, mode: data_parallel.Mode, shared: bool, fault: str = ""
 ) -> dict[str, Any]:
     """Three steps of SGD with momentum on this rank's part of one batch."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     plant(fault, rank)
-    model = synchronise_batch_norm(make_model(), group)
+    exchange = (SharedExchange if shared else GroupExchange)(group)
+    model = synchronise_batch_norm(make_model(), exchange)
     parallel = DataParallel(model, group, mode, bucket_bytes=1 << 20)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     x, y = make_batch(batch)
@@ -75,13 +77,10 @@ def plant(fault: str, rank: int) -> None:
         data_parallel._Bucket.unpack = halved  # type: ignore[method-assign]
     if fault == "local statistics":
         whole = batch_norm.global_statistics
-        batch_norm.global_statistics = lambda x, group=None: whole(x, ALONE[0])
-        ALONE.append(dist.new_group([rank], use_local_synchronization=True))
+        own = GroupExchange(dist.new_group([rank], use_local_synchronization=True))
+        batch_norm.global_statistics = lambda x, exchange: whole(x, own)
     if fault == "stale buffer":
         batch_norm.BatchNorm._update_running = lambda *_: None  # type: ignore[method-assign]
-
-
-ALONE: list[Any] = []
 
 
 def reference(batch: int) -> dict[str, Any]:
@@ -114,13 +113,18 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("world", "batch", "mode"),
-    [(2, 8, "replicate"), (2, 7, "central"), (3, 7, "replicate"), (3, 2, "replicate")],
+    ("world", "batch", "mode", "shared"),
+    [
+        (2, 8, "replicate", False),
+        (2, 7, "central", True),
+        (3, 7, "replicate", True),
+        (3, 2, "replicate", False),
+    ],
 )
-def test_ranks_equal_one_process(world: int, batch: int, mode: str) -> None:
+def test_ranks_equal_one_process(world: int, batch: int, mode: str, shared: bool) -> None:
     """Even, uneven, and with a rank that has no sample at all."""
     expected = reference(batch)
-    found = run_ranks(train_three_steps, world, batch, mode)
+    found = run_ranks(train_three_steps, world, batch, mode, shared)
     for step in range(3):
         assert sum(f["loss"][step] for f in found) == pytest.approx(expected["loss"][step], 1e-9)
     for rank in found:
@@ -135,5 +139,5 @@ def test_ranks_equal_one_process(world: int, batch: int, mode: str) -> None:
 )
 def test_planted_faults_are_found(fault: str) -> None:
     expected = reference(8)
-    found = run_ranks(train_three_steps, 2, 8, "replicate", fault)
+    found = run_ranks(train_three_steps, 2, 8, "replicate", True, fault)
     assert worst(found[0]["state"], expected["state"]) > 1e-4

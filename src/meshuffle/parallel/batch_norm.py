@@ -17,9 +17,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
+
+from meshuffle.dist.exchange import Exchange
 
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -29,7 +30,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
     may hold no sample at all. Parameters and buffers have torch's names.
     """
 
-    group: dist.ProcessGroup | None = None
+    exchange: Exchange
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -44,7 +45,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         weight = self.weight if self.affine else input.new_ones(self.num_features)
         bias = self.bias if self.affine else input.new_zeros(self.num_features)
         output, mean_C, var_C, count = _SyncBatchNorm.apply(
-            input, weight, bias, self.eps, self.group
+            input, weight, bias, self.eps, self.exchange
         )
         if self.training and self.track_running_stats:
             self._update_running(mean_C, var_C, count)
@@ -69,9 +70,9 @@ class _SyncBatchNorm(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: Any
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, exchange: Exchange
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        mean_C, var_C, count = global_statistics(x, group)
+        mean_C, var_C, count = global_statistics(x, exchange)
         stat_dtype = weight.dtype
         mean_C, var_C = mean_C.to(stat_dtype), var_C.to(stat_dtype)
         output = (
@@ -80,7 +81,7 @@ class _SyncBatchNorm(Function):
             else _normalise(x, weight, bias, mean_C, var_C, eps)
         )
         ctx.save_for_backward(x, weight, mean_C, var_C, count)
-        ctx.eps, ctx.group = eps, group
+        ctx.eps, ctx.exchange = eps, exchange
         ctx.mark_non_differentiable(mean_C, var_C, count)
         return output, mean_C, var_C, count
 
@@ -89,9 +90,7 @@ class _SyncBatchNorm(Function):
         x, weight, mean_C, var_C, count = ctx.saved_tensors
         inv_std_C = torch.rsqrt(var_C + ctx.eps)
         local_2C = _local_sums(grad, x, mean_C, inv_std_C, ctx.eps)
-        total_2C = local_2C.clone()
-        if dist.get_world_size(ctx.group) > 1:
-            dist.all_reduce(total_2C, group=ctx.group)
+        total_2C = ctx.exchange.all_sum(local_2C)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = _input_gradient(grad, x, weight, mean_C, inv_std_C, total_2C / count)
@@ -99,7 +98,7 @@ class _SyncBatchNorm(Function):
         return grad_x, local_2C[:num_channels], local_2C[num_channels:], None, None
 
 
-def global_statistics(x: Tensor, group: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+def global_statistics(x: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor, Tensor]:
     """Return (mean_C, biased variance_C, count) over all ranks' samples.
 
     The ranks' moments are combined by Chan's formula, so that no precision is lost where the
@@ -107,16 +106,13 @@ def global_statistics(x: Tensor, group: Any = None) -> tuple[Tensor, Tensor, Ten
 
     Args:
         x: (N, C, …) of this rank; N may be 0.
-        group: the ranks that share a batch; None is all of them.
+        exchange: between the ranks that share a batch.
     """
-    world = dist.get_world_size(group)
     local = _local_statistics(x)
-    if world == 1:
+    if exchange.world == 1:
         num_channels = x.shape[1]
         return local[:num_channels], local[num_channels : 2 * num_channels], local[-1]
-    gathered = local.new_empty(world * local.numel())
-    dist.all_gather_into_tensor(gathered, local, group=group)
-    gathered_R = gathered.view(world, -1)
+    gathered_R = exchange.all_gather(local)
     num_channels = x.shape[1]
     mean_RC = gathered_R[:, :num_channels]
     var_RC = gathered_R[:, num_channels : 2 * num_channels]
@@ -170,8 +166,8 @@ def _input_gradient(
     return torch.addcmul(c, x, b).addcmul_(grad, a)
 
 
-def synchronise_batch_norm(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
-    """Turn every batch norm of `model` into `BatchNorm` over `group`, in place; returns `model`.
+def synchronise_batch_norm(model: nn.Module, exchange: Exchange) -> nn.Module:
+    """Turn every batch norm of `model` into `BatchNorm` over all ranks, in place; returns `model`.
 
     Parameters and buffers are kept, the same objects under the same names.
     """
@@ -180,5 +176,5 @@ def synchronise_batch_norm(model: nn.Module, group: dist.ProcessGroup | None = N
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             module.__class__ = BatchNorm
         if isinstance(module, BatchNorm):
-            module.group = group
+            module.exchange = exchange
     return model

@@ -105,7 +105,7 @@ def _build(
     knobs = parse_knobs(config.knobs)
     classes = tuple(str(i) for i in range(num_classes))
     card = Card(config.model, classes, Preprocess.imagenet(config.input_size), knobs=knobs)
-    return build_state(config, plan, card, RankEnv(env.rank, plan.dp), device, group)[0]
+    return build_state(config, plan, card, RankEnv(env.rank, plan.dp, env.rank, plan.dp), device, group)[0]
 
 
 def _turn(state: TrainState, plan: Plan, env: RankEnv, warm: bool) -> float:

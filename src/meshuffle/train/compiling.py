@@ -15,9 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from meshuffle.dist.exchange import Exchange
 from meshuffle.errors import ConfigError
 from meshuffle.train.config import TrainConfig
 from meshuffle.train.step import sum_over_ranks
@@ -70,7 +70,7 @@ class CompileChoice:
             self._compiled = compiled(model)
         return self._compiled
 
-    def timed(self, seconds: float, steps_left: int, control: dist.ProcessGroup) -> None:
+    def timed(self, seconds: float, steps_left: int, control: Exchange) -> None:
         """Take the time of a step into account; all ranks decide at the same step."""
         if self.decided is not None:
             return
@@ -78,7 +78,7 @@ class CompileChoice:
         if len(self._seconds) < _WARM_STEPS + _TIMED_STEPS:
             return
         own = statistics.median(self._seconds[_WARM_STEPS:])
-        main = [own if dist.get_rank(control) == 0 else 0.0]
+        main = [own if control.rank == 0 else 0.0]
         step_s = sum_over_ranks(main, control)[0]
         self._seconds = []
         if self._trying:

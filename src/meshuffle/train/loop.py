@@ -21,6 +21,7 @@ from meshuffle.data import (
     train_loader,
 )
 from meshuffle.dist.device import is_out_of_memory, synchronize
+from meshuffle.dist.exchange import Exchange
 from meshuffle.dist.group import RankEnv
 from meshuffle.errors import Interrupted, MeshuffleError
 from meshuffle.train.compiling import CompileChoice
@@ -38,7 +39,10 @@ _SHOW_EVERY_S = 0.5
 
 
 class Loop:
-    """One rank's walk through a run; `control` is a CPU group for a few numbers per step."""
+    """One rank's walk through a run.
+
+    `control` is a CPU group of all ranks, for words; `exchange` is for a few numbers per step.
+    """
 
     def __init__(
         self,
@@ -47,12 +51,14 @@ class Loop:
         data: Data,
         env: RankEnv,
         control: dist.ProcessGroup,
+        exchange: Exchange,
         watch: Watch,
         stop: StopRequest,
         num_workers: int,
     ) -> None:
         self.run, self.state, self.data, self.env = run, state, data, env
-        self.control, self.watch, self.stop, self.num_workers = control, watch, stop, num_workers
+        self.control, self.exchange, self.watch = control, exchange, watch
+        self.stop, self.num_workers = stop, num_workers
         config = state.config
         assert config.batch is not None and config.epochs is not None
         self.num_epochs = config.epochs
@@ -95,7 +101,7 @@ class Loop:
         self._meter = _Meter(self.state, self.watch)
         for batch in self._batches():
             self._step(batch)
-        self._meter.show(self.control)
+        self._meter.show(self.exchange)
 
     def _batches(self) -> Iterator[Batch | None]:
         """Yield the epoch's batches from where the run stands; None where a signal took one."""
@@ -145,8 +151,8 @@ class Loop:
             self.state.average.update_parameters(self.state.model)
         progress.step += 1
         progress.epoch_step += 1
-        self._meter.add(sums, lr, self.control)
-        self.compile.timed(time.perf_counter() - began, self._steps_left(), self.control)
+        self._meter.add(sums, lr, self.exchange)
+        self.compile.timed(time.perf_counter() - began, self._steps_left(), self.exchange)
         progress.compiled = self.compile.decided
         if stop or save:
             self._pause(stop)
@@ -157,7 +163,7 @@ class Loop:
         own += [0.0] * (self.state.step.num_micro_batches - len(own))
         save = self.env.is_main and self._save_due()
         values = [*own, float(self.stop.number), float(save), float(lost)]
-        *counts, stop, saves, losses = map(round, sum_over_ranks(values, self.control))
+        *counts, stop, saves, losses = map(round, sum_over_ranks(values, self.exchange))
         return counts, stop, saves, losses
 
     def _steps_left(self) -> int:
@@ -170,7 +176,7 @@ class Loop:
 
     def _pause(self, stop: int) -> None:
         """Save in mid-epoch; with `stop`, end the run here."""
-        self._meter.show(self.control)
+        self._meter.show(self.exchange)
         self._save()
         if stop:
             progress = self.state.progress
@@ -271,22 +277,22 @@ class _Meter:
         self._every = 1
         self.wait_s = self.seconds = 0.0
 
-    def add(self, sums: Any, lr: float, control: dist.ProcessGroup) -> None:
+    def add(self, sums: Any, lr: float, exchange: Exchange) -> None:
         """Add a step's sums; every so many steps, show what has come together."""
         self._pending = sums if self._pending is None else self._pending + sums
         self._num_pending, self._lr = self._num_pending + 1, lr
         if self._num_pending >= self._every:
-            self.show(control)
+            self.show(exchange)
 
-    def show(self, control: dist.ProcessGroup) -> None:
+    def show(self, exchange: Exchange) -> None:
         """Sum over the ranks, add to the run's progress, and tell the watch."""
         if not self._num_pending:
             return
         synchronize(self._state.step.device)
         now = time.perf_counter()
         seconds, self._shown = now - self._shown, now
-        main_seconds = seconds if dist.get_rank() == 0 else 0.0
-        *sums, seconds = sum_over_ranks([*self._pending.tolist(), main_seconds], control)
+        main_seconds = seconds if exchange.rank == 0 else 0.0
+        *sums, seconds = sum_over_ranks([*self._pending.tolist(), main_seconds], exchange)
         progress = self._state.progress
         progress.sums = [a + b for a, b in zip(progress.sums, sums, strict=True)]
         progress.seconds += seconds

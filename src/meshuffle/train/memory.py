@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from meshuffle.data import Batch
 from meshuffle.dist.device import is_out_of_memory, release_memory, synchronize
+from meshuffle.dist.exchange import GroupExchange
 from meshuffle.dist.group import new_group
 from meshuffle.errors import OutOfMemory
 from meshuffle.parallel.batch_norm import synchronise_batch_norm
@@ -19,7 +20,7 @@ def out_of_memory(step: Step, batch: Batch, world: int) -> OutOfMemory:
     """
     rank = dist.get_rank()
     alone = new_group([rank], local=True)
-    synchronise_batch_norm(step.model, alone)
+    synchronise_batch_norm(step.model, GroupExchange(alone))
     fits, fails = 0, max(1, -(-len(batch) // step.num_micro_batches))
     while fails - fits > 1:
         middle = (fits + fails) // 2

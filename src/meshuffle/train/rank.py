@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from meshuffle.data import auto_workers, open_data
 from meshuffle.dist.device import keep_freed_pages, pick_device
+from meshuffle.dist.exchange import make_exchange
 from meshuffle.dist.group import RankEnv, new_group, process_group, rank_env
 from meshuffle.dist.launch import record_failure
 from meshuffle.errors import Interrupted, MeshuffleError
@@ -50,6 +51,8 @@ def train_rank(run: Path) -> dict[str, Any]:
         stop = stack.enter_context(stop_requests())
         group = stack.enter_context(process_group(env, device))
         control = new_group(backend="gloo")
+        one_host = env.local_world >= env.world
+        exchange = make_exchange(control, torch.device("cpu"), one_host)
         data = open_data(config.data, need=("train", "val"))
         card = make_card(config, data)
         state, lines = build_state(config, plan, card, env, device, group)
@@ -63,7 +66,7 @@ def train_rank(run: Path) -> dict[str, Any]:
         workers = config.workers
         if workers is None:
             workers = auto_workers(data.splits["train"], env.local_world)
-        loop = Loop(run, state, data, env, control, watch, stop, workers)
+        loop = Loop(run, state, data, env, control, exchange, watch, stop, workers)
         loop.fit()
         return _finish(run, loop, env)
 

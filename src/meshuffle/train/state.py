@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from meshuffle.data import AugmentConfig, Data, Preprocess
+from meshuffle.dist.exchange import make_exchange
 from meshuffle.dist.group import RankEnv
 from meshuffle.errors import ConfigError
 from meshuffle.models import create_model
@@ -190,7 +191,8 @@ def build_state(
         _to_channels_last(model)
     frozen = optim.freeze(model, config.freeze)
     average = optim.average(model, config.ema) if config.ema else None
-    synchronise_batch_norm(model, group)
+    one_host = env.local_world >= env.world
+    synchronise_batch_norm(model, make_exchange(group, device, one_host))
     broadcast_from_main(model, group)
     step = Step(
         model=model,

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from meshuffle.data import AugmentConfig, Batch, Preprocess, mix_batch, shard_bounds
 from meshuffle.dist.device import Precision, autocast
+from meshuffle.dist.exchange import Exchange
 from meshuffle.parallel.data_parallel import DataParallel
 from meshuffle.train.optim import clip_gradients
 from meshuffle.train.task import Classify
@@ -119,10 +119,6 @@ def _select(batch: Batch, start: int, stop: int) -> Batch:
     )
 
 
-def sum_over_ranks(values: list[float], group: dist.ProcessGroup) -> list[float]:
-    """Return the element-wise sums of small host values over the ranks of a CPU group."""
-    if dist.get_world_size(group) == 1:
-        return values
-    vector = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(vector, group=group)
-    return vector.tolist()
+def sum_over_ranks(values: list[float], control: Exchange) -> list[float]:
+    """Return the element-wise sums of small host values over all ranks."""
+    return control.all_sum(torch.tensor(values, dtype=torch.float64)).tolist()
