@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         return _known(error)
-    except Exception as error:  # noqa: BLE001  # a fault of ours; contract: no traceback by default
+    except Exception as error:  # a fault of ours; contract: no traceback by default
         if debug:
             raise
         text = f"unexpected {type(error).__name__}: {error}; --debug shows where. Please report it"

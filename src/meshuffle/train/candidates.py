@@ -27,21 +27,24 @@ from meshuffle.train.config import TrainConfig, parse_knobs, read_config, to_tom
 from meshuffle.train.state import TrainState, build_state
 from meshuffle.train.weights import Card
 
-_TURNS, _TURN_S, _MAX_STEPS = 3, 1.0, 8
+_TURNS, _TURN_S, _MAX_STEPS = 3, 0.5, 8
 
 
 def candidate_plans(batch: int, num_cores: int, num_accelerators: int) -> list[Plan]:
     """Return the plans worth timing on one host.
 
+    A small model may be fastest on one thread: waking another costs more than it brings.
+
     >>> [str(plan) for plan in candidate_plans(64, 4, 0)]
-    ['dp=1,threads=4', 'dp=2,threads=2', 'dp=4,threads=1']
+    ['dp=1,threads=4', 'dp=2,threads=2', 'dp=4,threads=1', 'dp=1,threads=1']
     """
     if num_accelerators > 1:
         return [Plan(dp=n) for n in (1, num_accelerators) if n <= batch]
     if num_accelerators == 1:
         return [Plan()]
     sizes = [n for n in (1, num_cores // 4, num_cores // 2, num_cores) if 1 <= n <= batch]
-    return [Plan(dp=n, threads=max(1, num_cores // n)) for n in dict.fromkeys(sizes)]
+    plans = [Plan(dp=n, threads=max(1, num_cores // n)) for n in dict.fromkeys(sizes)]
+    return list(dict.fromkeys([*plans, Plan(threads=1)]))
 
 
 def fastest_plan(
@@ -105,7 +108,9 @@ def _build(
     knobs = parse_knobs(config.knobs)
     classes = tuple(str(i) for i in range(num_classes))
     card = Card(config.model, classes, Preprocess.imagenet(config.input_size), knobs=knobs)
-    return build_state(config, plan, card, RankEnv(env.rank, plan.dp, env.rank, plan.dp), device, group)[0]
+    return build_state(
+        config, plan, card, RankEnv(env.rank, plan.dp, env.rank, plan.dp), device, group
+    )[0]
 
 
 def _turn(state: TrainState, plan: Plan, env: RankEnv, warm: bool) -> float:

@@ -147,7 +147,7 @@ class Loop:
             if is_out_of_memory(error):
                 raise out_of_memory(step, batch, self.env.world) from None
             raise
-        if self.state.average is not None and sum(counts):
+        if self.state.average is not None and any(counts):
             self.state.average.update_parameters(self.state.model)
         progress.step += 1
         progress.epoch_step += 1

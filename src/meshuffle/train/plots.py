@@ -10,6 +10,7 @@ import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -204,7 +205,12 @@ def _mark_best(axes: Axes, chart: Chart, theme: Theme) -> None:
 def _title(figure: Figure, title: str, theme: Theme) -> None:
     """Put the title and the legend on one line above the axes."""
     middle = 0.93
-    style = {"color": theme.ink, "fontsize": 10, "fontweight": "bold", "va": "center"}
+    style: dict[str, Any] = {
+        "color": theme.ink,
+        "fontsize": 10,
+        "fontweight": "bold",
+        "va": "center",
+    }
     figure.text(0.02, middle, title, **style)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if labels:

@@ -25,7 +25,6 @@ from meshuffle.train.checkpoint import locked
 from meshuffle.train.config import TrainConfig, read_config
 from meshuffle.train.files import write_json
 from meshuffle.train.loop import Loop, median_step_ms
-from meshuffle.train.report import write_report
 from meshuffle.train.run import threads_per_rank
 from meshuffle.train.signals import stop_requests
 from meshuffle.train.state import TrainState, build_state, make_card
@@ -96,8 +95,10 @@ def _finish(run: Path, loop: Loop, env: RankEnv) -> dict[str, Any]:
     }
     if env.is_main:
         write_json(run / "result.json", result)
+        from meshuffle.train.report import write_report  # matplotlib takes a second or two
+
         split = list(evaluations)[-1]
-        write_report(run, evaluations[split], loop.data.splits[split], card)
+        write_report(run, evaluations[split], loop.data.splits[split], card, split=split)
     dist.barrier(loop.control)
     return result
 
