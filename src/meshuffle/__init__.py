@@ -1,3 +1,44 @@
-"""Meshuffle: plan, prove and run parallel training of any PyTorch model; ShuffleNet first."""
+"""Meshuffle: plan, prove and run parallel training of any PyTorch model; ShuffleNet first.
+
+The names below are imported when they are first used, so that `import meshuffle` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from meshuffle.deploy.api import export
+    from meshuffle.models import create_model, list_models
+    from meshuffle.train.api import evaluate, predict, resume, train
+    from meshuffle.train.config import TrainConfig
+
+__all__ = [
+    "TrainConfig",
+    "create_model",
+    "evaluate",
+    "export",
+    "list_models",
+    "predict",
+    "resume",
+    "train",
+]
+
+_HOMES = {
+    "TrainConfig": "meshuffle.train.config",
+    "create_model": "meshuffle.models",
+    "evaluate": "meshuffle.train.api",
+    "export": "meshuffle.deploy.api",
+    "list_models": "meshuffle.models",
+    "predict": "meshuffle.train.api",
+    "resume": "meshuffle.train.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "train":  # a folder that can be called
+        return import_module("meshuffle.train")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'meshuffle' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,67 @@
+"""Five training seeds of the digits recipe, on the fixed test split; run once per recipe.
+
+    python benchmarks/digits_seeds.py [--plan dp=1,threads=1]
+
+Appends a row per seed to results/digits_seeds.csv, with versions. The split has a seed of its own
+and is the same for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+SEEDS = range(5)
+
+
+def train(seed: int, plan: str, folder: str) -> dict[str, Any]:
+    recipe = ROOT / "recipes" / "digits.toml"
+    command = [sys.executable, "-m", "meshuffle", "train", "digits", "--config", str(recipe)]
+    command += ["--seed", str(seed), "--plan", plan, "--out", f"{folder}/{seed}", "--json"]
+    found = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(found.stdout)
+
+
+def main() -> None:
+    import torch
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--plan", default="auto")
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in SEEDS:
+            result = train(seed, options.plan, folder)
+            row = {
+                "date": datetime.date.today().isoformat(),
+                "seed": seed,
+                "test_top1": round(result["metrics"]["test"]["top1"], 2),
+                "val_top1": round(result["metrics"]["val"]["top1"], 2),
+                "step_ms": result["measured_step_ms"],
+                "plan": options.plan,
+                "torch": torch.__version__,
+            }
+            rows.append(row)
+            print(row, flush=True)
+    path = ROOT / "results" / "digits_seeds.csv"
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
+    values = [row["test_top1"] for row in rows]
+    print(f"test top-1: mean {statistics.mean(values):.2f} %, lowest {min(values):.2f} %")
+
+
+if __name__ == "__main__":
+    main()
