@@ -26,8 +26,8 @@ from meshuffle.dist.exchange import Exchange
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm whose statistics are those of all ranks' samples together.
 
-    In eval mode, and without running statistics as in torch, it is the ordinary layer. A rank
-    may hold no sample at all. Parameters and buffers have torch's names.
+    In eval mode, and on one rank, it is the ordinary layer. A rank may hold no sample at all.
+    Parameters and buffers have torch's names.
     """
 
     exchange: Exchange
@@ -40,7 +40,8 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         """Normalise `input` of shape (N, C, …)."""
         self._check_input_dim(input)
         use_batch = self.training or self.running_mean is None
-        if not use_batch:
+        several_values = input.numel() > input.shape[1]  # of one value alone torch refuses the mean
+        if not use_batch or (self.exchange.world == 1 and several_values):
             return super().forward(input)
         weight = self.weight if self.affine else input.new_ones(self.num_features)
         bias = self.bias if self.affine else input.new_zeros(self.num_features)
