@@ -79,6 +79,20 @@ class Interrupted(MeshuffleError):
         self.exit_code = 128 + signal_number
 
 
+def in_words(error: BaseException) -> str:
+    """Return what to print of any error: ours as it is, the system's, or a fault of the program.
+
+    >>> in_words(PermissionError(13, "Permission denied", "/data"))
+    '/data: Permission denied'
+    """
+    if isinstance(error, MeshuffleError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = str(error).partition("\n")[0]
+    return f"unexpected {type(error).__name__}: {text}; --debug shows where. Please report it"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the known word nearest to `word`, or `""`.
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError
 
 from meshuffle.dist.launch import be_a_good_neighbour
-from meshuffle.errors import Interrupted, MeshuffleError
+from meshuffle.errors import Interrupted, in_words
 
 _VERBS = ("doctor", "models", "data", "train", "evaluate", "predict", "export")
 _LATER = {
@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code (errors.py says which)."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in tokens
+    if debug:
+        os.environ["MESHUFFLE_DEBUG"] = "1"  # for the ranks
     be_a_good_neighbour()
     try:
         if tokens and tokens[0] in _LATER:
@@ -55,31 +57,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tokens, exit_on_error=False, print_error=False, result_action="return_value"
         )
         _show(answer, as_json="--json" in tokens)
+        sys.stdout.flush()  # here, where a closed pipe is no error
         return answer.exit_code if isinstance(answer, Answer) else 0
     except CycloptsError as error:
         return _fail(_one_line(str(error)), 2)
-    except (MeshuffleError, KeyboardInterrupt, BrokenPipeError) as error:
-        if debug:
-            traceback.print_exc()
-        return _known(error)
-    except Exception as error:  # a fault of ours; contract: no traceback by default
-        if debug:
-            raise
-        text = f"unexpected {type(error).__name__}: {error}; --debug shows where. Please report it"
-        return _fail(text, 1)
-
-
-def _known(error: BaseException) -> int:
-    if isinstance(error, BrokenPipeError):  # `meshuffle models | head`
+    except BrokenPipeError:  # `meshuffle models | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # kept until the process ends
         return 0
-    if isinstance(error, KeyboardInterrupt):
+    except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    assert isinstance(error, MeshuffleError)
-    if isinstance(error, Interrupted):
-        print(error, file=sys.stderr)  # noqa: T201
-        return error.exit_code
-    return _fail(str(error), error.exit_code)
+    except Exception as error:  # noqa: BLE001  # contract: one line, and a traceback on request
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, Interrupted):
+            print(error, file=sys.stderr)  # noqa: T201
+            return error.exit_code
+        return _fail(in_words(error), getattr(error, "exit_code", 1))
 
 
 def _fail(text: str, exit_code: int) -> int:
@@ -102,6 +95,6 @@ def _show(answer: object, as_json: bool) -> None:
     if not isinstance(answer, Answer):
         return
     if as_json:
-        print(json.dumps(answer.value))  # noqa: T201
+        print(json.dumps(answer.value, allow_nan=False))  # noqa: T201
     elif answer.text:
         print(answer.text)  # noqa: T201

@@ -13,7 +13,7 @@ from cyclopts import App, ArgumentCollection, Parameter
 from meshuffle.cli import Answer
 from meshuffle.cli.options import Debug, Json
 from meshuffle.errors import ConfigError
-from meshuffle.train.config import FIELDS, Origin, TrainConfig, check, read_config
+from meshuffle.train.config import FIELDS, Origin, TrainConfig, check, config_key, read_config
 
 _flags: set[str] = set()
 
@@ -57,7 +57,7 @@ def train(
     if json:
         os.environ["MESHUFFLE_QUIET_STDOUT"] = "1"
     if resume is not None:
-        return _resume(resume, data, config)
+        return _resume(resume, data, config, settings.model)
     settings, origins = _merged(settings, config, data)
     if show_config:
         from meshuffle.train.api import describe_config
@@ -68,15 +68,19 @@ def train(
     return _answer(run_training(settings, origins))
 
 
-def _resume(run: Path, data: str | None, config: Path | None) -> Answer:
-    given = sorted((_flags & set(FIELDS)) | ({"DATA"} if data else set()))
-    given += ["config"] if config else []
+def _resume(run: Path, data: str | None, config: Path | None, model: str) -> Answer | None:
+    own_code = "model" in _flags and ":" in model  # repeated, to allow its import
+    given = sorted((_flags & set(FIELDS)) - ({"model"} if own_code else set()))
+    given = [f"--{config_key(name).replace('_', '-')}" for name in given]
+    given += ["--config"] if config else []
+    given += [data] if data else []
     if given:
-        names = ", ".join(name.replace("_", "-").rstrip("-") for name in given)
-        raise ConfigError(f"--resume continues a run with its own settings; leave out: {names}")
+        raise ConfigError(
+            f"--resume continues a run with its own settings; leave out: {', '.join(given)}"
+        )
     from meshuffle.train.api import resume as run_resume
 
-    return _answer(run_resume(run))
+    return _answer(run_resume(run, model=model if own_code else None))
 
 
 def _merged(
@@ -87,14 +91,21 @@ def _merged(
     flags = {name: getattr(settings, name) for name in _flags & set(FIELDS) - {"data"}}
     if data is not None:
         flags["data"] = data
-    # A file of an earlier run names that run's folder and the plan of that machine.
     values: dict[str, Any] = {**from_file, **flags}
     origins: dict[str, Origin] = dict.fromkeys(from_file, "file")
     origins |= dict.fromkeys(flags, "flag")
     if not values.get("data"):
         raise ConfigError("DATA is missing: meshuffle train DATA, for example: train digits")
-    return check(dataclasses.replace(TrainConfig(), **values)), origins
+    merged = check(dataclasses.replace(TrainConfig(), **values))
+    if origins.get("model") == "file" and ":" in merged.model:
+        from meshuffle.train.weights import require_repeated
+
+        require_repeated(merged.model, None)
+    return merged, origins
 
 
-def _answer(result: dict[str, Any]) -> Answer:
-    return Answer(result, result["run"])
+def _answer(result: dict[str, Any]) -> Answer | None:
+    """Let one rank speak where a launcher has started many."""
+    from meshuffle.dist.group import RankEnv, rank_env
+
+    return Answer(result, result["run"]) if (rank_env() or RankEnv()).is_main else None

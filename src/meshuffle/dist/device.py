@@ -35,32 +35,45 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def pick_device(choice: str = "auto", local_rank: int = 0) -> torch.device:
-    """Return the device of the rank with number `local_rank` on this host.
+def check_device(choice: str, num_local_ranks: int = 1) -> str:
+    """Return the kind of device, `cpu`, `cuda` or `mps`, that `choice` means on this host.
 
     Args:
-        choice: `auto` (an accelerator where there is one), `cpu`, `cuda` or `mps`.
-        local_rank: 0 … ranks on this host − 1.
+        choice: `auto` (a GPU where there is one), `cpu`, `cuda` or `mps`.
+        num_local_ranks: ranks of this host, each of which needs a GPU of its own.
 
     Raises:
-        ConfigError: `choice` names a device that this host does not have.
+        ConfigError: `choice` names a device that this host does not have, or not so often.
     """
     kind = choice
     if choice == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cpu":
-        return torch.device("cpu")
-    if kind == "cuda" and torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"rank {local_rank} of this host has no GPU: there are "
-                f"{torch.cuda.device_count()}; use a plan with fewer ranks per host"
-            )
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not here.get(kind, True):
+        raise ConfigError(f"device '{choice}' is not available on this host; use --device cpu")
+    if kind == "cuda" and num_local_ranks > torch.cuda.device_count():
+        raise ConfigError(
+            f"{num_local_ranks} ranks on this host, which has {torch.cuda.device_count()} GPUs; "
+            "use a plan with fewer ranks per host, or --device cpu"
+        )
+    return kind
+
+
+def pick_device(choice: str = "auto", local_rank: int = 0) -> torch.device:
+    """Return the device of the rank with number `local_rank` on this host.
+
+    Args:
+        choice: see `check_device`.
+        local_rank: 0 … ranks on this host − 1.
+
+    Raises:
+        ConfigError: see `check_device`.
+    """
+    kind = check_device(choice, local_rank + 1)
+    if kind == "cuda":
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
-    if kind == "mps" and torch.backends.mps.is_available():
-        return torch.device("mps")
-    raise ConfigError(f"device '{choice}' is not available on this host; use --device cpu")
+    return torch.device(kind)
 
 
 def backend_for(device: torch.device) -> str:

@@ -66,7 +66,8 @@ class SharedExchange(Exchange):
     its slot k mod 2, sets its counter to k, waits for all counters to reach k, and reads. It can
     only write number k + 2 after all counters have reached k + 1, which the others set after they
     had read number k; so nothing is overwritten before it is read. Needs stores that other cores
-    see in order (x86). The file has no name any more once all ranks hold it.
+    see in order (x86). The file has no name any more once all ranks hold it. Beside its counter
+    a rank leaves its process id, so that nobody waits for one that has died.
 
     Args:
         group: ranks of one host.
@@ -82,11 +83,12 @@ class SharedExchange(Exchange):
         dist.broadcast_object_list(path, group_src=0, group=group)
         with Path(path[0] or "").open("r+b") as file:
             self._memory = mmap(file.fileno(), size)
+        self._counters = memoryview(self._memory)[:header].cast("q")
+        self._counters[8 * self.rank + 1] = os.getpid()
         dist.barrier(group)
         if self.rank == 0:
             Path(path[0] or "").unlink()
         whole = np.frombuffer(self._memory, dtype=np.uint8)
-        self._counters = memoryview(self._memory)[:header].cast("q")
         self._slots = whole[header:].reshape(2, self.world, _SLOT_BYTES)
 
     def all_gather(self, vector: Tensor) -> Tensor:
@@ -114,6 +116,8 @@ class SharedExchange(Exchange):
                 waited = time.monotonic() - began
                 if waited < _YIELD_S:
                     os.sched_yield()
+                elif not _alive(counters[place + 1]) and counters[place] < number:
+                    raise RankFailed(f"rank {other} of {self.world} has died")
                 elif waited < self._timeout_s:
                     time.sleep(0.0002)
                 else:
@@ -121,6 +125,16 @@ class SharedExchange(Exchange):
                         f"rank {other} of {self.world} did not answer rank {self.rank} for "
                         f"{self._timeout_s:.0f} s (exchange {number})"
                     )
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's, so it lives
+    return True
 
 
 def _new_file(size: int) -> str:

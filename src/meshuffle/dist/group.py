@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -34,15 +35,12 @@ class RankEnv:
         return self.rank == 0
 
 
-_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-_SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
-
-
 def rank_env(environ: Mapping[str, str] | None = None) -> RankEnv | None:
     """Return the rank that a launcher gave this process, or None when nobody launched it.
 
-    torchrun's variables come first; SLURM's count only inside `srun` (a job step), with more
-    than one task.
+    torchrun's variables come first; where only RANK and WORLD_SIZE are set (Kubernetes), each
+    rank has a host of its own. SLURM's count only inside `srun` (a job step), with more than
+    one task.
 
     Raises:
         ConfigError: a launcher's variable is missing or not a number.
@@ -50,13 +48,23 @@ def rank_env(environ: Mapping[str, str] | None = None) -> RankEnv | None:
     env = os.environ if environ is None else environ
     if "RANK" in env and "WORLD_SIZE" in env:
         rank, world = _integer(env, "RANK"), _integer(env, "WORLD_SIZE")
-        local_rank = _integer(env, "LOCAL_RANK", rank)
-        return RankEnv(rank, world, local_rank, _integer(env, "LOCAL_WORLD_SIZE", world))
+        local_rank = _integer(env, "LOCAL_RANK", 0)
+        return RankEnv(rank, world, local_rank, _integer(env, "LOCAL_WORLD_SIZE", 1))
     if "SLURM_STEP_ID" in env and _integer(env, "SLURM_NTASKS", 1) > 1:
         rank, world = _integer(env, "SLURM_PROCID"), _integer(env, "SLURM_NTASKS")
-        per_node = _integer(env, "SLURM_NTASKS_PER_NODE", world)
-        return RankEnv(rank, world, _integer(env, "SLURM_LOCALID", 0), per_node)
+        return RankEnv(rank, world, _integer(env, "SLURM_LOCALID", 0), _tasks_here(env, world))
     return None
+
+
+def _tasks_here(env: Mapping[str, str], world: int) -> int:
+    """Return SLURM's number of tasks on this node; its list `2(x3),1` means 2, 2, 2, 1."""
+    text = env.get("SLURM_STEP_TASKS_PER_NODE", "")
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    counts = [int(tasks) for tasks, times in parts for _ in range(int(times or 1))]
+    node = _integer(env, "SLURM_NODEID", 0)
+    if node < len(counts):
+        return counts[node]
+    return world if _integer(env, "SLURM_STEP_NUM_NODES", 1) == 1 else 1
 
 
 def _integer(env: Mapping[str, str], key: str, default: int | None = None) -> int:
@@ -112,11 +120,17 @@ def process_group(
 ) -> Iterator[dist.ProcessGroup]:
     """Join the ranks for the length of a `with` block; yields the group of all ranks.
 
+    Inside another such block the ranks are joined already, and its group is yielded.
+
     Args:
         env: this rank's place; one rank needs no rendezvous.
         device: decides the backend (gloo on CPU, NCCL on CUDA).
         timeout_s: how long a collective may wait for the others, seconds.
     """
+    if dist.is_initialized():
+        assert dist.group.WORLD is not None
+        yield dist.group.WORLD
+        return
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = backend_for(device)
     if env.world == 1:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
 import logging
 import os
+import platform
+import signal
 import sys
+import time
+import traceback
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from meshuffle.errors import Interrupted, MeshuffleError, RankFailed
+from meshuffle.errors import Interrupted, MeshuffleError, RankFailed, in_words
 
 _SAVE_TIMEOUT_S = 600
 
@@ -68,35 +75,54 @@ def torchrun(
     try:
         elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
     except SignalException as stopped:
-        raise Interrupted("stopped; the run was saved", int(stopped.sigval)) from None
+        raise Interrupted("stopped", int(stopped.sigval)) from None
     except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
-        raise _as_error(rank, num_ranks, failure) from None
+        raise _as_error(failed.failures, num_ranks) from None
 
 
-def _as_error(rank: int, num_ranks: int, failure: object) -> MeshuffleError:
-    """Turn torchrun's record of a rank's failure into the error that the caller shows."""
-    exit_code: int = getattr(failure, "exitcode", 1)
-    data = getattr(failure, "error_file_data", None) or {}
-    message = data.get("message", "") if isinstance(data, dict) else ""
-    text = message.get("message", "") if isinstance(message, dict) else str(message)
+def _as_error(failures: Mapping[int, Any], num_ranks: int) -> MeshuffleError:
+    """Turn torchrun's record of the ranks' failures into the one error that the caller shows."""
+    rank = min(failures, key=lambda r: (_is_consequence(failures[r]), failures[r].timestamp))
+    exit_code = failures[rank].exitcode
+    if exit_code - 128 in (signal.SIGINT, signal.SIGTERM):  # sent to a rank, which told the others
+        return Interrupted("stopped", exit_code - 128)
+    text = _record(failures[rank]).get("message", "")
     if exit_code < 0 or not text:
         how = f"was killed by signal {-exit_code}" if exit_code < 0 else f"exited with {exit_code}"
-        text = f"rank {rank} of {num_ranks} {how}; its last lines stand above"
+        text = f"rank {rank} of {num_ranks} {how}"
     error = RankFailed(text)
     error.exit_code = exit_code if exit_code > 0 else 1
     return error
 
 
-def record_failure(error: BaseException) -> None:
-    """Leave `error` where the launcher of this rank will find it; does nothing without one."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not path:
-        return
-    import json
-    import time
+def _is_consequence(failure: Any) -> bool:
+    """Whether a rank ended because another had: it said so, or was asked to by torchrun."""
+    return failure.exitcode == -signal.SIGTERM or not _record(failure).get("cause", True)
 
-    expected = isinstance(error, MeshuffleError)
-    text = str(error) if expected else f"{type(error).__name__}: {error}"
-    record = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
-    Path(path).write_text(json.dumps({"message": record}))
+
+def _record(failure: Any) -> dict[str, Any]:
+    """Return what `report_failure` left; empty where the rank could not."""
+    data = failure.error_file_data
+    message = data.get("message") if isinstance(data, dict) else None
+    return message if isinstance(message, dict) else {}
+
+
+def report_failure(error: Exception) -> int:
+    """Leave `error` where the launcher of this rank will find it; returns the exit code."""
+    if os.environ.get("MESHUFFLE_DEBUG") == "1":
+        traceback.print_exception(error)
+    known = isinstance(error, MeshuffleError)
+    # What torch says where a rank has gone is no error of a kind of its own.
+    lost = isinstance(error, RankFailed) or (not known and "onnection" in str(error))
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        now = {"timestamp": str(int(time.time()))}
+        record = {"message": in_words(error), "extraInfo": now, "cause": not lost}
+        Path(path).write_text(json.dumps({"message": record}))
+    return error.exit_code if isinstance(error, MeshuffleError) else 1
+
+
+def end_with_parent() -> None:
+    """Ask Linux to send this process SIGTERM when its launcher dies, even by kill -9."""
+    if platform.system() == "Linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

@@ -17,7 +17,7 @@ from meshuffle.data import decode_image, eval_loader, open_data, relabel
 from meshuffle.data.base import Data
 from meshuffle.dist.device import pick_device
 from meshuffle.dist.group import RankEnv, process_group, rank_env
-from meshuffle.errors import DataError, ImageError
+from meshuffle.errors import DataError, ImageError, MeshuffleError
 from meshuffle.train import evaluate as evaluation
 from meshuffle.train.config import Origin, TrainConfig, to_toml
 from meshuffle.train.rank import train_rank
@@ -38,11 +38,17 @@ def train(config: TrainConfig, origins: Mapping[str, Origin] | None = None) -> d
     return _run(prepare(config, origins or {}))
 
 
-def resume(run: Path) -> dict[str, Any]:
-    """Continue the run folder `run` with its own settings."""
+def resume(run: Path, *, model: str | None = None) -> dict[str, Any]:
+    """Continue the run folder `run` with its own settings.
+
+    Args:
+        model: repeats the name of a `package.module:function` model, to allow its import.
+    """
     env = rank_env()
-    prepared = reopen(run.expanduser().resolve(), env)
+    prepared = reopen(run.expanduser().resolve(), env, model)
     if env is not None:
+        if env.is_main:
+            _say(str(prepared.run))
         train_rank(prepared.run)
         return _result(prepared) if env.is_main else {"run": str(prepared.run)}
     return _run(prepared)
@@ -57,8 +63,11 @@ def _run(prepared: Prepared) -> dict[str, Any]:
 def _train_launched(
     config: TrainConfig, origins: Mapping[str, Origin], env: RankEnv
 ) -> dict[str, Any]:
-    """Let the main rank prepare, tell the others where, and train."""
-    with process_group(env, torch.device("cpu")):
+    """Let the main rank prepare, tell the others where, and train.
+
+    Where that fails the main rank says why, and the others end with its exit code.
+    """
+    with process_group(env, pick_device(config.device, env.local_rank)):
         message: list[Any] = [None]
         if env.is_main:
             try:
@@ -66,12 +75,13 @@ def _train_launched(
                 message = [str(prepared.run)]
                 _say(str(prepared.run), *prepared.lines)
             except Exception as error:
-                dist.broadcast_object_list([error], src=0)
+                exit_code = error.exit_code if isinstance(error, MeshuffleError) else 1
+                dist.broadcast_object_list([exit_code], src=0)
                 raise
         dist.broadcast_object_list(message, src=0)
-    if isinstance(message[0], Exception):
-        raise message[0]
-    train_rank(Path(message[0]))
+        if isinstance(message[0], int):
+            raise SystemExit(message[0])
+        train_rank(Path(message[0]))
     return _result(prepared) if env.is_main else {"run": message[0]}
 
 

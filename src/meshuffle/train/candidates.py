@@ -20,11 +20,10 @@ import torch.distributed as dist
 from meshuffle.data import Batch, Preprocess, shard_bounds
 from meshuffle.dist.device import keep_freed_pages, num_cores, pick_device, synchronize
 from meshuffle.dist.group import RankEnv, new_group, process_group, rank_env
-from meshuffle.dist.launch import record_failure, torchrun
-from meshuffle.errors import MeshuffleError
+from meshuffle.dist.launch import end_with_parent, report_failure, torchrun
 from meshuffle.planner.plan import Plan, parse_plan
-from meshuffle.train.config import TrainConfig, parse_knobs, read_config, to_toml
-from meshuffle.train.state import TrainState, build_state
+from meshuffle.train.config import TrainConfig, read_config, to_toml
+from meshuffle.train.state import TrainState, build_state, model_knobs
 from meshuffle.train.weights import Card
 
 _TURNS, _TURN_S, _MAX_STEPS = 3, 0.5, 8
@@ -105,7 +104,7 @@ def _build(
     group: dist.ProcessGroup,
 ) -> TrainState:
     assert config.input_size is not None
-    knobs = parse_knobs(config.knobs)
+    knobs = model_knobs(config)
     classes = tuple(str(i) for i in range(num_classes))
     card = Card(config.model, classes, Preprocess.imagenet(config.input_size), knobs=knobs)
     return build_state(
@@ -146,13 +145,13 @@ def _random_batch(state: TrainState, plan: Plan, env: RankEnv) -> tuple[Batch, i
 
 def main() -> int:
     """Run as one of torchrun's ranks: CONFIG OUT NUM_CLASSES PLAN…"""
+    end_with_parent()
     settings, out, num_classes, *texts = sys.argv[1:]
     try:
         config = TrainConfig(**read_config(Path(settings)))
         times = _time_all(config, int(num_classes), [parse_plan(text) for text in texts])
-    except MeshuffleError as error:
-        record_failure(error)
-        return error.exit_code
+    except Exception as error:  # noqa: BLE001  # the launcher says it, in one line
+        return report_failure(error)
     if (rank_env() or RankEnv()).is_main:
         Path(out).write_text(json.dumps(times))
     return 0

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.optim import Optimizer
 
 from meshuffle.errors import RunError
-from meshuffle.train.files import sync, write_json
+from meshuffle.train.files import disk_errors, sync, write_json
 
 _KEPT = 2
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -54,7 +54,16 @@ _INDEX_NAMES = {
 
 
 def save_checkpoint(state: Path, step: int, tensors: Mapping[str, Tensor], meta: Any) -> Path:
-    """Write `tensors` and `meta` (plain JSON) as the checkpoint of `step`; returns its folder."""
+    """Write `tensors` and `meta` (plain JSON) as the checkpoint of `step`; returns its folder.
+
+    Raises:
+        MeshuffleError: the disk does not take it; older checkpoints are as they were.
+    """
+    with disk_errors(state.parent, dcp.CheckpointException):
+        return _save(state, step, tensors, meta)
+
+
+def _save(state: Path, step: int, tensors: Mapping[str, Tensor], meta: Any) -> Path:
     final = state / f"step-{step:08d}"
     temporary = state / f".{final.name}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -96,7 +105,8 @@ def latest_checkpoint(state: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         }
         with _alone():
             dcp.load(tensors, storage_reader=reader, no_dist=True)
-    except (OSError, ValueError, pickle.UnpicklingError, dcp.CheckpointException) as error:
+    # A pickle that is not one raises anything, and CheckpointException is no Exception.
+    except (Exception, dcp.CheckpointException) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RunError(
             f"{folder}: cannot be read ({reason}); delete it to continue from the one before"
@@ -182,4 +192,6 @@ def locked(run: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RunError(f"{run}: another process is training in it") from None
+        for left in [*run.glob(".*.tmp"), *run.glob("*/.*.tmp")]:  # by a process that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield

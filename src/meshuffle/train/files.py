@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from meshuffle.errors import MeshuffleError
 
 
 @contextlib.contextmanager
@@ -25,6 +28,20 @@ def replaced(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path, *kinds: type[BaseException]) -> Iterator[None]:
+    """Turn a failure to write below `folder` into one line; `kinds`: besides OSError."""
+    try:
+        yield
+    except (OSError, *kinds) as error:
+        reason = getattr(error, "strerror", None) or "the write failed"
+        free = shutil.disk_usage(folder).free / 1e6
+        raise MeshuffleError(
+            f"cannot write to {folder}: {reason} ({free:,.1f} MB are free there); "
+            "what was saved before is whole"
+        ) from error
 
 
 def sync(path: Path) -> None:

@@ -61,7 +61,7 @@ def freeze(model: nn.Module, choice: str) -> list[str]:
             forward order up to and with LAYER).
 
     Raises:
-        ConfigError: LAYER is not one of the model's.
+        ConfigError: LAYER is not one of the model's, or nothing is left to train.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(True)
@@ -75,6 +75,8 @@ def freeze(model: nn.Module, choice: str) -> list[str]:
         frozen = _layers_until(model, choice.removeprefix("until:"))
     for name in frozen:
         _part(model, name).requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(f"--freeze {choice}: leaves no parameter to train")
     return frozen
 
 

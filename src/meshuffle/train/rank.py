@@ -18,8 +18,8 @@ from meshuffle.data import auto_workers, open_data
 from meshuffle.dist.device import keep_freed_pages, pick_device
 from meshuffle.dist.exchange import make_exchange
 from meshuffle.dist.group import RankEnv, new_group, process_group, rank_env
-from meshuffle.dist.launch import record_failure
-from meshuffle.errors import Interrupted, MeshuffleError
+from meshuffle.dist.launch import end_with_parent, report_failure
+from meshuffle.errors import Interrupted
 from meshuffle.planner.plan import read_plan
 from meshuffle.train.checkpoint import locked
 from meshuffle.train.config import TrainConfig, read_config
@@ -58,7 +58,9 @@ def train_rank(run: Path) -> dict[str, Any]:
         resumed = any((run / "state").glob("step-*"))
         if resumed:
             state.restore(run)
-            lines = [f"resumed at epoch {state.progress.epoch + 1}, step {state.progress.step}"]
+            where = f"epoch {state.progress.epoch + 1}, step {state.progress.step}"
+            done = "all epochs are done; evaluating again and writing the report"
+            lines = [done if state.progress.finished else f"resumed at {where}"]
         watch = stack.enter_context(_watch(run, state, env))
         for line in lines:
             watch.event(line)
@@ -116,16 +118,13 @@ def deterministic_algorithms(wanted: bool):  # type: ignore[no-untyped-def]
 
 def main() -> int:
     """Run as one of torchrun's ranks; the exit code says how it ended."""
+    end_with_parent()
     try:
         train_rank(Path(sys.argv[1]))
     except Interrupted as stopped:
         return stopped.exit_code
-    except MeshuffleError as error:
-        record_failure(error)
-        return error.exit_code
-    except Exception as error:
-        record_failure(error)
-        raise
+    except Exception as error:  # noqa: BLE001  # the launcher says it, in one line
+        return report_failure(error)
     return 0
 
 

@@ -6,21 +6,24 @@ prepare ──▶ run folder: config.toml, plan.json, env.json ──▶ launch 
 from __future__ import annotations
 
 import dataclasses
+import platform
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from meshuffle.data import Data, augmentation_for, open_data
-from meshuffle.dist.device import num_accelerators, num_cores
+from meshuffle.data import Data, EpochSampler, augmentation_for, open_data
+from meshuffle.dist.device import check_device, num_accelerators, num_cores
 from meshuffle.dist.group import RankEnv
 from meshuffle.dist.launch import torchrun
 from meshuffle.errors import PlanError, RunError
 from meshuffle.planner.plan import Plan, parse_plan, read_plan
 from meshuffle.train.candidates import fastest_plan
+from meshuffle.train.compiling import CompileChoice
 from meshuffle.train.config import Origin, TrainConfig, read_config, resolve, to_toml
 from meshuffle.train.files import write_json, write_text
-from meshuffle.train.state import augment_values, make_card
+from meshuffle.train.state import augment_config, augment_values, build_model, make_card
 from meshuffle.train.watch import environment
+from meshuffle.train.weights import Card, require_repeated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,33 +48,59 @@ def prepare(
     Raises:
         InputError: the data, the model, the plan or a setting is wrong.
     """
+    config = dataclasses.replace(config, data=absolute_data(config.data))
     data = open_data(config.data, need=("train", "val"))
     resolved = resolve_for(config, data)
     card = make_card(resolved, data)
+    _rehearse(resolved, card, len(data.splits["train"]))
     plan, lines = _choose_plan(resolved, len(card.classes), env)
     origins = {
         name: origins.get(name, "chosen" if getattr(config, name) != value else "default")
         for name, value in vars(resolved).items()
     }
-    resolved = dataclasses.replace(resolved, plan=str(plan))
     run = make_run_folder(resolved)
+    # Without the folder, so that the run can be moved, and made again from its settings.
+    resolved = dataclasses.replace(resolved, plan=str(plan), out=None)
     write_text(run / "config.toml", to_toml(resolved, origins))
     write_json(run / "plan.json", plan.to_dict())
     write_json(run / "env.json", environment())
     return Prepared(run, plan, tuple(lines))
 
 
-def reopen(run: Path, env: RankEnv | None = None) -> Prepared:
+def _rehearse(config: TrainConfig, card: Card, num_train: int) -> None:
+    """Build what every rank will build, so that a wrong value leaves no run folder behind."""
+    check_device(config.device)
+    CompileChoice(config, None)
+    repeats = augment_config(config).repeats
+    EpochSampler(num_train, config.batch or 1, repeats=repeats)
+    build_model(config, card)
+
+
+def absolute_data(spec: str) -> str:
+    """Return DATA with its path made absolute: a run is continued and judged from anywhere."""
+    prefix, colon, path = spec.partition(":")
+    if Path(spec).expanduser().exists():
+        return str(Path(spec).expanduser().resolve())
+    if colon and Path(path).expanduser().exists():
+        return f"{prefix}:{Path(path).expanduser().resolve()}"
+    return spec
+
+
+def reopen(run: Path, env: RankEnv | None = None, model: str | None = None) -> Prepared:
     """Return what `prepare` returned for an existing run folder, to continue it.
+
+    Args:
+        model: repeats the name of a `package.module:function` model, to allow its import.
 
     Raises:
         RunError: not a run folder; PlanError: other ranks than the run was made for.
     """
     if not (run / "config.toml").is_file():
         raise RunError(f"{run}: no config.toml in it; is it a run folder?")
-    read_config(run / "config.toml")
+    config = TrainConfig(**read_config(run / "config.toml"))
+    require_repeated(config.model, model)
     plan = read_plan(run / "plan.json")
-    _check_ranks(plan, env)
+    _check_plan(plan, config, env)
     return Prepared(run, plan)
 
 
@@ -104,28 +133,27 @@ def _choose_plan(
     assert config.batch is not None
     if config.plan != "auto":
         plan = parse_plan(config.plan)
-        _check_supported(plan)
-        _check_ranks(plan, env)
-        if plan.dp > config.batch:
-            raise PlanError(
-                f"plan {plan}: {plan.dp} ranks share a batch of {config.batch}; "
-                f"use --batch {plan.dp} or more, or a smaller dp"
-            )
+        _check_plan(plan, config, env)
         return plan, []
     if env is not None:
         return Plan(dp=env.world), [f"plan dp={env.world}: the ranks that were launched"]
     return fastest_plan(config, num_classes, num_cores(), num_accelerators())
 
 
-def _check_supported(plan: Plan) -> None:
-    """Refuse what a later version will do."""
+def _check_plan(plan: Plan, config: TrainConfig, env: RankEnv | None) -> None:
+    """Refuse what a later version will do, and what this batch or these ranks cannot."""
     if plan.tp > 1 or plan.pp > 1 or plan.mb:
         raise PlanError(f"plan {plan}: tensor and pipeline parallel do not exist yet; use dp=N")
     if plan.dp_kind == "shard":
         raise PlanError(f"plan {plan}: sharded states do not exist yet; use dp={plan.dp}")
-
-
-def _check_ranks(plan: Plan, env: RankEnv | None) -> None:
+    if plan.num_ranks > 1 and platform.system() != "Linux":
+        raise PlanError(f"plan {plan}: {platform.system()} runs a single rank; use dp=1")
+    if plan.dp > (config.batch or 1):
+        raise PlanError(
+            f"plan {plan}: {plan.dp} ranks share a batch of {config.batch}; "
+            f"use --batch {plan.dp} or more, or a smaller dp"
+        )
+    check_device(config.device, env.local_world if env else plan.num_ranks)
     if env is not None and plan.num_ranks != env.world:
         raise PlanError(
             f"plan {plan} has {plan.num_ranks} ranks, but the launcher started {env.world}"

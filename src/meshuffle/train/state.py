@@ -143,13 +143,18 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def make_card(config: TrainConfig, data: Data) -> weights.Card:
-    """Return the card of a run: from its settings and its data."""
+def model_knobs(config: TrainConfig) -> dict[str, Any]:
+    """Return what `create_model` takes besides the name and the number of classes."""
     knobs = parse_knobs(config.knobs)
     if config.dropout is not None:
         knobs["dropout"] = config.dropout
     if "auto" in knobs.values():  # a kernel size or branches that follow the feature map's size
         knobs.setdefault("input_size", config.input_size)
+    return knobs
+
+
+def make_card(config: TrainConfig, data: Data) -> weights.Card:
+    """Return the card of a run: from its settings and its data."""
     preprocess = Preprocess.for_data(data, config.input_size)
     if config.from_:
         preprocess = _inherited(config, preprocess)
@@ -158,7 +163,7 @@ def make_card(config: TrainConfig, data: Data) -> weights.Card:
         classes=data.classes,
         preprocess=preprocess,
         task=config.task,
-        knobs=knobs,
+        knobs=model_knobs(config),
         titles=dict(data.titles),
         data=config.data,
     )
@@ -170,6 +175,13 @@ def _inherited(config: TrainConfig, preprocess: Preprocess) -> Preprocess:
     if card is None:
         return preprocess
     return dataclasses.replace(card.preprocess, crop=preprocess.crop, resize=preprocess.resize)
+
+
+def build_model(config: TrainConfig, card: weights.Card) -> tuple[nn.Module, list[str], list[str]]:
+    """Return the model as training starts, the names that are frozen, and lines to tell."""
+    model = create_model(card.model, num_classes=len(card.classes), seed=config.seed, **card.knobs)
+    lines = _start_from(model, config.from_) if config.from_ else []
+    return model, optim.freeze(model, config.freeze), lines
 
 
 def build_state(
@@ -184,12 +196,10 @@ def build_state(
 
     Returns the state, and lines to tell the user about weights that did not fit.
     """
-    model = create_model(card.model, num_classes=len(card.classes), seed=config.seed, **card.knobs)
-    lines = _start_from(model, config.from_) if config.from_ else []
+    model, frozen, lines = build_model(config, card)
     model.to(device)
     if config.channels_last:
         _to_channels_last(model)
-    frozen = optim.freeze(model, config.freeze)
     average = optim.average(model, config.ema) if config.ema else None
     one_host = env.local_world >= env.world
     synchronise_batch_norm(model, make_exchange(group, device, one_host))

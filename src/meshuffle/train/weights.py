@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from meshuffle.data import Preprocess
 from meshuffle.errors import ModelError, RunError
 from meshuffle.models import create_model
-from meshuffle.train.files import replaced
+from meshuffle.train.files import disk_errors, replaced
 
 _KEY = "meshuffle"
 
@@ -65,9 +65,13 @@ class Card:
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], card: Card) -> None:
-    """Write `tensors` (a `state_dict`) and `card` to `path`, replaced when all is written."""
+    """Write `tensors` (a `state_dict`) and `card` to `path`, replaced when all is written.
+
+    Raises:
+        MeshuffleError: the disk does not take it; an older file is as it was.
+    """
     plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    with replaced(path) as temporary:
+    with disk_errors(path.parent, SafetensorError), replaced(path) as temporary:
         save_file(_without_aliases(plain), temporary, metadata={_KEY: card.to_json()})
 
 
@@ -166,13 +170,18 @@ def _listed(what: str, names: list[str]) -> str:
 
 def build_model(card: Card, model: str | None = None) -> nn.Module:
     """Build the card's model with random weights; see `load_model` for `model`."""
-    prefix = card.model.partition(":")[0] if ":" in card.model else None
-    if prefix not in (None, "torchvision", "timm", "transformers") and model != card.model:
-        raise ModelError(
-            f"the weights belong to {card.model}, which is code outside Meshuffle; "
-            f"to run it, repeat its name: --model {card.model}"
-        )
+    require_repeated(card.model, model)
     return create_model(card.model, num_classes=len(card.classes), seed=0, **card.knobs)
+
+
+def require_repeated(stored: str, model: str | None) -> None:
+    """Refuse to import the code of a model that a file names, unless `model` repeats the name."""
+    prefix, colon, _ = stored.partition(":")
+    if colon and prefix not in ("torchvision", "timm", "transformers") and model != stored:
+        raise ModelError(
+            f"the model is {stored}, which is code outside Meshuffle; "
+            f"to run it, repeat its name: --model {stored}"
+        )
 
 
 def load_matching(
