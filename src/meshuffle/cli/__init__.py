@@ -15,6 +15,7 @@ from cyclopts import App, CycloptsError
 
 from meshuffle.dist.launch import be_a_good_neighbour
 from meshuffle.errors import Interrupted, in_words
+from meshuffle.train.files import finite
 
 _VERBS = ("doctor", "models", "data", "train", "evaluate", "predict", "export")
 _LATER = {
@@ -95,6 +96,6 @@ def _show(answer: object, as_json: bool) -> None:
     if not isinstance(answer, Answer):
         return
     if as_json:
-        print(json.dumps(answer.value, allow_nan=False))  # noqa: T201
+        print(json.dumps(finite(answer.value)))  # noqa: T201
     elif answer.text:
         print(answer.text)  # noqa: T201

@@ -106,8 +106,9 @@ def latest_checkpoint(state: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with _alone():
             dcp.load(tensors, storage_reader=reader, no_dist=True)
     # A pickle that is not one raises anything, and CheckpointException is no Exception.
-    except (Exception, dcp.CheckpointException) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (Exception, dcp.CheckpointException) as failed:  # noqa: BLE001
+        first = next(iter(getattr(failed, "failures", {}).values()), (failed, None))[0]
+        reason = str(first).partition("\n")[0] or type(first).__name__
         raise RunError(
             f"{folder}: cannot be read ({reason}); delete it to continue from the one before"
         ) from None

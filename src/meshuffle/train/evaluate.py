@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from meshuffle.data import Batch, Preprocess
-from meshuffle.dist.device import Precision, autocast
 
 _TOP = 5
 
@@ -73,11 +72,12 @@ def evaluate(
     device: torch.device,
     *,
     group: dist.ProcessGroup | None = None,
-    precision: Precision = "float32",
     channels_last: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Run `model` in eval mode over this rank's `batches`; all ranks get the same result.
+
+    Always in float32, whatever it is trained in: as `eval`, `predict` and `export` compute.
 
     Args:
         batches: what `eval_loader` yields.
@@ -91,7 +91,7 @@ def evaluate(
     for batch in batches:
         skipped += batch.skipped
         if len(batch):
-            logits = _logits(model, batch.images, preprocess, device, precision, channels_last)
+            logits = _logits(model, batch.images, preprocess, device, channels_last)
             pieces.append((batch.indices, batch.labels, *_judge(logits, batch.labels)))
         if progress:
             progress(len(batch))
@@ -104,14 +104,12 @@ def _logits(
     images: Tensor,
     preprocess: Preprocess,
     device: torch.device,
-    precision: Precision,
     channels_last: bool,
 ) -> Tensor:
     x_NCHW = preprocess.normalise(images.to(device, non_blocking=True))
     if channels_last:
         x_NCHW = x_NCHW.contiguous(memory_format=torch.channels_last)
-    with autocast(device, precision):
-        logits: Tensor = model(x_NCHW)
+    logits: Tensor = model(x_NCHW)
     return logits.float().cpu()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -33,11 +34,12 @@ def replaced(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def disk_errors(folder: Path, *kinds: type[BaseException]) -> Iterator[None]:
     """Turn a failure to write below `folder` into one line; `kinds`: besides OSError."""
+    caught: tuple[type[BaseException], ...] = (OSError, *kinds)
     try:
         yield
-    except (OSError, *kinds) as error:
+    except caught as error:
         reason = getattr(error, "strerror", None) or "the write failed"
-        free = shutil.disk_usage(folder).free / 1e6
+        free = shutil.disk_usage(folder if folder.exists() else folder.anchor).free / 1e6
         raise MeshuffleError(
             f"cannot write to {folder}: {reason} ({free:,.1f} MB are free there); "
             "what was saved before is whole"
@@ -61,4 +63,17 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` by `value` as indented JSON."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(finite(value), indent=2) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """Return plain data with None for nan and ±inf, which JSON does not have.
+
+    >>> finite({"top1": 50.0, "loss": [float("nan")]})
+    {'top1': 50.0, 'loss': [None]}
+    """
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,21 +100,21 @@ class Loop:
         self.state.model.train()
         hold_frozen(self.state.model, self.state.frozen)
         self._meter = _Meter(self.state, self.watch)
-        for batch in self._batches():
-            self._step(batch)
-        self._meter.show(self.exchange)
-
-    def _batches(self) -> Iterator[Batch | None]:
-        """Yield the epoch's batches from where the run stands; None where a signal took one."""
         loader = train_loader(
             self.data.splits["train"],
             self.transform,
             self.sampler,
-            self.state.progress.epoch,
-            start_step=self.state.progress.epoch_step,
+            progress.epoch,
+            start_step=progress.epoch_step,
             num_workers=self.num_workers,
             pin_memory=self.state.step.device.type == "cuda",
         )
+        for batch in self._batches(loader):
+            self._step(batch)
+        self._meter.show(self.exchange)
+
+    def _batches(self, loader: Iterator[Batch]) -> Iterator[Batch | None]:
+        """Yield the loader's batches, and None at the end where a signal took the others."""
         while True:
             waiting = time.perf_counter()
             try:
@@ -126,6 +127,8 @@ class Loop:
                 batch = None  # the signal that asks us to stop has ended the loader's workers
             self._meter.wait_s += time.perf_counter() - waiting
             yield batch
+            if batch is None:
+                return
 
     def _step(self, batch: Batch | None) -> None:
         """Agree with the other ranks on what this step is, do it, and save where it is due."""
@@ -174,7 +177,7 @@ class Loop:
             return (self.state.progress.step + 1) % self._save_steps == 0
         return time.monotonic() - self._saved_at > self._save_s
 
-    def _pause(self, stop: int) -> None:
+    def _pause(self, stop: int | bool) -> None:
         """Save in mid-epoch; with `stop`, end the run here."""
         self._meter.show(self.exchange)
         self._save()
@@ -205,6 +208,10 @@ class Loop:
         loss, correct, samples = progress.sums
         lr = learning_rate(state.config, progress.step - 1, self.sampler.steps_per_epoch)
         seconds = progress.epoch_seconds
+        try:
+            metrics = self.evaluate("val").metrics
+        except Interrupted:
+            self._pause(stop=True)
         progress.epoch += 1
         row: dict[str, Any] = {
             "epoch": progress.epoch,
@@ -216,7 +223,6 @@ class Loop:
             "data_wait": round(self._meter.wait_s / max(self._meter.seconds, 1e-9), 4),
             "seconds": round(seconds, 3),
         }
-        metrics = self.evaluate("val").metrics
         row |= {f"val_{key}": value for key, value in metrics.items()}
         better = self._keep_best(metrics)
         progress.sums, progress.epoch_step, progress.epoch_seconds = [0.0, 0.0, 0.0], 0, 0.0
@@ -229,7 +235,8 @@ class Loop:
 
     def _keep_best(self, metrics: dict[str, float]) -> bool:
         progress = self.state.progress
-        top1, loss = metrics.get("top1", 0.0), metrics.get("loss", math.inf)
+        top1, loss = metrics.get("top1", 0.0), metrics.get("loss", 0.0)
+        loss = loss if math.isfinite(loss) else sys.float_info.max
         better = (top1, -loss) > (progress.best_top1, -progress.best_loss)
         if better:
             progress.best_top1, progress.best_loss = top1, loss
@@ -240,10 +247,14 @@ class Loop:
         return better
 
     def evaluate(self, split: str) -> Evaluation:
-        """Evaluate the judged model on a split, over all ranks."""
+        """Evaluate the judged model on a split, over all ranks.
+
+        Raises:
+            Interrupted: a signal has ended a rank's loader.
+        """
         state, source = self.state, self.data.splits[split]
         assert state.config.batch is not None
-        batches = eval_loader(
+        loader = eval_loader(
             source,
             state.card.preprocess,
             batch_size=state.config.batch,
@@ -251,16 +262,28 @@ class Loop:
             world=self.env.world,
             num_workers=self.num_workers,
         )
+        num_lost = 0
+
+        def until_lost() -> Iterator[Batch]:
+            nonlocal num_lost
+            for batch in self._batches(loader):
+                if batch is not None:
+                    yield batch
+                else:
+                    num_lost = 1
+
         evaluation = evaluate(
             state.judged,
-            batches,
+            until_lost(),
             state.card.classes,
             state.card.preprocess,
             state.step.device,
             group=self.control,
-            precision=state.config.precision,
             channels_last=state.config.channels_last,
         )
+        if sum_over_ranks([float(num_lost)], self.exchange)[0]:
+            how = f"stopped; continue with: {resume_command(self.run)}"
+            raise Interrupted(how, self.stop.number or 15)
         for message in self.skips.note(evaluation.skipped):
             self.watch.event(f"skipped: {message}")
         return evaluation
@@ -294,6 +317,11 @@ class _Meter:
         main_seconds = seconds if exchange.rank == 0 else 0.0
         *sums, seconds = sum_over_ranks([*self._pending.tolist(), main_seconds], exchange)
         progress = self._state.progress
+        if not math.isfinite(sums[0]):
+            raise MeshuffleError(
+                f"the loss is {sums[0]} at step {progress.step}: start again with a lower --lr "
+                f"(now {self._lr:.3g}), a longer --warmup-epochs, or --clip-norm 1"
+            )
         progress.sums = [a + b for a, b in zip(progress.sums, sums, strict=True)]
         progress.seconds += seconds
         progress.epoch_seconds += seconds

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from meshuffle.data import AugmentConfig, Data, Preprocess
 from meshuffle.dist.exchange import make_exchange
 from meshuffle.dist.group import RankEnv
-from meshuffle.errors import ConfigError
+from meshuffle.errors import ConfigError, RunError
 from meshuffle.models import create_model
 from meshuffle.parallel.batch_norm import synchronise_batch_norm
 from meshuffle.parallel.data_parallel import DataParallel, Mode, broadcast_from_main
@@ -69,7 +68,7 @@ class Progress:
     epoch_seconds: float = 0.0
     sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     best_top1: float = -1.0
-    best_loss: float = math.inf
+    best_loss: float = 0.0
     best_epoch: int = 0
     compiled: bool | None = None
     finished: bool = False
@@ -132,9 +131,16 @@ class TrainState:
         if self.config.unfreeze_epoch and self.progress.epoch >= self.config.unfreeze_epoch - 1:
             self.frozen = optim.freeze(self.model, "none")
             self._rebuild_training()
-        self.model.load_state_dict(_under(tensors, "model."))
-        if self.average is not None:
-            self.average.load_state_dict(_under(tensors, "ema."))
+        try:
+            self.model.load_state_dict(_under(tensors, "model."))
+            if self.average is not None:
+                self.average.load_state_dict(_under(tensors, "ema."))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise RunError(
+                f"{folder}: its checkpoint does not fit the model of its config.toml; "
+                f"was that edited? ({reason})"
+            ) from None
         if self.step.parallel.updates_here:
             checkpoint.load_optimizer(self.model, self.step.optimizer, tensors)
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from meshuffle.train.files import write_text
+from meshuffle.train.files import finite, write_text
 
 COLUMNS = (
     *("epoch", "step", "lr", "train_loss", "train_top1"),
@@ -124,7 +124,7 @@ class RunWatch:
         self.event(_epoch_line(self._epoch_text, row))
 
     def _record(self, values: Mapping[str, Any]) -> None:
-        self._log.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
+        self._log.write(json.dumps(finite({**values, "time": round(time.time(), 3)})) + "\n")
 
     def close(self) -> None:
         """Take the bar away."""
