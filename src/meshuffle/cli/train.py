@@ -70,7 +70,7 @@ def train(
 
 def _resume(run: Path, data: str | None, config: Path | None, model: str) -> Answer | None:
     own_code = "model" in _flags and ":" in model  # repeated, to allow its import
-    given = sorted((_flags & set(FIELDS)) - ({"model"} if own_code else set()))
+    given = sorted((_flags & set(FIELDS)) - {"data"} - ({"model"} if own_code else set()))
     given = [f"--{config_key(name).replace('_', '-')}" for name in given]
     given += ["--config"] if config else []
     given += [data] if data else []

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from meshuffle.dist.exchange import Exchange
 from meshuffle.errors import ConfigError
+from meshuffle.parallel.batch_norm import BatchNorm
 from meshuffle.train.config import TrainConfig
 from meshuffle.train.step import sum_over_ranks
 from meshuffle.train.watch import Watch
@@ -102,4 +103,7 @@ class CompileChoice:
 
 def compiled(model: nn.Module) -> Any:
     """Return `model` compiled for one shape of input; parameters stay the model's own."""
+    for module in model.modules():
+        if isinstance(module, BatchNorm) and module.exchange.world > 1:  # no graph crosses ranks
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
     return torch.compile(model, dynamic=False)

@@ -38,7 +38,7 @@ def disk_errors(folder: Path, *kinds: type[BaseException]) -> Iterator[None]:
     try:
         yield
     except caught as error:
-        reason = getattr(error, "strerror", None) or "the write failed"
+        reason = getattr(error, "strerror", None) or "the write failed, perhaps for lack of space"
         free = shutil.disk_usage(folder if folder.exists() else folder.anchor).free / 1e6
         raise MeshuffleError(
             f"cannot write to {folder}: {reason} ({free:,.1f} MB are free there); "

@@ -109,14 +109,16 @@ class Loop:
             num_workers=self.num_workers,
             pin_memory=self.state.step.device.type == "cuda",
         )
+        waiting = time.perf_counter()
         for batch in self._batches(loader):
+            self._meter.wait_s += time.perf_counter() - waiting
             self._step(batch)
+            waiting = time.perf_counter()
         self._meter.show(self.exchange)
 
     def _batches(self, loader: Iterator[Batch]) -> Iterator[Batch | None]:
         """Yield the loader's batches, and None at the end where a signal took the others."""
         while True:
-            waiting = time.perf_counter()
             try:
                 batch: Batch | None = next(loader)
             except StopIteration:
@@ -125,7 +127,6 @@ class Loop:
                 if not self.stop.number:
                     raise
                 batch = None  # the signal that asks us to stop has ended the loader's workers
-            self._meter.wait_s += time.perf_counter() - waiting
             yield batch
             if batch is None:
                 return

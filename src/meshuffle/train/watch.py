@@ -176,15 +176,15 @@ def environment() -> dict[str, Any]:
     """Return versions, host and processor, for `env.json`."""
     import platform
     import sys
+    from importlib.metadata import version
 
     import torch
     import torchvision
 
-    from meshuffle import __version__
     from meshuffle.dist.device import describe, num_cores, pick_device
 
     return {
-        "meshuffle": __version__,
+        "meshuffle": version("meshuffle"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
