@@ -1,6 +1,6 @@
 """Five training seeds of the digits recipe, on the fixed test split; run once per recipe.
 
-    python benchmarks/digits_seeds.py [--plan dp=1,threads=1]
+    python benchmarks/digits_seeds.py [--plan dp=1,threads=1] [--seeds 0 1 2 3 4]
 
 Appends a row per seed to results/digits_seeds.csv, with versions. The split has a seed of its own
 and is the same for all.
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-SEEDS = range(5)
 
 
 def train(seed: int, plan: str, folder: str) -> dict[str, Any]:
@@ -36,10 +35,11 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plan", default="auto")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for seed in SEEDS:
+        for seed in options.seeds:
             result = train(seed, options.plan, folder)
             row = {
                 "date": datetime.date.today().isoformat(),

@@ -96,7 +96,7 @@ def latest_checkpoint(state: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise RunError(f"{state}: no checkpoint yet; start the run again without --resume")
     folder = folders[-1]
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = dict(json.loads((folder / "meta.json").read_text()))
         reader = _SafeReader(folder)
         tensors: dict[str, Any] = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)

@@ -7,6 +7,7 @@ that `--config RUN/config.toml` repeats a run. No torch here: `--help` reads thi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import tomllib
@@ -205,9 +206,14 @@ def read_config(path: Path) -> dict[str, Any]:
     return result
 
 
+@functools.cache
+def _type_hints() -> dict[str, Any]:
+    return typing.get_type_hints(TrainConfig)
+
+
 def _typed(value: Any, name: str, where: str) -> Any:
     """Return `value` as the field's type, or raise ConfigError."""
-    hint = typing.get_type_hints(TrainConfig)[name]
+    hint = _type_hints()[name]
     choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for choice in choices:
         origin = typing.get_origin(choice) or choice

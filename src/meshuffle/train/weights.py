@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from meshuffle.data import Preprocess
-from meshuffle.errors import ModelError, RunError
+from meshuffle.errors import ConfigError, ModelError, RunError
 from meshuffle.models import create_model
 from meshuffle.train.files import disk_errors, replaced
 
@@ -117,7 +117,10 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], Card | None]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise RunError(f"{path}: not a readable safetensors file ({error})") from None
-    return tensors, Card.from_json(text) if text else None
+    try:
+        return tensors, Card.from_json(text) if text else None
+    except (ValueError, TypeError, LookupError, AttributeError, ConfigError) as error:
+        raise RunError(f"{path}: its card cannot be read ({error})") from None
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:

@@ -1,0 +1,197 @@
+"""Weights files: the card, what is refused, and what is taken."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from meshuffle.data import Preprocess
+from meshuffle.errors import ModelError, RunError
+from meshuffle.models import create_model
+from meshuffle.train.api import evaluate, resume
+from meshuffle.train.weights import (
+    Card,
+    find_weights,
+    load_matching,
+    load_model,
+    read_weights,
+    save_weights,
+)
+
+CARD = Card(
+    model="shufflenet_v2_x0_5",
+    classes=("Äpfel", "pears"),
+    preprocess=Preprocess(crop=(32, 48), resize=None, channels="BGR"),
+    knobs={"depths": [1, 1, 1], "head_channels": 16},
+    titles={"pears": "a pear"},
+    data="/data/fruit",
+    epoch=3,
+    metrics={"top1": 50.0, "loss": 0.7},
+)
+
+
+def model(num_classes: int = 2) -> nn.Module:
+    return create_model(CARD.model, num_classes=num_classes, seed=1, **CARD.knobs)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    found = tmp_path / "run" / "weights" / "best.safetensors"
+    save_weights(found, model().state_dict(), CARD)
+    return found
+
+
+def test_card_and_model_come_back(path: Path) -> None:
+    network, card = load_model(path)
+    assert card == CARD
+    assert not network.training
+    for name, tensor in model().state_dict().items():
+        assert torch.equal(network.state_dict()[name], tensor)
+    assert find_weights(path.parents[1]) == path
+
+
+def test_a_later_versions_card() -> None:
+    text = json.dumps({**json.loads(CARD.to_json()), "invented_later": 1})
+    assert Card.from_json(text) == CARD
+
+
+def test_last_where_there_is_no_best(path: Path) -> None:
+    last = path.rename(path.with_name("last.safetensors"))
+    assert find_weights(path.parents[1]) == last
+    last.unlink()
+    with pytest.raises(RunError, match="is it a run folder"):
+        find_weights(path.parents[1])
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no such run folder or weights file"):
+        load_model(tmp_path / "none")
+
+
+@pytest.mark.parametrize("content", [b"", b"12345678", b"\x10\0\0\0\0\0\0\0{}", b"x" * 1000])
+def test_broken_safetensors(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(RunError, match="not a readable safetensors file"):
+        load_model(path)
+
+
+def test_truncated_safetensors(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(RunError, match="not a readable safetensors file"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("card", ["{", "[]", "{}", '{"model": "x"}', '{"preprocess": 3}'])
+def test_a_broken_card(path: Path, card: str) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.ones(1)}, path, metadata={"meshuffle": card})
+    with pytest.raises(RunError, match="card cannot be read"):
+        load_model(path)
+
+
+def test_plain_torch_files(tmp_path: Path) -> None:
+    tensors = model().state_dict()
+    for number, content in enumerate(
+        (tensors, {"state_dict": tensors}, {f"module.{k}": v for k, v in tensors.items()})
+    ):
+        path = tmp_path / f"{number}.pth"
+        torch.save(content, path)
+        found, card = read_weights(path)
+        assert card is None
+        assert found.keys() == tensors.keys()
+    with pytest.raises(RunError, match="without a card"):
+        load_model(path)
+
+
+class Sly:
+    def __reduce__(self) -> tuple[object, ...]:
+        return print, ("executed",)
+
+
+def test_a_torch_file_with_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "sly.pth"
+    torch.save({"weight": Sly()}, path)
+    with pytest.raises(RunError, match="not a readable weights file"):
+        read_weights(path)
+    assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {}])
+def test_a_torch_file_without_tensors(tmp_path: Path, content: object) -> None:
+    path = tmp_path / "none.pth"
+    torch.save(content, path)
+    with pytest.raises(RunError):
+        read_weights(path)
+
+
+def test_aliases_are_stored_twice(tmp_path: Path) -> None:
+    tied = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    tied["b"].weight = tied["a"].weight
+    empty = {"c": torch.empty(0), "d": torch.empty(0)}
+    path = tmp_path / "tied.safetensors"
+    save_weights(path, {**tied.state_dict(), **empty}, CARD)
+    found, _ = read_weights(path)
+    assert torch.equal(found["a.weight"], found["b.weight"])
+    assert found["d"].shape == (0,)
+
+
+def test_a_view_of_a_larger_tensor(tmp_path: Path) -> None:
+    whole = torch.arange(6.0)
+    save_weights(tmp_path / "w.safetensors", {"first": whole[:3], "all": whole}, CARD)
+    found, _ = read_weights(tmp_path / "w.safetensors")
+    assert found["first"].tolist() == [0, 1, 2]
+    assert found["all"].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_other_shapes_are_listed(path: Path) -> None:
+    tensors, _ = read_weights(path)
+    missing, unexpected, reshaped = load_matching(model(5), {**tensors, "extra": torch.ones(1)})
+    assert (missing, unexpected) == ([], ["extra"])
+    assert set(reshaped) == {"fc.weight", "fc.bias"}
+    save_weights(path, model(5).state_dict(), CARD)
+    with pytest.raises(ModelError, match=r"other shape fc\."):
+        load_model(path)
+
+
+CODE = """
+from pathlib import Path
+from torch import nn
+Path(__file__).with_name("imported").touch()
+def tiny(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, num_classes))
+"""
+
+
+@pytest.fixture
+def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "own_code.py").write_text(CODE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_code", raising=False)
+    return tmp_path / "imported"
+
+
+def test_code_is_imported_only_when_its_name_is_repeated(tmp_path: Path, factory: Path) -> None:
+    tensors = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2)).state_dict()
+    card = Card("own_code:tiny", ("a", "b"), Preprocess(crop=8, resize=8))
+    path = tmp_path / "run" / "weights" / "best.safetensors"
+    save_weights(path, tensors, card)
+    for target in (path, path.parents[1]):
+        with pytest.raises(ModelError, match="repeat its name: --model own_code:tiny"):
+            load_model(target)
+    with pytest.raises(ModelError, match="repeat its name"):
+        load_model(path, model="own_code:other")
+    with pytest.raises(ModelError, match="repeat its name"):
+        evaluate(path)
+    (tmp_path / "run" / "config.toml").write_text('data = "digits"\nmodel = "own_code:tiny"\n')
+    with pytest.raises(ModelError, match="repeat its name"):
+        resume(tmp_path / "run")
+    assert not factory.exists()
+    load_model(path, model="own_code:tiny")
+    assert factory.exists()
