@@ -122,7 +122,7 @@ def test_every_value_has_its_origin(small: TrainConfig) -> None:
 def test_defaults_follow_the_number_of_images(num_train: int, batch: int, epochs: int) -> None:
     found = resolve(TrainConfig(data="x"), num_train, 224, {})
     assert (found.batch, found.epochs, found.input_size) == (batch, epochs, 224)
-    assert found.lr == pytest.approx(0.5 * math.sqrt(batch / 1024), rel=1e-2)
+    assert found.lr == pytest.approx(0.5 * (batch / 1024) ** 0.75, rel=1e-2)
     assert found.weight_decay == 4e-5
     assert found.warmup_epochs == pytest.approx(min(5, 0.1 * epochs), abs=0.01)
 

@@ -1,0 +1,99 @@
+"""Metrics against scikit-learn; ranks together equal one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, top_k_accuracy_score
+from torch import nn
+
+from meshuffle.data import ArraySource, Batch, Preprocess, eval_loader
+from meshuffle.train.evaluate import Evaluation, evaluate
+
+from ..ranks import run_ranks
+
+CLASSES = tuple("abcdefgh")
+NUM, SIZE = 61, 6
+PREPROCESS = Preprocess(crop=SIZE, resize=SIZE)
+
+
+def source() -> ArraySource:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (NUM, SIZE, SIZE, 3), dtype=np.uint8)
+    return ArraySource("noise", CLASSES, pixels, rng.integers(0, len(CLASSES), NUM))
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, len(CLASSES))
+    )
+
+
+def run(rank: int = 0, world: int = 1, group: dist.ProcessGroup | None = None) -> Evaluation:
+    batches = eval_loader(source(), PREPROCESS, batch_size=8, rank=rank, world=world)
+    device = torch.device("cpu")
+    return evaluate(model(), batches, CLASSES, PREPROCESS, device, group=group)
+
+
+def test_metrics_are_those_of_scikit_learn() -> None:
+    found, data = run(), source()
+    network = model().eval()
+    images = torch.from_numpy(data.pixels).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        probabilities = network(PREPROCESS.normalise(images)).double().softmax(1).numpy()
+    labels, guessed = data.labels, probabilities.argmax(1)
+    every = range(len(CLASSES))
+    assert found.num_samples == NUM
+    assert found.metrics["top1"] == pytest.approx(100 * accuracy_score(labels, guessed))
+    top5 = top_k_accuracy_score(labels, probabilities, k=5, labels=every)
+    assert found.metrics["top5"] == pytest.approx(100 * top5)
+    assert found.metrics["loss"] == pytest.approx(log_loss(labels, probabilities, labels=every))
+    assert (found.confusion == confusion_matrix(labels, guessed, labels=every)).all()
+    assert found.top_probabilities[:, 0] == pytest.approx(probabilities.max(1), rel=1e-5)
+
+
+def one_of(group: dist.ProcessGroup) -> Evaluation:
+    return run(dist.get_rank(group), dist.get_world_size(group), group)
+
+
+def test_ranks_together_equal_one() -> None:
+    expected = run()
+    for found in run_ranks(one_of, 3):
+        assert found.metrics == pytest.approx(expected.metrics, rel=1e-6)
+        assert (found.indices == np.arange(NUM)).all()
+        assert (found.labels == expected.labels).all()
+        assert (found.top_classes == expected.top_classes).all()
+
+
+def test_five_classes_have_no_top5() -> None:
+    none = np.zeros((1, 5), np.int64)
+    found = Evaluation(CLASSES[:5], none[:, 0], none[:, 0], none[:, 0] + 0.5, none, none + 0.2)
+    assert found.metrics == {"top1": 100.0, "loss": 0.5}
+
+
+def batch_of(num: int, skipped: list[str]) -> Batch:
+    images = torch.zeros(num, 3, SIZE, SIZE, dtype=torch.uint8)
+    ids = torch.arange(num)
+    return Batch(images, ids % 2, ids, ids, ids, skipped)
+
+
+def test_empty_and_unreadable() -> None:
+    device = torch.device("cpu")
+    batches = [batch_of(0, ["a: broken", "b: broken"]), batch_of(0, ["a: broken"])]
+    found = evaluate(model(), batches, CLASSES, PREPROCESS, device)
+    assert (found.num_samples, found.metrics) == (0, {})
+    assert found.skipped == ("a: broken", "b: broken")
+    assert found.confusion.sum() == 0
+    assert evaluate(model(), [], CLASSES, PREPROCESS, device).metrics == {}
+
+
+def test_the_mode_of_the_model_comes_back() -> None:
+    network, seen = model().train(), []
+    batches = [batch_of(3, [])]
+    evaluate(network, batches, CLASSES, PREPROCESS, torch.device("cpu"), progress=seen.append)
+    assert network.training
+    assert seen == [3]
+    assert network[1].running_mean.abs().sum() == 0  # type: ignore[index,union-attr]
