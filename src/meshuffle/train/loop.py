@@ -295,8 +295,8 @@ class Loop:
 def is_better(top1: float, loss: float, kept: tuple[float, float] | None, num: int) -> bool:
     """Whether an epoch beats the kept one on a validation split of `num` images.
 
-    Top-1 decides where it differs by more than its standard error; within it (one image of 143,
-    0.2 points of 50,000) the lower loss does, since the highest of many equal top-1 is chance.
+    Top-1 decides where it differs by more than its standard error, at least one image (0.7 points
+    of 143, 0.2 of 50,000); within that the lower loss does, since the highest of many equal top-1 is chance.
 
     Args:
         top1, loss: of the epoch, in percent and nats.
@@ -308,7 +308,8 @@ def is_better(top1: float, loss: float, kept: tuple[float, float] | None, num: i
     highest, kept_loss = kept
     share = (highest / 100 * num + 1) / (num + 2)  # Laplace's, so that 100 % has an error too
     standard_error = 100 * math.sqrt(share * (1 - share) / max(1, num))
-    if abs(top1 - highest) > standard_error:
+    one_image = 100.5 / max(1, num)  # and a little, for rounding
+    if abs(top1 - highest) > max(standard_error, one_image):
         return top1 > highest
     return loss < kept_loss
 
