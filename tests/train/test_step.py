@@ -67,10 +67,8 @@ def by_hand(batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
             assert parameter.grad is not None
             parameter -= LR * parameter.grad
     correct = (logits.argmax(1) == batch.labels).sum()
-    sums = torch.stack(
-        [loss.detach().double() * len(batch), correct.double(), torch.tensor(len(batch)).double()]
-    )
-    return step.model.state_dict(), sums
+    sums = [len(batch) * float(loss.detach()), float(correct), float(len(batch))]
+    return step.model.state_dict(), torch.tensor(sums, dtype=torch.float64)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -126,7 +124,7 @@ def test_mixed_targets_are_counted_by_the_larger_share() -> None:
 
 def test_soft_targets_have_the_expected_loss() -> None:
     batch = make_batch(4)
-    x, soft = mix_batch(
+    _, soft = mix_batch(
         batch.images.float(), batch.labels, NUM_CLASSES, AugmentConfig(mixup=1.0), batch.draws
     )
     assert soft.sum(1).tolist() == pytest.approx([1] * 4)

@@ -97,7 +97,7 @@ def first_host(nodelist: str) -> str:
         return nodelist.partition(",")[0]
     inside, _, suffix = rest.partition("]")
     first = inside.replace("-", ",").partition(",")[0]
-    return head + first + suffix.partition(",")[0]
+    return head + first + first_host(suffix)
 
 
 def new_group(

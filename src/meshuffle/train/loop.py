@@ -260,7 +260,7 @@ class Loop:
         loader = eval_loader(
             source,
             state.card.preprocess,
-            batch_size=state.config.batch,
+            batch_size=-(-state.config.batch // state.config.accumulate),  # what training can hold
             rank=self.env.rank,
             world=self.env.world,
             num_workers=self.num_workers,
@@ -296,7 +296,7 @@ def is_better(top1: float, loss: float, kept: tuple[float, float] | None, num: i
     """Whether an epoch beats the kept one on a validation split of `num` images.
 
     Top-1 decides where it differs by more than its standard error, at least one image (0.7 points
-    of 143, 0.2 of 50,000); within that the lower loss does, since the highest of many equal top-1 is chance.
+    of 143, 0.2 of 50,000). Within that the lower loss does: the highest of many such is chance.
 
     Args:
         top1, loss: of the epoch, in percent and nats.

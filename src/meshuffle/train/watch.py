@@ -167,7 +167,10 @@ def _keep_rows(path: Path, first_epoch: int) -> None:
     rows: list[dict[str, str]] = []
     if path.exists():
         with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < first_epoch]
+            read = csv.DictReader(line.replace("\0", "") for line in file)
+            rows = [
+                row for row in read if row["epoch"].isdigit() and int(row["epoch"]) < first_epoch
+            ]
     lines = [",".join(COLUMNS)] + [",".join(row.get(c, "") for c in COLUMNS) for row in rows]
     write_text(path, "\n".join(lines) + "\n")
 

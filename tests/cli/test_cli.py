@@ -1,0 +1,402 @@
+"""The command line as a new user and a careless one meet it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from meshuffle.cli import main
+from meshuffle.train import api
+
+FAST = """
+model = "shufflenet_v2_x0_5"
+plan = "dp=1,threads=1"
+epochs = 1
+batch = 8
+input_size = 32
+workers = 0
+compile = "off"
+[knobs]
+width = "0.25"
+depths = "[1, 1, 1]"
+head_channels = "32"
+"""
+VERBS = (
+    *("doctor", "models", "data", "data check"),
+    *("train", "eval", "predict", "export"),
+)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in a folder of our own, and forget what `--json` and `--debug` leave behind."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("MESHUFFLE_QUIET_STDOUT", "MESHUFFLE_DEBUG", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")
+    (tmp_path / "fast.toml").write_text(FAST)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_photos(tmp_path_factory.mktemp("data") / "photos", ("blue", "red"))
+
+
+def make_photos(root: Path, classes: Sequence[str], counts: tuple[int, int] = (9, 4)) -> Path:
+    rng = np.random.default_rng(0)
+    for split, count in zip(("train", "val"), counts, strict=True):
+        for label, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 120, (36, 40, 3), dtype=np.uint8)
+                pixels[..., 2 * label] += 120
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+Fails = Callable[..., str]
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
+    """Run a command that must fail with one line on standard error; return the line."""
+
+    def run(*arguments: str, exit_code: int = 2) -> str:
+        assert main(list(arguments)) == exit_code
+        captured = capsys.readouterr()
+        lines = captured.err.splitlines()
+        assert lines[-1].startswith("error: ")
+        assert sum(line.startswith("error: ") for line in lines) == 1
+        assert "Traceback" not in captured.err + captured.out
+        return lines[-1]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "fast.toml").write_text(FAST)
+    out = folder / "run"
+    assert (
+        main(["train", str(photos), "--config", str(folder / "fast.toml"), "--out", str(out)]) == 0
+    )
+    return out
+
+
+def shell(*arguments: str, timeout: float = 100) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "meshuffle", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_each_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*verb.split(), "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"Usage: meshuffle {verb}")
+
+
+def test_help_and_version_without_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for verb in VERBS:
+        assert verb.split()[0] in out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("meshuffle ")
+
+
+def test_help_does_not_import_torch() -> None:
+    code = (
+        "import sys; from meshuffle.cli import main; main(['train', '--help']); "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'matplotlib')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("trian digits", 'Did you mean "train"'),
+        ("train digits --epoch 3", "--epoch. Did you mean --epochs"),
+        ("train digits --epochs three", "three"),
+        ("train digits --epochs 0", "--epochs 0: must be at least 1"),
+        ("train digits --optimizer sdg", "sdg"),
+        ("train digit", "did you mean 'digits'"),
+        ("train imagnet:/tmp", "did you mean 'imagenet'"),
+        ("train", "DATA is missing"),
+        ("train digits --config none.toml", "No such file"),
+        ("train digits --model shufflenet_v2_x1", "did you mean"),
+        ("train digits --model timm:resnet1", "did you mean"),
+        ("train digits --knobs.group 3", "no knob `group`"),
+        ("train digits --plan tp=2", "tensor and pipeline parallel do not exist yet"),
+        ("train digits --plan dp=2:shard", "sharded states do not exist yet"),
+        ("train digits --plan dq=2", "the parts are dp, tp, pp"),
+        ("train digits --plan none.json", "No such file"),
+        ("train digits --plan dp=3 --batch 2", "use --batch 3 or more"),
+        ("train digits --freeze until:stage9", "no such layer"),
+        ("train digits --from nowhere", "no such run folder or weights file"),
+        ("train digits --mixup -1", "mixup (=-1.0) must be in"),
+        ("train digits --repeats 3 --batch 8", "must be divisible by repeats"),
+        ("train --resume nowhere", "is it a run folder"),
+        ("eval nowhere", "no such run folder"),
+        ("predict nowhere a.png", "no such run folder"),
+        ("models nothing-like-it", "no model of ours matches"),
+        ("data check nowhere", "no such folder"),
+        ("simulate --model x", "does not exist yet"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    command: str, says: str, fails: Fails, here: Path
+) -> None:
+    assert says in fails(*command.split())
+    assert not (here / "runs").exists()  # nothing is left of a run that never began
+
+
+def test_no_gpu(fails: Fails, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "device 'cuda' is not available" in fails("train", "digits", "--device", "cuda")
+    assert not (here / "runs").exists()
+
+
+def test_own_photos_twice(photos: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second run gets a folder of its own; its path is the first and the last line."""
+    for number in (1, 2):
+        assert main(["train", str(photos), "--config", "fast.toml"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        run = here / "runs" / f"shufflenet_v2_x0_5-photos-{number}"
+        assert lines[0] == lines[-1] == str(run)
+        assert any(line.startswith("epoch 1/1  loss") for line in lines)
+    names = {path.name for path in run.iterdir()}
+    assert names >= {
+        *("config.toml", "env.json", "plan.json", "log.jsonl", "metrics.csv", "report.html"),
+        *("plots", "weights", "state", "tensorboard", "result.json"),
+    }
+
+
+def test_out_that_exists(trained: Path, photos: Path, fails: Fails) -> None:
+    before = sorted(trained.rglob("*"))
+    line = fails("train", str(photos), "--config", "fast.toml", "--out", str(trained))
+    assert f"--resume {trained}" in line
+    assert sorted(trained.rglob("*")) == before
+
+
+def test_out_that_cannot_be_made(photos: Path, fails: Fails, here: Path) -> None:
+    (here / "runs").write_text("a file")
+    line = fails("train", str(photos), "--config", "fast.toml")
+    assert "cannot make the run folder" in line
+
+
+@pytest.mark.parametrize(
+    "extra", [["--epochs", "9"], ["--lr", "0.1"], ["digits"], ["--config", "fast.toml"]]
+)
+def test_resume_takes_no_other_settings(trained: Path, fails: Fails, extra: list[str]) -> None:
+    line = fails("train", "--resume", str(trained), *extra)
+    assert f"leave out: {extra[0]}" in line
+
+
+@pytest.mark.parametrize(
+    ("plan", "says"),
+    [
+        ("{", "not JSON"),
+        ('{"dp": 0}', "at least 1"),
+        ('{"tp": 2}', "do not exist yet"),
+        ('{"dp": 64}', "64 ranks share a batch of 8"),
+        ('{"rank": 2}', "unknown key 'rank'"),
+    ],
+)
+def test_a_plan_edited_into_nonsense(
+    trained: Path, here: Path, fails: Fails, plan: str, says: str
+) -> None:
+    run = here / "moved"
+    shutil.copytree(trained, run)
+    (run / "plan.json").write_text(plan)
+    assert says in fails("train", "--resume", str(run))
+
+
+def test_a_run_that_was_moved_goes_on(trained: Path, here: Path) -> None:
+    shutil.copytree(trained, here / "moved")
+    assert main(["train", "--resume", "moved"]) == 0
+
+
+def test_one_class(here: Path, fails: Fails) -> None:
+    root = make_photos(here / "lonely", ("red",))
+    assert "only one class, 'red'" in fails("train", str(root))
+
+
+def break_some(root: Path) -> list[str]:
+    """Add three files that no decoder reads, and return their names."""
+    folder = root / "train" / "red"
+    whole = (folder / "0.png").read_bytes()
+    (folder / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.jpg").write_text("this is no picture")
+    return ["truncated.png", "empty.jpg", "text.jpg"]
+
+
+def test_broken_files_are_named_once_and_counted(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = break_some(make_photos(here / "torn", ("blue", "red")))
+    assert main(["train", "torn", "--config", "fast.toml", "--epochs", "3", "--json"]) == 0
+    captured = capsys.readouterr()
+    for name in broken:
+        assert captured.err.count(name) == 1
+        line = next(line for line in captured.err.splitlines() if name in line)
+        assert line.startswith(f"skipped: {here / 'torn'}")
+    assert "3 unreadable images were skipped" in captured.err
+    assert json.loads(captured.out)["skipped_inputs"] == 3
+
+
+def test_strict_stops_at_a_broken_file(here: Path, fails: Fails) -> None:
+    broken = break_some(make_photos(here / "torn", ("blue", "red")))
+    line = fails("train", "torn", "--config", "fast.toml", "--strict")
+    assert any(name in line for name in broken)
+
+
+def one_json_line(capsys: pytest.CaptureFixture[str]) -> Any:
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    return json.loads(out, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+
+
+def test_json_of_train(photos: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(photos), "--config", "fast.toml", "--json"]) == 0
+    value = one_json_line(capsys)
+    assert list(value) == [
+        *("run", "metrics", "skipped_inputs", "predicted_step_ms", "measured_step_ms"),
+    ]
+    assert Path(value["run"]).parent == here / "runs"
+    assert 0 <= value["metrics"]["val"]["top1"] <= 100
+    assert value["measured_step_ms"] > 0
+
+
+def test_json_of_eval_and_predict(
+    trained: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", str(trained), "--json"]) == 0
+    value = one_json_line(capsys)
+    assert {"task", "num_samples", "metrics"} <= value.keys()
+    assert (value["task"], value["num_samples"]) == ("classify", 8)
+    assert value["metrics"].keys() == {"top1", "loss"}
+    result = json.loads((trained / "result.json").read_text())
+    assert value["metrics"]["top1"] == pytest.approx(result["splits"]["val"]["top1"])
+    image = str(photos / "val" / "red" / "0.png")
+    assert main(["predict", str(trained), image, "--json"]) == 0
+    (guess,) = one_json_line(capsys)
+    assert list(guess) == ["file", "label", "probability"]
+    assert guess["file"] == image
+    assert guess["label"] in ("blue", "red")
+    assert 0.5 <= guess["probability"] <= 1
+
+
+def test_json_of_the_other_verbs(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "v2_x1_0", "--json"]) == 0
+    assert one_json_line(capsys)[0]["name"] == "shufflenet_v2_x1_0"
+    assert main(["doctor", "--json"]) == 0
+    assert "torch" in one_json_line(capsys)
+    assert main(["data", "check", str(photos), "--json"]) == 0
+    assert one_json_line(capsys)
+
+
+def test_predict_says_which_image_is_broken(
+    trained: Path, photos: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "bad.png").write_text("no picture")
+    good = str(photos / "val" / "red" / "0.png")
+    assert main(["predict", str(trained), good, "bad.png"]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{good}: ")
+    assert lines[1].startswith("bad.png: ")
+    assert lines[2] == "1 of 2 images could not be read"
+
+
+def test_wrong_images_and_splits(trained: Path, here: Path, fails: Fails) -> None:
+    (here / "nothing").mkdir()
+    assert "no image in this folder" in fails("predict", str(trained), "nothing")
+    assert "no such file or folder" in fails("predict", str(trained), "nowhere.png")
+    assert "has no test split" in fails("eval", str(trained), "--split", "test")
+    assert "classes are unknown to the model" in fails("eval", str(trained), "--data", "digits")
+
+
+def test_show_config_trains_nothing(
+    photos: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", str(photos), "--config", "fast.toml", "--lr", "0.5", "--show-config"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    for line in ("lr = 0.5  # flag", "batch = 8  # file", "momentum = 0.9  # default"):
+        assert line in out.splitlines()
+    assert not (here / "runs").exists()
+
+
+def test_a_fault_of_ours_is_one_line_and_debug_shows_where(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, fails: Fails, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def faulty(*_: Any) -> None:
+        raise ZeroDivisionError("two\nlines")
+
+    monkeypatch.setattr(api, "train", faulty)
+    line = fails("train", str(photos), exit_code=1)
+    assert line == (
+        "error: unexpected ZeroDivisionError: two; --debug shows where. Please report it"
+    )
+    assert main(["train", str(photos), "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "says"),
+    [
+        (OSError(28, "No space left on device"), 1, "error: No space left on device"),
+        (PermissionError(13, "Permission denied", "/x"), 1, "error: /x: Permission denied"),
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+    ],
+)
+def test_what_the_system_says(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, fails: Fails,
+    error: BaseException, exit_code: int, says: str,
+) -> None:  # fmt: skip
+    def failing(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(api, "train", failing)
+    assert fails("train", str(photos), exit_code=exit_code) == says
+
+
+def test_code_named_in_a_file_needs_its_name_repeated(
+    photos: Path, here: Path, fails: Fails
+) -> None:
+    (here / "own_net.py").write_text("raise SystemExit('imported')\n")
+    (here / "own.toml").write_text('model = "own_net:tiny"\n')
+    assert "repeat its name: --model own_net:tiny" in fails(
+        "train", str(photos), "--config", "own.toml"
+    )
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    """`meshuffle models | head -1`"""
+    command = f"{sys.executable} -m meshuffle models | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_a_process_of_its_own_without_a_terminal(photos: Path, here: Path) -> None:
+    done = shell("train", str(photos), "--config", "fast.toml")
+    assert done.returncode == 0
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "Warning" not in done.stderr
+    assert done.stdout.splitlines()[0] == done.stdout.splitlines()[-1]
+    assert os.path.isdir(done.stdout.splitlines()[0])  # noqa: PTH112
