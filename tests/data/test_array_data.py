@@ -110,7 +110,7 @@ def test_mnist_packed_nested_and_with_dots(mnist):
     raw.mkdir(parents=True)
     for file in list(root.glob("*-ubyte")):
         (raw / (file.name.replace("-idx", ".idx") + ".gz")).write_bytes(
-            gzip.compress(file.read_bytes())
+            gzip.compress(file.read_bytes(), mtime=0)
         )
         file.unlink()
     test = open_data(f"mnist:{root}").splits["test"]
@@ -138,7 +138,7 @@ LABELS = "train-labels-idx1-ubyte"
         (IMAGES, idx(np.zeros((9, 28, 28))), "9 train images but 100 labels"),
         (LABELS, idx(np.full(100, 10)), "label 10 is not below 10"),
         (LABELS, idx(np.zeros(100)) + b"x", "more bytes of data where its header says 100"),
-        (IMAGES + ".gz", gzip.compress(idx(np.zeros((100, 28, 28))))[:60], "cannot be read"),
+        (IMAGES + ".gz", gzip.compress(idx(np.zeros((100, 28, 28))), mtime=0)[:60], "cannot be read"),
         (IMAGES + ".gz", b"not packed at all", "cannot be read"),
     ],
 )
