@@ -138,7 +138,11 @@ LABELS = "train-labels-idx1-ubyte"
         (IMAGES, idx(np.zeros((9, 28, 28))), "9 train images but 100 labels"),
         (LABELS, idx(np.full(100, 10)), "label 10 is not below 10"),
         (LABELS, idx(np.zeros(100)) + b"x", "more bytes of data where its header says 100"),
-        (IMAGES + ".gz", gzip.compress(idx(np.zeros((100, 28, 28))), mtime=0)[:60], "cannot be read"),
+        (
+            IMAGES + ".gz",
+            gzip.compress(idx(np.zeros((100, 28, 28))), mtime=0)[:60],
+            "cannot be read",
+        ),
         (IMAGES + ".gz", b"not packed at all", "cannot be read"),
     ],
 )

@@ -40,9 +40,12 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     ("how", "says", "exit_code"),
     [
         ("input", "photos: no such\nfolder", 2),
-        ("fault", "unexpected ZeroDivisionError: by zero; --debug shows where", 1),
         ("kill", "rank 1 of 2 was killed by signal 9", 1),
-        ("exit", "rank 1 of 2 exited with 7", 7),
+        pytest.param(
+            *("fault", "unexpected ZeroDivisionError: by zero; --debug shows where", 1),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(*("exit", "rank 1 of 2 exited with 7", 7), marks=pytest.mark.slow),
     ],
 )
 def test_the_first_failure_reaches_the_parent(
@@ -58,12 +61,14 @@ def test_the_first_failure_reaches_the_parent(
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_rank_that_was_stopped_stops_the_run() -> None:
     with pytest.raises(Interrupted) as stopped:
         launch("term")
     assert stopped.value.exit_code == 143
 
 
+@pytest.mark.slow
 def test_threads_reach_the_ranks(tmp_path: Path) -> None:
     launch("threads", str(tmp_path))
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["1", "1"]

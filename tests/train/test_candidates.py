@@ -89,6 +89,7 @@ def test_candidates_are_timed_for_real() -> None:
     assert all(0 < ms < 60_000 for ms in times.values())
 
 
+@pytest.mark.slow
 def test_what_fails_there_is_one_line() -> None:
     with pytest.raises(MeshuffleError, match="has no knob `colour`") as error:
         time_plans(settings(colour="red"), 10, [Plan(dp=2, threads=1)])

@@ -168,9 +168,8 @@ def _keep_rows(path: Path, first_epoch: int) -> None:
     if path.exists():
         with path.open(newline="") as file:
             read = csv.DictReader(line.replace("\0", "") for line in file)
-            rows = [
-                row for row in read if row["epoch"].isdigit() and int(row["epoch"]) < first_epoch
-            ]
+            whole = [row for row in read if row["epoch"].isdigit()]  # a kill leaves half a row
+            rows = [row for row in whole if int(row["epoch"]) < first_epoch]
     lines = [",".join(COLUMNS)] + [",".join(row.get(c, "") for c in COLUMNS) for row in rows]
     write_text(path, "\n".join(lines) + "\n")
 
