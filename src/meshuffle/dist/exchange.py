@@ -128,13 +128,15 @@ class SharedExchange(Exchange):
 
 
 def _alive(process: int) -> bool:
+    """Whether a process of this host runs; one that has ended may still wait for its parent."""
     try:
         os.kill(process, 0)
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except ProcessLookupError:
         return False
-    except PermissionError:
-        pass  # another user's, so it lives
-    return True
+    except OSError:  # another user's, or no Linux: there is no telling
+        return True
+    return state not in "ZX"
 
 
 def _new_file(size: int) -> str:

@@ -119,7 +119,9 @@ def report_failure(error: Exception) -> int:
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         now = {"timestamp": str(int(time.time()))}
         record = {"message": in_words(error), "extraInfo": now, "cause": not lost}
-        Path(path).write_text(json.dumps({"message": record}))
+        temporary = Path(f"{path}.tmp")  # the launcher may end this rank at any instant
+        temporary.write_text(json.dumps({"message": record}))
+        temporary.replace(path)
     return error.exit_code if isinstance(error, MeshuffleError) else 1
 
 

@@ -123,10 +123,10 @@ class Loop:
                 batch: Batch | None = next(loader)
             except StopIteration:
                 return
-            except MeshuffleError:
+            except Exception:
                 if not self.stop.number:
                     raise
-                batch = None  # the signal that asks us to stop has ended the loader's workers
+                batch = None  # the signal that asks us to stop has ended the loader's processes
             yield batch
             if batch is None:
                 return
