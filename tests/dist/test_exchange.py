@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import subprocess
 from typing import Any
 
 import pytest
@@ -55,6 +57,24 @@ def test_one_rank_needs_no_shared_memory(alone: None) -> None:
     exchange = make_exchange(group, torch.device("cpu"), one_host=True)
     assert isinstance(exchange, GroupExchange)
     assert exchange.all_sum(torch.tensor([3.0])).tolist() == [3.0]
+
+
+def leave(group: dist.ProcessGroup) -> str:
+    """Rank 1 hands its place to a process that ends, and that nobody waits for: a zombie."""
+    exchange = SharedExchange(group)
+    if dist.get_rank(group) == 1:
+        return ""
+    child = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    exchange._counters[8 + 1] = child.pid
+    with pytest.raises(RankFailed) as failed:
+        exchange.all_gather(torch.zeros(1))
+    child.wait()
+    return str(failed.value)
+
+
+def test_a_rank_that_has_died_is_named() -> None:
+    assert run_ranks(leave, 2)[0] == "rank 1 of 2 has died"
 
 
 def too_much(group: dist.ProcessGroup) -> None:
