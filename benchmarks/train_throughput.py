@@ -5,7 +5,8 @@
     A  torchvision's shufflenet_v2_x1_0 in a plain PyTorch loop, one process, all threads
     B  the same under DistributedDataParallel, one process per core (or GPU), local batch norm
     C  Meshuffle's shufflenet_v2_x1_0 in its own training step, with the plan that `--plan auto`
-       takes here: batch norm over the whole batch, channels-last, uneven batches handled
+       takes here: batch norm over the whole batch, channels-last, uneven batches handled;
+       compiled where a C++ compiler is installed, as in a long run (`--compile off`: eager)
 
 All start from the same weights and train on the same uint8 images, 3×224×224, already in memory.
 The processes stay alive and take turns, A B C A B C …, so that a slow minute of a shared machine
@@ -309,7 +310,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=20)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--compile", choices=("on", "off"), default="off")
+    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
     parser.add_argument("--ranks", type=int, help="ranks of C; default one per core or GPU")
     parser.add_argument("--no-record", action="store_true")
@@ -317,6 +318,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         return work(options)
+    if options.compile == "auto":
+        from meshuffle.train.compiling import compiler_missing
+
+        options.compile = "off" if compiler_missing() else "on"
     result = compare(options)
     if not options.no_record:
         record(result, options)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import nn
 
 from meshuffle.dist.exchange import Exchange, GroupExchange
 from meshuffle.errors import ConfigError
+from meshuffle.parallel.batch_norm import synchronise_batch_norm
 from meshuffle.train import compiling
 from meshuffle.train.compiling import CompileChoice
 from meshuffle.train.config import TrainConfig
@@ -133,3 +136,50 @@ def test_the_compiled_model_keeps_its_names() -> None:
         *("0.weight", "0.bias", "1.weight", "1.bias"),
         *("1.running_mean", "1.running_var", "1.num_batches_tracked"),
     ]
+
+
+class SameOnAll(Exchange):
+    """Stands for ranks that all hold the same samples."""
+
+    def __init__(self, world: int) -> None:
+        self.world, self.rank = world, 0
+
+    def all_gather(self, vector: torch.Tensor) -> torch.Tensor:
+        return torch.stack([vector] * self.world)
+
+
+class Pooled(nn.Module):
+    """What `compiled` treats on its own: batch norm over the ranks, and max pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.pool(torch.relu(self.norm(self.conv(x)))).flatten(1)
+
+
+@pytest.mark.skipif(bool(compiling.compiler_missing()), reason=compiling.compiler_missing())
+@pytest.mark.parametrize("world", [1, 2])
+def test_compiled_computes_what_eager_does(world: int) -> None:
+    """One step in float64: output, gradients and running statistics, from the same start."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 12, 12, dtype=torch.float64)
+    x = x.contiguous(memory_format=torch.channels_last)
+    eager = synchronise_batch_norm(Pooled().double(), SameOnAll(world))
+    model = copy.deepcopy(eager)
+    found: dict[str, Any] = {}
+    expected: dict[str, Any] = {}
+    pairs = ((compiling.compiled(model), model, found), (eager, eager, expected))
+    for forward, owner, values in pairs:
+        own = x.clone().requires_grad_()
+        y = forward(own)
+        (y * torch.arange(y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+        values |= {"y": y.detach(), "gx": own.grad}
+        values |= {f"g.{name}": p.grad for name, p in owner.named_parameters()}
+        values |= dict(owner.named_buffers())
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9, msg=name)

@@ -88,6 +88,11 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
+def inductor_reduces_slowly(device: torch.device) -> bool:
+    """Tell whether torch.compile's own reductions lose against ATen's on `device`."""
+    return device.type == "cpu"
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until all work queued on `device` is done (no-op on the CPU)."""
     if device.type == "cuda":

@@ -9,18 +9,26 @@ right on GPUs. This one is made of ATen's own batch-norm kernels, on any device:
 One small collective in each direction. The all-reduced Σg·x̂ and Σg are the exact gradients of
 weight and bias, so that each rank keeps only its own part (the reducer sums all gradients).
 
+Under torch.compile the reductions and the collectives are operators of their own, which the
+compiler calls and does not look into, and everything between them is fused with its neighbours.
+
 Legend: N batch, C channels, R ranks.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
 from meshuffle.dist.exchange import Exchange
+
+# An operator of torch takes numbers, not objects; small ones, so that compiled code is found again.
+_EXCHANGES: WeakValueDictionary[int, Exchange] = WeakValueDictionary()
 
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -31,6 +39,9 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     exchange: Exchange
+    handle: int
+    keeps_reductions = False
+    """Whether a compiled model, too, reduces by ATen's kernels; where inductor's are slower."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -41,12 +52,15 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         use_batch = self.training or self.running_mean is None
         several_values = input.numel() > input.shape[1]  # of one value alone torch refuses the mean
-        if not use_batch or (self.exchange.world == 1 and several_values):
+        alone = self.exchange.world == 1 and several_values
+        if alone and self.keeps_reductions and torch.compiler.is_compiling():
+            alone = False
+        if not use_batch or alone:
             return super().forward(input)
         weight = self.weight if self.affine else input.new_ones(self.num_features)
         bias = self.bias if self.affine else input.new_zeros(self.num_features)
         output, mean_C, var_C, count = _SyncBatchNorm.apply(
-            input, weight, bias, self.eps, self.exchange
+            input, weight, bias, self.eps, self.handle
         )
         if self.training and self.track_running_stats:
             self._update_running(mean_C, var_C, count)
@@ -71,9 +85,12 @@ class _SyncBatchNorm(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, exchange: Exchange
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, handle: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        mean_C, var_C, count = global_statistics(x, exchange)
+        if torch.compiler.is_compiling():
+            mean_C, var_C, count = torch.ops.meshuffle.batch_statistics(x, handle)
+        else:
+            mean_C, var_C, count = global_statistics(x, _EXCHANGES[handle])
         stat_dtype = weight.dtype
         mean_C, var_C = mean_C.to(stat_dtype), var_C.to(stat_dtype)
         output = (
@@ -82,7 +99,7 @@ class _SyncBatchNorm(Function):
             else _normalise(x, weight, bias, mean_C, var_C, eps)
         )
         ctx.save_for_backward(x, weight, mean_C, var_C, count)
-        ctx.eps, ctx.exchange = eps, exchange
+        ctx.eps, ctx.handle = eps, handle
         ctx.mark_non_differentiable(mean_C, var_C, count)
         return output, mean_C, var_C, count
 
@@ -90,8 +107,13 @@ class _SyncBatchNorm(Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, weight, mean_C, var_C, count = ctx.saved_tensors
         inv_std_C = torch.rsqrt(var_C + ctx.eps)
-        local_2C = _local_sums(grad, x, mean_C, inv_std_C, ctx.eps)
-        total_2C = ctx.exchange.all_sum(local_2C)
+        if torch.compiler.is_compiling():
+            operators = torch.ops.meshuffle
+            local_2C = operators.batch_norm_sums(grad, x, mean_C, inv_std_C, ctx.eps)
+            total_2C = operators.all_sum(local_2C, ctx.handle)
+        else:
+            local_2C = _local_sums(grad, x, mean_C, inv_std_C, ctx.eps)
+            total_2C = _EXCHANGES[ctx.handle].all_sum(local_2C)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = _input_gradient(grad, x, weight, mean_C, inv_std_C, total_2C / count)
@@ -125,10 +147,9 @@ def global_statistics(x: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor, Te
 
 
 def _local_statistics(x: Tensor) -> Tensor:
-    """Return [mean_C, biased variance_C, count] of this rank, one float64 (on CPU) vector."""
-    stat_dtype = torch.float32 if x.device.type == "mps" else torch.float64
+    """Return [mean_C, biased variance_C, count] of this rank, one vector of `_stat_dtype`."""
     num_channels = x.shape[1]
-    vector = torch.zeros(2 * num_channels + 1, dtype=stat_dtype, device=x.device)
+    vector = torch.zeros(2 * num_channels + 1, dtype=_stat_dtype(x), device=x.device)
     if x.numel():
         mean_C, var_C = torch.batch_norm_update_stats(x, None, None, 0.0)
         vector[:num_channels], vector[num_channels:-1] = mean_C, var_C
@@ -136,10 +157,24 @@ def _local_statistics(x: Tensor) -> Tensor:
     return vector
 
 
+def _stat_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
 def _normalise(
     x: Tensor, weight: Tensor, bias: Tensor, mean_C: Tensor, var_C: Tensor, eps: float
 ) -> Tensor:
+    if torch.compiler.is_compiling():  # pointwise, so that it is fused, or done again backward
+        scale_C = weight * torch.rsqrt(var_C + eps)
+        scale, shift = _per_channel(x, scale_C, bias - mean_C * scale_C)
+        return torch.addcmul(shift, x, scale)
     return torch.native_batch_norm(x, weight, bias, mean_C, var_C, False, 0.0, eps)[0]
+
+
+def _per_channel(x: Tensor, *vectors_C: Tensor) -> list[Tensor]:
+    """Return each vector in the dtype of x (N, C, …), in a shape that spreads over it."""
+    shape = (1, -1) + (1,) * (x.dim() - 2)
+    return [vector_C.to(x.dtype).view(shape) for vector_C in vectors_C]
 
 
 def _local_sums(grad: Tensor, x: Tensor, mean_C: Tensor, inv_std_C: Tensor, eps: float) -> Tensor:
@@ -162,8 +197,7 @@ def _input_gradient(
     a_C = weight * inv_std_C
     b_C = -a_C * inv_std_C * mean_2C[:num_channels]
     c_C = -a_C * mean_2C[num_channels:] - b_C * mean_C
-    shape = (1, num_channels) + (1,) * (x.dim() - 2)
-    a, b, c = (v.to(x.dtype).view(shape) for v in (a_C, b_C, c_C))
+    a, b, c = _per_channel(x, a_C, b_C, c_C)
     return torch.addcmul(c, x, b).addcmul_(grad, a)
 
 
@@ -172,10 +206,47 @@ def synchronise_batch_norm(model: nn.Module, exchange: Exchange) -> nn.Module:
 
     Parameters and buffers are kept, the same objects under the same names.
     """
+    known = (number for number, other in _EXCHANGES.items() if other is exchange)
+    handle = next(known, next(n for n in itertools.count() if n not in _EXCHANGES))
+    _EXCHANGES[handle] = exchange
     for module in model.modules():
         # The exact classes: a subclass has a forward of its own (lazy, synchronised, fused).
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             module.__class__ = BatchNorm
         if isinstance(module, BatchNorm):
-            module.exchange = exchange
+            module.exchange, module.handle = exchange, handle
     return model
+
+
+@torch.library.custom_op("meshuffle::batch_statistics", mutates_args=())
+def _batch_statistics(x: Tensor, exchange: int) -> tuple[Tensor, Tensor, Tensor]:
+    mean_C, var_C, count = global_statistics(x, _EXCHANGES[exchange])
+    return mean_C.clone(), var_C.clone(), count.clone()  # an operator's results share no memory
+
+
+@_batch_statistics.register_fake
+def _(x: Tensor, exchange: int) -> tuple[Tensor, Tensor, Tensor]:
+    vector_C = x.new_empty(x.shape[1], dtype=_stat_dtype(x))
+    return vector_C, torch.empty_like(vector_C), vector_C.new_empty(())
+
+
+@torch.library.custom_op("meshuffle::batch_norm_sums", mutates_args=())
+def _batch_norm_sums(
+    grad: Tensor, x: Tensor, mean_C: Tensor, inv_std_C: Tensor, eps: float
+) -> Tensor:
+    return _local_sums(grad, x, mean_C, inv_std_C, eps)
+
+
+@_batch_norm_sums.register_fake
+def _(grad: Tensor, x: Tensor, mean_C: Tensor, inv_std_C: Tensor, eps: float) -> Tensor:
+    return mean_C.new_empty(2 * mean_C.numel())
+
+
+@torch.library.custom_op("meshuffle::all_sum", mutates_args=())
+def _all_sum(vector: Tensor, exchange: int) -> Tensor:
+    return _EXCHANGES[exchange].all_sum(vector).clone()
+
+
+@_all_sum.register_fake
+def _(vector: Tensor, exchange: int) -> Tensor:
+    return torch.empty_like(vector)

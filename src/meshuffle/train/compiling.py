@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from meshuffle.dist.device import inductor_reduces_slowly
 from meshuffle.dist.exchange import Exchange
 from meshuffle.errors import ConfigError
 from meshuffle.parallel.batch_norm import BatchNorm
@@ -102,8 +103,78 @@ class CompileChoice:
 
 
 def compiled(model: nn.Module) -> Any:
-    """Return `model` compiled for one shape of input; parameters stay the model's own."""
-    for module in model.modules():
-        if isinstance(module, BatchNorm) and module.exchange.world > 1:  # no graph crosses ranks
-            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+    """Return `model` compiled for one shape of input; parameters stay the model's own.
+
+    On a CPU inductor's batch-norm reductions and its backward of max pooling are several times
+    slower than ATen's (dev/LOG.md), so those stay ATen's.
+    """
+    parameter = next(model.parameters(), None)
+    if parameter is not None and inductor_reduces_slowly(parameter.device):
+        for module in model.modules():
+            if isinstance(module, BatchNorm):
+                module.keeps_reductions = True
+            elif type(module) is nn.MaxPool2d and not module.return_indices:
+                module.__class__ = _MaxPool2d
     return torch.compile(model, dynamic=False)
+
+
+class _MaxPool2d(nn.MaxPool2d):
+    """Max pooling that a compiled model calls as it is, forward and backward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Pool `input` (N, C, H, W)."""
+        if not torch.compiler.is_compiling():
+            return super().forward(input)
+        sizes = map(_pair, (self.kernel_size, self.stride, self.padding, self.dilation))
+        output, _ = torch.ops.meshuffle.max_pool2d(input, *sizes, self.ceil_mode)
+        return output
+
+
+def _pair(size: int | tuple[int, ...]) -> list[int]:
+    return [size, size] if isinstance(size, int) else list(size)
+
+
+@torch.library.custom_op("meshuffle::max_pool2d", mutates_args=())
+def _max_pool2d(
+    x: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten.max_pool2d_with_indices(x, kernel, stride, padding, dilation, ceil)
+
+
+@torch.library.custom_op("meshuffle::max_pool2d_backward", mutates_args=())
+def _max_pool2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil: bool,
+) -> Tensor:
+    return torch.ops.aten.max_pool2d_with_indices_backward(
+        grad, x, kernel, stride, padding, dilation, ceil, indices
+    )
+
+
+_max_pool2d.register_fake(torch.ops.aten.max_pool2d_with_indices)
+_max_pool2d_backward.register_fake(lambda grad, x, *_: torch.empty_like(x))
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[0], output[1])
+    ctx.sizes = inputs[1:]
+
+
+def _pool_gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    x, indices = ctx.saved_tensors
+    grad_x = torch.ops.meshuffle.max_pool2d_backward(grad, x, indices, *ctx.sizes)
+    return grad_x, *(None,) * len(ctx.sizes)
+
+
+_max_pool2d.register_autograd(_pool_gradient, setup_context=_keep_for_backward)
