@@ -1,8 +1,12 @@
+"""Which epoch is kept as the best."""
+
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from meshuffle.train.loop import is_better
+from meshuffle.train.loop import is_better, is_chance
 
 
 @pytest.mark.parametrize(
@@ -22,4 +26,21 @@ from meshuffle.train.loop import is_better
 def test_top1_decides_beyond_its_standard_error_and_loss_within(
     top1: float, loss: float, kept: tuple[float, float] | None, num: int, better: bool
 ) -> None:
-    assert is_better(top1, loss, kept, num) is better
+    highest = max(top1, kept[0] if kept else 0.0)
+    assert is_better(top1, loss, kept, highest, num) is better
+
+
+EPOCH = st.tuples(st.integers(0, 359), st.floats(0, 10))
+
+
+@given(st.lists(EPOCH, min_size=1, max_size=30))
+def test_the_kept_epoch_is_never_far_below_the_highest(epochs: list[tuple[int, float]]) -> None:
+    """Not even where top-1 creeps up by less than its error at a time while the loss rises."""
+    kept, highest = None, 0.0
+    for right, loss in epochs:
+        top1 = 100 * right / 359
+        highest = max(highest, top1)
+        if is_better(top1, loss, kept, highest, 359):
+            kept = (top1, loss)
+        assert kept is not None
+        assert is_chance(kept[0], highest, 359)

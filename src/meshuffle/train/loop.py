@@ -238,11 +238,12 @@ class Loop:
         progress = self.state.progress
         top1, loss = metrics.get("top1", 0.0), metrics.get("loss", 0.0)
         loss = loss if math.isfinite(loss) else sys.float_info.max
+        progress.highest_top1 = max(progress.highest_top1, top1)
         kept = (progress.best_top1, progress.best_loss) if progress.best_epoch else None
-        better = is_better(top1, loss, kept, len(self.data.splits["val"]))
-        progress.best_top1 = max(progress.best_top1, top1)
+        num = len(self.data.splits["val"])
+        better = is_better(top1, loss, kept, progress.highest_top1, num)
         if better:
-            progress.best_loss = loss
+            progress.best_top1, progress.best_loss = top1, loss
             progress.best_epoch = progress.epoch
             if self.env.is_main:
                 path = self.run / "weights" / "best.safetensors"
@@ -292,26 +293,35 @@ class Loop:
         return evaluation
 
 
-def is_better(top1: float, loss: float, kept: tuple[float, float] | None, num: int) -> bool:
+def is_better(
+    top1: float, loss: float, kept: tuple[float, float] | None, highest: float, num: int
+) -> bool:
     """Whether an epoch beats the kept one on a validation split of `num` images.
 
-    Top-1 decides where it differs by more than its standard error, at least one image (0.7 points
-    of 143, 0.2 of 50,000). Within that the lower loss does: the highest of many such is chance.
+    Of the epochs whose top-1 is the highest but for its standard error, at least one image (0.7
+    points of 143, 0.2 of 50,000), the one with the lowest loss is the best: the highest of many
+    such top-1 is chance.
 
     Args:
         top1, loss: of the epoch, in percent and nats.
-        kept: (highest top-1 so far, loss of the kept epoch), or None before the first.
+        kept: the same of the kept epoch, or None before the first.
+        highest: top-1 of all epochs up to this one.
         num: images of the split.
     """
     if kept is None:
         return True
-    highest, kept_loss = kept
+    kept_top1, kept_loss = kept
+    if not is_chance(kept_top1, highest, num):
+        return top1 > kept_top1
+    return is_chance(top1, highest, num) and loss < kept_loss
+
+
+def is_chance(top1: float, highest: float, num: int) -> bool:
+    """Whether `top1` of `num` images is below `highest` by no more than its standard error."""
     share = (highest / 100 * num + 1) / (num + 2)  # Laplace's, so that 100 % has an error too
     standard_error = 100 * math.sqrt(share * (1 - share) / max(1, num))
     one_image = 100.5 / max(1, num)  # and a little, for rounding
-    if abs(top1 - highest) > max(standard_error, one_image):
-        return top1 > highest
-    return loss < kept_loss
+    return highest - top1 <= max(standard_error, one_image)
 
 
 class _Meter:

@@ -67,7 +67,8 @@ class Progress:
     seconds: float = 0.0
     epoch_seconds: float = 0.0
     sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-    best_top1: float = -1.0
+    highest_top1: float = -1.0
+    best_top1: float = -1.0  # of the epoch kept as best
     best_loss: float = 0.0
     best_epoch: int = 0
     compiled: bool | None = None
