@@ -104,6 +104,20 @@ def test_eval_and_predict_repeat_the_end_of_training(small: TrainConfig, photos:
     assert stored["splits"]["val"]["top1"] == result["metrics"]["val"]["top1"]
 
 
+def test_eval_takes_the_val_part_that_training_set_aside(
+    small: TrainConfig, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = train(dataclasses.replace(small, data=str(photos / "train"), epochs=1))
+    monkeypatch.chdir(photos)
+    for data in (None, "train"):
+        evaluation, used = evaluate(Path(result["run"]), data=data)
+        assert used.endswith(" val")
+        assert evaluation.num_samples < 13
+        assert evaluation.metrics["top1"] == result["metrics"]["val"]["top1"]
+    evaluation, used = evaluate(Path(result["run"]), data="val")  # another folder: all of it
+    assert (used, evaluation.num_samples) == ("val train", 12)
+
+
 def test_resume_needs_a_run_with_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"no config\.toml"):
         resume(tmp_path)

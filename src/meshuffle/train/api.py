@@ -21,7 +21,7 @@ from meshuffle.errors import DataError, ImageError, MeshuffleError
 from meshuffle.train import evaluate as evaluation
 from meshuffle.train.config import Origin, TrainConfig, to_toml
 from meshuffle.train.rank import train_rank
-from meshuffle.train.run import Prepared, launch, prepare, reopen, resolve_for
+from meshuffle.train.run import Prepared, absolute_data, launch, prepare, reopen, resolve_for
 from meshuffle.train.weights import load_model
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
@@ -135,14 +135,18 @@ def evaluate(
 
     Args:
         target: a run folder or a weights file.
-        data: DATA; None is the one that the weights were trained on.
+        data: DATA; None is the one that the weights were trained on. All of another folder that
+            has no splits is evaluated, as its train split.
         split: None is test where the data has one, else val.
 
     Raises:
         DataError: no such split; RunError: no such weights.
     """
     network, card = load_model(target, model)
-    opened = relabel(open_data(data or card.data, need=()), card.classes)
+    own = data is None or absolute_data(data) == card.data
+    # Its own data has the val part that training set aside.
+    opened = open_data(card.data) if own else open_data(data or "", need=())
+    opened = relabel(opened, card.classes)
     split = split or _last_split(opened)
     if split not in opened.splits:
         raise DataError(f"{opened.spec} has no {split} split; it has {', '.join(opened.splits)}")
