@@ -283,3 +283,13 @@ def test_cifar10_not_unpacked(tmp_path):
     message = error_of(f"cifar10:{tmp_path}")
     assert "holds neither data_batch_1.bin nor data_batch_1" in message
     assert "unpack cifar-10-python.tar.gz first" in message
+
+
+def test_digits_are_scikit_learns_wherever_its_file_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    near = open_data("digits")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    far = open_data("digits")
+    for split, source in near.splits.items():
+        assert (source.labels == far.splits[split].labels).all()
+        for index in range(0, len(source), 97):
+            assert source.image(index).tobytes() == far.splits[split].image(index).tobytes()

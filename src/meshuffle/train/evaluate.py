@@ -28,6 +28,7 @@ class Evaluation:
         losses: cross-entropy in nats, float32 (N,).
         top_classes: the K = min(5, C) likeliest classes, best first, int64 (N, K).
         top_probabilities: their softmax probabilities, float32 (N, K).
+        objective: mean of the loss that training minimises, label smoothing included.
         skipped: messages of the images that could not be read.
     """
 
@@ -37,6 +38,7 @@ class Evaluation:
     losses: NDArray[np.float32]
     top_classes: NDArray[np.int64]
     top_probabilities: NDArray[np.float32]
+    objective: float = float("nan")
     skipped: tuple[str, ...] = ()
 
     @property
@@ -73,6 +75,7 @@ def evaluate(
     *,
     group: dist.ProcessGroup | None = None,
     channels_last: bool = True,
+    label_smoothing: float = 0.0,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Run `model` in eval mode over this rank's `batches`; all ranks get the same result.
@@ -82,6 +85,7 @@ def evaluate(
     Args:
         batches: what `eval_loader` yields.
         group: the ranks that share the split; None is this one alone.
+        label_smoothing: of the training, for `objective`.
         progress: called with the number of samples of each finished batch.
     """
     was_training = model.training
@@ -92,7 +96,7 @@ def evaluate(
         skipped += batch.skipped
         if len(batch):
             logits = _logits(model, batch.images, preprocess, device, channels_last)
-            pieces.append((batch.indices, batch.labels, *_judge(logits, batch.labels)))
+            pieces.append((batch.indices, batch.labels, *_judge(logits, batch.labels, label_smoothing)))
         if progress:
             progress(len(batch))
     model.train(was_training)
@@ -113,10 +117,13 @@ def _logits(
     return logits.float().cpu()
 
 
-def _judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    losses = F.cross_entropy(logits, labels, reduction="none")
+def _judge(logits: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, ...]:
+    losses, objectives = (
+        F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+        for smoothing in (0.0, label_smoothing)
+    )
     probabilities, classes = logits.softmax(1).topk(min(_TOP, logits.shape[1]))
-    return losses, classes, probabilities
+    return losses, classes, probabilities, objectives
 
 
 def _gather(
@@ -137,8 +144,13 @@ def _gather(
         columns = [np.concatenate(parts) for parts in zip(*rows, strict=True)]
     else:
         none, no_top = np.zeros(0, np.int64), np.zeros((0, top), np.int64)
-        columns = [none, none, none.astype(np.float32), no_top, no_top.astype(np.float32)]
+        no_loss = none.astype(np.float32)
+        columns = [none, none, no_loss, no_top, no_top.astype(np.float32), no_loss]
     order = np.argsort(columns[0], kind="stable")
     messages = tuple(dict.fromkeys(message for _, part in shares for message in part))
-    indices, labels, losses, top_classes, probabilities = (column[order] for column in columns)
-    return Evaluation(classes, indices, labels, losses, top_classes, probabilities, messages)
+    *rows_of, objectives = (column[order] for column in columns)
+    objective = float(objectives.mean(dtype=np.float64)) if len(objectives) else float("nan")
+    indices, labels, losses, top_classes, probabilities = rows_of
+    return Evaluation(
+        classes, indices, labels, losses, top_classes, probabilities, objective, messages
+    )

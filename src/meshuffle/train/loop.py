@@ -210,7 +210,7 @@ class Loop:
         lr = learning_rate(state.config, progress.step - 1, self.sampler.steps_per_epoch)
         seconds = progress.epoch_seconds
         try:
-            metrics = self.evaluate("val").metrics
+            evaluation = self.evaluate("val")
         except Interrupted:
             self._pause(stop=True)
         progress.epoch += 1
@@ -224,8 +224,8 @@ class Loop:
             "data_wait": round(self._meter.wait_s / max(self._meter.seconds, 1e-9), 4),
             "seconds": round(seconds, 3),
         }
-        row |= {f"val_{key}": value for key, value in metrics.items()}
-        better = self._keep_best(metrics)
+        row |= {f"val_{key}": value for key, value in evaluation.metrics.items()}
+        better = self._keep_best(evaluation)
         progress.sums, progress.epoch_step, progress.epoch_seconds = [0.0, 0.0, 0.0], 0, 0.0
         self.watch.end_epoch(row)
         patience = state.config.early_stop
@@ -234,9 +234,9 @@ class Loop:
             progress.finished = True
             self._save()
 
-    def _keep_best(self, metrics: dict[str, float]) -> bool:
-        progress = self.state.progress
-        top1, loss = metrics.get("top1", 0.0), metrics.get("loss", 0.0)
+    def _keep_best(self, evaluation: Evaluation) -> bool:
+        progress, metrics = self.state.progress, evaluation.metrics
+        top1, loss = metrics.get("top1", 0.0), evaluation.objective
         loss = loss if math.isfinite(loss) else sys.float_info.max
         progress.highest_top1 = max(progress.highest_top1, top1)
         kept = (progress.best_top1, progress.best_loss) if progress.best_epoch else None
@@ -284,6 +284,7 @@ class Loop:
             state.step.device,
             group=self.control,
             channels_last=state.config.channels_last,
+            label_smoothing=state.config.label_smoothing,
         )
         if sum_over_ranks([float(num_lost)], self.exchange)[0]:
             how = f"stopped; continue with: {resume_command(self.run)}"
@@ -300,7 +301,8 @@ def is_better(
 
     Of the epochs whose top-1 is the highest but for its standard error, at least one image (0.7
     points of 143, 0.2 of 50,000), the one with the lowest loss is the best: the highest of many
-    such top-1 is chance.
+    such top-1 is chance. The loss is the one that training minimises; without its label smoothing
+    it would be lowest in an epoch that is not yet trained to the end.
 
     Args:
         top1, loss: of the epoch, in percent and nats.
