@@ -96,7 +96,9 @@ def evaluate(
         skipped += batch.skipped
         if len(batch):
             logits = _logits(model, batch.images, preprocess, device, channels_last)
-            pieces.append((batch.indices, batch.labels, *_judge(logits, batch.labels, label_smoothing)))
+            pieces.append(
+                (batch.indices, batch.labels, *_judge(logits, batch.labels, label_smoothing))
+            )
         if progress:
             progress(len(batch))
     model.train(was_training)

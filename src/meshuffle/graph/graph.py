@@ -1,0 +1,264 @@
+"""The Graph: torch.export's program, and per op its shapes, FLOPs, bytes and liveness.
+
+Shapes hold the batch as a symbol; `Graph.ops(batch)` puts a number in its place.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from meshuffle.errors import ModelError
+from meshuffle.graph.flops import flops_of
+
+
+@dataclass(frozen=True)
+class Op:
+    """One call of the program at one batch size.
+
+    Attributes:
+        name: of its value, unique in the Graph.
+        target: for example `aten.conv2d.default`.
+        module: dotted path of the module that made the call; empty at the root.
+        inputs: names of the values, parameters and buffers that it reads, each once.
+        shapes: of its tensors; one, or several for `chunk` and the like.
+        dtype: of the first tensor; None where the value is a number.
+        flops: 2 per multiply-add of convolutions, matrix products and attention, as
+            `torch.utils.flop_counter` has it; 0 for all else.
+        read_bytes, written_bytes: of tensors; 0 for a view.
+        parameter_bytes: the part of `read_bytes` that is parameters.
+        last_use: position of the last op that reads the memory of its value.
+        owner: name of the value whose memory it shares; its own where it allocates.
+    """
+
+    name: str
+    target: str
+    module: str
+    inputs: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype | None
+    flops: int
+    read_bytes: int
+    written_bytes: int
+    parameter_bytes: int
+    last_use: int
+    owner: str
+
+
+class Graph:
+    """What a model computes, with the cost of each op.
+
+    Args:
+        program: of torch.export; its `graph` is the one IR for planning, lowering and export.
+        batch: samples of the example that it was captured with.
+        training: captured in train mode.
+    """
+
+    def __init__(self, program: ExportedProgram, batch: int, training: bool) -> None:
+        self.program, self.batch, self.training = program, batch, training
+        kinds = program.graph_signature.input_specs
+        self.names: dict[str, str] = {}
+        """The model's own name of each parameter and buffer, by placeholder."""
+        self._kinds: dict[str, InputKind] = {}
+        for spec in kinds:
+            self._kinds[spec.arg.name] = spec.kind
+            if spec.target is not None:
+                self.names[spec.arg.name] = spec.target
+        self.symbol = self._find_symbol()
+
+    def _find_symbol(self) -> Any:
+        """Return the batch as a sympy symbol, or None where the model fixes it."""
+        for node in self.nodes("placeholder"):
+            value = node.meta.get("val")
+            if self._kinds[node.name] == InputKind.USER_INPUT and isinstance(value, Tensor):
+                size = value.shape[0]
+                expression = size.node.expr if isinstance(size, torch.SymInt) else None
+                return None if expression is None or expression.is_number else expression
+        return None
+
+    def nodes(self, op: str = "call_function") -> Iterator[Node]:
+        """Return the fx nodes of one kind, in order."""
+        return (node for node in self.program.graph.nodes if node.op == op)
+
+    def shape(self, value: Tensor, batch: int | None = None) -> tuple[int, ...]:
+        """Return the shape of a node's `meta["val"]` with `batch` samples."""
+        return tuple(self.number(size, batch) for size in value.shape)
+
+    def number(self, size: int | torch.SymInt, batch: int | None = None) -> int:
+        """Return `size` with `batch` samples; None is the batch of the example.
+
+        Raises:
+            ModelError: the Graph is of one fixed batch, or `size` depends on the data.
+        """
+        batch = self.batch if batch is None else batch
+        if self.symbol is None and batch != self.batch:
+            raise ModelError(
+                f"this model was captured with {self.batch} samples and fixes that number; "
+                f"capture it again with {batch}"
+            )
+        if isinstance(size, int):
+            return size
+        expression = size.node.expr
+        if self.symbol is not None:
+            expression = expression.subs(self.symbol, batch)
+        if not expression.is_number:
+            raise ModelError(f"the size {size.node.expr} depends on the values of the input")
+        return int(expression)
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019  # a Graph lives as long as its plans
+    def ops(self, batch: int | None = None) -> tuple[Op, ...]:
+        """Return all calls in order, with their costs for `batch` samples."""
+        nodes = list(self.nodes())
+        owners = _owners(nodes)
+        last_uses = _last_uses(nodes, owners, self._outputs())
+        return tuple(self._op(node, batch, owners[node], last_uses) for node in nodes)
+
+    def _outputs(self) -> list[Node]:
+        return [node for output in self.nodes("output") for node in output.all_input_nodes]
+
+    def _op(self, node: Node, batch: int | None, owner: Node, last_uses: Mapping[Node, int]) -> Op:
+        outputs = _tensors(node)
+        shapes = tuple(self.shape(value, batch) for value in outputs)
+        inputs = list(dict.fromkeys(node.all_input_nodes))
+        allocates = owner is node or _is_in_place(node)
+        read = {n: self._num_bytes(n, batch) for n in inputs} if allocates else {}
+        parameters = [n for n in read if self._kinds.get(n.name) == InputKind.PARAMETER]
+        return Op(
+            name=node.name,
+            target=str(node.target),
+            module=_module_of(node),
+            inputs=tuple(n.name for n in inputs),
+            shapes=shapes,
+            dtype=outputs[0].dtype if outputs else None,
+            flops=flops_of(node, functools.partial(self._concrete, batch=batch)),
+            read_bytes=sum(read.values()),
+            written_bytes=self._num_bytes(node, batch) if allocates else 0,
+            parameter_bytes=sum(read[n] for n in parameters),
+            last_use=last_uses[owner],
+            owner=owner.name,
+        )
+
+    def _concrete(self, argument: Any, batch: int | None) -> Any:
+        """Return an argument of a node with shapes in place of tensors, numbers of symbols."""
+        if isinstance(argument, Node):
+            argument = argument.meta.get("val")
+        if isinstance(argument, Tensor):
+            return self.shape(argument, batch)
+        if isinstance(argument, torch.SymInt):
+            return self.number(argument, batch)
+        return argument
+
+    def _num_bytes(self, node: Node, batch: int | None) -> int:
+        return sum(
+            functools.reduce(lambda a, b: a * b, self.shape(value, batch), 1) * value.itemsize
+            for value in _tensors(node)
+        )
+
+    def live_bytes(self, batch: int | None = None) -> list[int]:
+        """Return, after each op, the bytes of values that it or a later op still reads.
+
+        Parameters, buffers and inputs are not counted; nothing is kept for a backward pass.
+        """
+        ops = self.ops(batch)
+        change = [0] * (len(ops) + 1)
+        for position, op in enumerate(ops):
+            if op.owner == op.name:
+                change[position] += op.written_bytes
+                change[op.last_use + 1] -= op.written_bytes
+        live, total = [], 0
+        for difference in change[:-1]:
+            total += difference
+            live.append(total)
+        return live
+
+    def parameter_bytes(self) -> int:
+        """Return the bytes of all parameters."""
+        return sum(
+            self._num_bytes(node, None)
+            for node in self.nodes("placeholder")
+            if self._kinds[node.name] == InputKind.PARAMETER
+        )
+
+    def __str__(self) -> str:
+        """Return a line per op: name, call, shapes, MFLOPs, module."""
+        rows = [
+            (
+                op.name,
+                op.target.removesuffix(".default"),
+                " ".join("×".join(map(str, shape)) for shape in op.shapes),
+                f"{op.flops / 1e6:.3f}" if op.flops else "",
+                op.module,
+            )
+            for op in self.ops()
+        ]
+        head = ("value", "op", "shape", "MFLOPs", "module")
+        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths)) for row in [head, *rows]]  # noqa: B905
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def _tensors(node: Node) -> list[Tensor]:
+    return [
+        value for value in pytree.tree_leaves(node.meta.get("val")) if isinstance(value, Tensor)
+    ]
+
+
+def _module_of(node: Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values() if not path.startswith("_empty_nn_module")]
+    return paths[-1] if paths else ""
+
+
+def _owners(nodes: Sequence[Node]) -> dict[Node, Node]:
+    """Return the node whose memory each value lies in: views and in-place ops have another's."""
+    owners: dict[Node, Node] = {}
+    for node in nodes:
+        base = _aliased_input(node)
+        owners[node] = node if base is None else owners.get(base, base)
+    return owners
+
+
+def _aliased_input(node: Node) -> Node | None:
+    """Return the input whose memory the value of `node` shares, by the op's schema."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        first = node.args[0] if node.args else None  # operator.getitem: a part of a tuple
+        return first if isinstance(first, Node) and _tensors(node) else None
+    returns = [value.alias_info for value in node.target._schema.returns]
+    for i, argument in enumerate(node.target._schema.arguments):
+        info = argument.alias_info
+        if info is None:
+            continue
+        into_list = "*" in info.after_set  # split, chunk, unbind
+        if not into_list and not any(r and r.before_set & info.before_set for r in returns):
+            continue
+        given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+        if isinstance(given, Node):
+            return given
+    return None
+
+
+def _is_in_place(node: Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def _last_uses(
+    nodes: Sequence[Node], owners: Mapping[Node, Node], outputs: Sequence[Node]
+) -> dict[Node, int]:
+    """Return the position of the last op that reads each owner's memory, by any of its views."""
+    last: dict[Node, int] = {}
+    for position, node in enumerate(nodes):
+        for used in [node, *node.all_input_nodes]:
+            last[owners.get(used, used)] = position
+    for node in outputs:
+        last[owners.get(node, node)] = len(nodes) - 1
+    return last

@@ -1,0 +1,106 @@
+"""The three ways a tensor can lie over ranks: plain data, compared by value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+Owners = tuple[tuple[int, ...], ...]
+"""For each rank the global indices along one dim that it holds, in the order of its memory."""
+
+
+@dataclass(frozen=True)
+class Replicate:
+    """The whole tensor on every rank."""
+
+    def __str__(self) -> str:
+        return "whole"
+
+
+@dataclass(frozen=True)
+class Partial:
+    """On every rank a term of the whole shape; the tensor is their sum."""
+
+    def __str__(self) -> str:
+        return "terms of a sum"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Along `dim` each rank holds the indices that `owners` lists for it.
+
+    Parts may be uneven, empty, and not contiguous; no index is on two ranks.
+
+    Args:
+        dim: tensor dimension, from 0.
+        owners: see `Owners`.
+    """
+
+    dim: int
+    owners: Owners
+
+    def __post_init__(self) -> None:
+        """Require a partition of 0 … size − 1."""
+        held = sorted(index for part in self.owners for index in part)
+        if self.dim < 0 or held != list(range(len(held))):
+            raise ValueError(f"not a partition along a dim: {self!r}")
+
+    @classmethod
+    def even(cls, dim: int, size: int, world: int) -> Self:
+        """Return contiguous parts of `size` whose lengths differ by at most 1, longer first.
+
+        >>> Shard.even(1, 5, 2).owners
+        ((0, 1, 2), (3, 4))
+        """
+        return cls.blocks(dim, [size // world + (rank < size % world) for rank in range(world)])
+
+    @classmethod
+    def blocks(cls, dim: int, lengths: Sequence[int]) -> Self:
+        """Return contiguous parts of the given lengths."""
+        starts = [sum(lengths[:rank]) for rank in range(len(lengths))]
+        return cls(
+            dim,
+            tuple(
+                tuple(range(start, start + length))
+                for start, length in zip(starts, lengths, strict=True)
+            ),
+        )
+
+    @property
+    def size(self) -> int:
+        """Length of the whole along `dim`."""
+        return sum(len(part) for part in self.owners)
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return len(self.owners)
+
+    def on(self, dim: int) -> Self:
+        """Return the same parts along another dim, as after a transpose."""
+        return type(self)(dim, self.owners)
+
+    def __str__(self) -> str:
+        parts = " | ".join(_ranges(part) for part in self.owners)
+        return f"dim {self.dim}: {parts}"
+
+
+Layout = Replicate | Partial | Shard
+
+
+def _ranges(indices: Sequence[int], most: int = 4) -> str:
+    """Write indices as ranges, and how many more there are.
+
+    >>> _ranges([0, 1, 2, 7, 5, 6])
+    '0-2 7 5-6'
+    """
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    texts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    more = [f"… ({len(indices)})"] if len(texts) > most else []
+    return " ".join([*texts[:most], *more])
