@@ -11,6 +11,7 @@ import meshuffle
 def test_the_public_names_are_these() -> None:
     assert meshuffle.__all__ == [
         "TrainConfig",
+        "capture",
         "create_model",
         "evaluate",
         "export",

@@ -10,12 +10,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from meshuffle.deploy.api import export
+    from meshuffle.graph import capture
     from meshuffle.models import create_model, list_models
     from meshuffle.train.api import evaluate, predict, resume, train
     from meshuffle.train.config import TrainConfig
 
 __all__ = [
     "TrainConfig",
+    "capture",
     "create_model",
     "evaluate",
     "export",
@@ -27,6 +29,7 @@ __all__ = [
 
 _HOMES = {
     "TrainConfig": "meshuffle.train.config",
+    "capture": "meshuffle.graph",
     "create_model": "meshuffle.models",
     "evaluate": "meshuffle.train.api",
     "export": "meshuffle.deploy.api",
