@@ -12,10 +12,11 @@ echo "== train: ShuffleNet V2 0.5x on scikit-learn's handwritten digits"
 meshuffle train digits --config recipes/digits.toml --out "$run_dir"
 
 echo "== evaluate the best weights on the test split, which selected nothing"
+python scripts/write_digits.py "$run_dir/images" &
 meshuffle eval "$run_dir"
+wait $!
 
 echo "== predict six test images"
-python scripts/write_digits.py "$run_dir/images"
 meshuffle predict "$run_dir" "$run_dir/images"
 
 echo "== export to ONNX and compare with PyTorch on batches of 1, 2 and 5"

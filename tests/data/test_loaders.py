@@ -160,6 +160,8 @@ def test_strict_stops_at_the_first(broken_folder):
 def test_auto_workers(broken_folder, monkeypatch):
     monkeypatch.setattr("meshuffle.data.loader.num_cores", lambda: 16)
     assert auto_workers(in_memory(3), 1) == 0
+    assert [auto_workers(in_memory(3), ranks, 1) for ranks in (1, 4, 9)] == [1, 1, 0]
+    assert auto_workers(in_memory(3), 1, threads=16) == 0
     assert [auto_workers(broken_folder, ranks) for ranks in (1, 2, 4, 16, 32)] == [8, 7, 3, 0, 0]
 
 

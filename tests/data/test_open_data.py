@@ -84,6 +84,7 @@ def test_public_names():
         "eval_loader",
         "mix_batch",
         "open_data",
+        "prepare_workers",
         "relabel",
         "shard_bounds",
         "subset",

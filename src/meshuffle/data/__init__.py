@@ -10,7 +10,14 @@ from meshuffle.data.augment import (
 from meshuffle.data.base import ArraySource, Data, ImageSource, View, relabel, subset
 from meshuffle.data.check import CheckReport, check_data
 from meshuffle.data.image import decode_image
-from meshuffle.data.loader import Batch, SkipLog, auto_workers, eval_loader, train_loader
+from meshuffle.data.loader import (
+    Batch,
+    SkipLog,
+    auto_workers,
+    eval_loader,
+    prepare_workers,
+    train_loader,
+)
 from meshuffle.data.mix import mix_batch
 from meshuffle.data.preprocess import Preprocess
 from meshuffle.data.sampler import EpochSampler, SampleKey, shard_bounds
@@ -39,6 +46,7 @@ __all__ = [
     "eval_loader",
     "mix_batch",
     "open_data",
+    "prepare_workers",
     "relabel",
     "shard_bounds",
     "subset",

@@ -115,14 +115,21 @@ def eval_loader(
     )
 
 
-def auto_workers(source: ImageSource, num_ranks: int = 1) -> int:
+def auto_workers(source: ImageSource, num_ranks: int = 1, threads: int | None = None) -> int:
     """Return how many worker processes one of `num_ranks` ranks on this machine should use.
 
-    None for images in memory; otherwise the rank's cores less one, at most 8.
+    For images in memory one, where `threads` leave a core of the rank idle; for files the rank's
+    cores less one, at most 8.
     """
+    cores = num_cores() // num_ranks
     if source.in_memory:
-        return 0
-    return max(0, min(_MAX_WORKERS, num_cores() // num_ranks - 1))
+        return int(threads is not None and cores > threads)
+    return max(0, min(_MAX_WORKERS, cores - 1))
+
+
+def prepare_workers() -> None:
+    """Let the imports of worker processes, a few seconds, begin beside what comes next."""
+    _fork_server()
 
 
 def num_cores() -> int:

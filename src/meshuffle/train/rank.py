@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from meshuffle.data import auto_workers, open_data
+from meshuffle.data import auto_workers, open_data, prepare_workers
 from meshuffle.dist.device import keep_freed_pages, pick_device
 from meshuffle.dist.exchange import make_exchange
 from meshuffle.dist.group import RankEnv, new_group, process_group, rank_env
@@ -53,6 +53,12 @@ def train_rank(run: Path) -> dict[str, Any]:
         one_host = env.local_world >= env.world
         exchange = make_exchange(control, torch.device("cpu"), one_host)
         data = open_data(config.data, need=("train", "val"))
+        workers = config.workers
+        if workers is None:
+            threads = threads_per_rank(plan, env.local_world) if device.type == "cpu" else 1
+            workers = auto_workers(data.splits["train"], env.local_world, threads)
+        if workers:
+            prepare_workers()
         card = make_card(config, data)
         state, lines = build_state(config, plan, card, env, device, group)
         resumed = any((run / "state").glob("step-*"))
@@ -64,9 +70,6 @@ def train_rank(run: Path) -> dict[str, Any]:
         watch = stack.enter_context(_watch(run, state, env))
         for line in lines:
             watch.event(line)
-        workers = config.workers
-        if workers is None:
-            workers = auto_workers(data.splits["train"], env.local_world)
         loop = Loop(run, state, data, env, control, exchange, watch, stop, workers)
         loop.fit()
         return _finish(run, loop, env)
