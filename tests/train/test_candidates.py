@@ -10,7 +10,7 @@ import pytest
 from meshuffle.errors import MeshuffleError
 from meshuffle.planner.plan import Plan
 from meshuffle.train import candidates
-from meshuffle.train.candidates import candidate_plans, fastest_plan, time_plans
+from meshuffle.train.candidates import candidate_plans, choose, fastest_plan, time_plans
 from meshuffle.train.config import TrainConfig
 
 from .conftest import SMALL
@@ -95,3 +95,11 @@ def test_what_fails_there_is_one_line() -> None:
         time_plans(settings(colour="red"), 10, [Plan(dp=2, threads=1)])
     assert "\n" not in str(error.value)
     assert error.value.exit_code == 2
+
+
+def test_fewer_cores_decide_where_times_are_equal() -> None:
+    assert choose({"dp=2,threads=1": 100.0, "dp=1,threads=1": 104.9})[0] == "dp=1,threads=1"
+    found = choose({"dp=2,threads=1": 100.0, "dp=1,threads=1": 106.0})
+    assert found == ("dp=2,threads=1", "the fastest here")
+    assert choose({"dp=1,threads=2": 104.0, "dp=2,threads=1": 100.0})[0] == "dp=2,threads=1"
+    assert choose({"dp=2": 100.0, "dp=1": 99.0}) == ("dp=1", "the fastest here")
