@@ -46,7 +46,7 @@ def main() -> None:
                 "seed": seed,
                 "test_top1": round(result["metrics"]["test"]["top1"], 2),
                 "val_top1": round(result["metrics"]["val"]["top1"], 2),
-                "step_ms": result["measured_step_ms"],
+                "step_ms": round(result["measured_step_ms"], 1),
                 "plan": options.plan,
                 "torch": torch.__version__,
             }

@@ -12,8 +12,9 @@ echo "== train: ShuffleNet V2 0.5x on scikit-learn's handwritten digits"
 meshuffle train digits --config recipes/digits.toml --out "$run_dir"
 
 # Export needs most of its time for imports and tracing: it runs beside the next two.
-mkdir -p "$run_dir/export"
-meshuffle export "$run_dir" --to onnx >"$run_dir/export/log.txt" 2>&1 &
+export_log=$(mktemp)
+trap 'rm -f "$export_log"' EXIT
+meshuffle export "$run_dir" --to onnx >"$export_log" 2>&1 &
 export_process=$!
 
 echo "== evaluate the best weights on the test split, which selected nothing"
@@ -26,7 +27,7 @@ meshuffle predict "$run_dir" "$run_dir/images"
 echo "== export to ONNX and compare with PyTorch on batches of 1, 2 and 5"
 status=0
 wait $export_process || status=$?
-cat "$run_dir/export/log.txt"
+cat "$export_log"
 [ $status -eq 0 ] || exit $status
 
 echo "== done in $(($(date +%s) - started)) s; open the report in a browser:"

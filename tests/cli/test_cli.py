@@ -31,10 +31,7 @@ width = "0.25"
 depths = "[1, 1, 1]"
 head_channels = "32"
 """
-VERBS = (
-    *("doctor", "models", "data", "data check"),
-    *("train", "eval", "predict", "export"),
-)
+VERBS = ("doctor", "models", "data", "data check", "train", "eval", "predict", "export")
 
 
 @pytest.fixture(autouse=True)

@@ -30,6 +30,7 @@ from meshuffle.data.augment import EvalTransform
 from meshuffle.data.base import ImageSource
 from meshuffle.data.preprocess import Preprocess
 from meshuffle.data.sampler import EpochSampler, SampleKey
+from meshuffle.dist.device import num_cores
 from meshuffle.errors import ImageError, MeshuffleError
 
 _MAX_WORKERS = 8  # per rank; beyond it the decoding of a rank rarely limits
@@ -130,13 +131,6 @@ def auto_workers(source: ImageSource, num_ranks: int = 1, threads: int | None = 
 def prepare_workers() -> None:
     """Let the imports of worker processes, a few seconds, begin beside what comes next."""
     _fork_server()
-
-
-def num_cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class SkipLog:

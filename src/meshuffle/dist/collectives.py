@@ -103,13 +103,12 @@ class _Gather(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        route, rank = ctx.route, ctx.rank
+        dim, route, rank = ctx.dim, ctx.route, ctx.rank
+        received = _unselect(grad, dim, route.receive_index, len(route.receive_index))
         first = sum(route.receive_splits[:rank])
-        position_of = {received: j for j, received in enumerate(route.receive_index)}
-        own = [position_of[first + i] for i in range(route.receive_splits[rank])]
-        sent = route.send_index[_part(route.send_splits, rank)]
-        order = sorted(range(len(sent)), key=sent.__getitem__)
-        return _select(grad, ctx.dim, tuple(own[i] for i in order)), None, None, None
+        own = received.narrow(dim, first, route.receive_splits[rank])
+        kept = route.send_index[_part(route.send_splits, rank)]
+        return _unselect(own, dim, kept, route.size), None, None, None
 
 
 class _Exchange(Function):

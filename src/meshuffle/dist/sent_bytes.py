@@ -13,7 +13,7 @@ whatever the backend does; R ranks, b bytes of this rank's input:
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -53,13 +53,13 @@ class SentBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.by_label: Counter[str] = Counter()
+        self.by_label: defaultdict[str, Fraction] = defaultdict(Fraction)
         self.calls: Counter[str] = Counter()
 
     @property
     def total(self) -> Fraction:
         """All labels together."""
-        return sum((Fraction(value) for value in self.by_label.values()), Fraction(0))
+        return sum(self.by_label.values(), Fraction(0))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -78,7 +78,7 @@ class SentBytes(TorchDispatchMode):
         given = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
         group = _group_of(given)
         cost = _COSTS[name](given, dist.get_rank(group), dist.get_world_size(group))
-        self.by_label[_label[-1]] += cost  # type: ignore[assignment]
+        self.by_label[_label[-1]] += cost
         self.calls[name] += 1
 
 
@@ -92,25 +92,22 @@ def _group_of(given: dict[str, Any]) -> dist.ProcessGroup:
 Cost = Callable[[dict[str, Any], int, int], Fraction]
 
 
-def _num_bytes(value: Any) -> int:
+_INPUT_NAMES = ("input_tensors", "input_tensor", "input", "inputs", "tensors", "self")
+
+
+def _input_bytes(given: dict[str, Any]) -> int:
+    """Return the bytes of a call's input, whatever its schema calls it."""
+    value = next(given[name] for name in _INPUT_NAMES if name in given)
     leaves = pytree.tree_leaves(value)
     return sum(x.numel() * x.itemsize for x in leaves if isinstance(x, Tensor))
 
 
-def _of(*names: str) -> Callable[[dict[str, Any]], int]:
-    """Return what gives the bytes of the first of these arguments that a call has."""
-    return lambda given: next(_num_bytes(given[name]) for name in names if name in given)
-
-
-_INPUT = _of("input_tensors", "input_tensor", "input", "inputs", "tensors", "self")
-
-
-def _share(factor: int, size: Callable[[dict[str, Any]], int] = _INPUT) -> Cost:
-    return lambda given, _, world: Fraction(factor * (world - 1) * size(given), world)
+def _share(factor: int) -> Cost:
+    return lambda given, _, world: Fraction(factor * (world - 1) * _input_bytes(given), world)
 
 
 def _to_all_others(given: dict[str, Any], _: int, world: int) -> Fraction:
-    return Fraction((world - 1) * _INPUT(given))
+    return Fraction((world - 1) * _input_bytes(given))
 
 
 def _all_to_all(given: dict[str, Any], rank: int, world: int) -> Fraction:

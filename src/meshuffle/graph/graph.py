@@ -6,6 +6,7 @@ Shapes hold the batch as a symbol; `Graph.ops(batch)` puts a number in its place
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,15 +66,15 @@ class Graph:
 
     def __init__(self, program: ExportedProgram, batch: int, training: bool) -> None:
         self.program, self.batch, self.training = program, batch, training
-        kinds = program.graph_signature.input_specs
         self.names: dict[str, str] = {}
         """The model's own name of each parameter and buffer, by placeholder."""
         self._kinds: dict[str, InputKind] = {}
-        for spec in kinds:
+        for spec in program.graph_signature.input_specs:
             self._kinds[spec.arg.name] = spec.kind
             if spec.target is not None:
                 self.names[spec.arg.name] = spec.target
         self.symbol = self._find_symbol()
+        self._ops: dict[int | None, tuple[Op, ...]] = {}
 
     def _find_symbol(self) -> Any:
         """Return the batch as a sympy symbol, or None where the model fixes it."""
@@ -114,13 +115,14 @@ class Graph:
             raise ModelError(f"the size {size.node.expr} depends on the values of the input")
         return int(expression)
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019  # a Graph lives as long as its plans
     def ops(self, batch: int | None = None) -> tuple[Op, ...]:
         """Return all calls in order, with their costs for `batch` samples."""
-        nodes = list(self.nodes())
-        owners = _owners(nodes)
-        last_uses = _last_uses(nodes, owners, self._outputs())
-        return tuple(self._op(node, batch, owners[node], last_uses) for node in nodes)
+        if batch not in self._ops:
+            nodes = list(self.nodes())
+            owners = _owners(nodes)
+            last_uses = _last_uses(nodes, owners, self._outputs())
+            self._ops[batch] = tuple(self._op(n, batch, owners[n], last_uses) for n in nodes)
+        return self._ops[batch]
 
     def _outputs(self) -> list[Node]:
         return [node for output in self.nodes("output") for node in output.all_input_nodes]
@@ -158,10 +160,7 @@ class Graph:
         return argument
 
     def _num_bytes(self, node: Node, batch: int | None) -> int:
-        return sum(
-            functools.reduce(lambda a, b: a * b, self.shape(value, batch), 1) * value.itemsize
-            for value in _tensors(node)
-        )
+        return sum(math.prod(self.shape(x, batch)) * x.itemsize for x in _tensors(node))
 
     def live_bytes(self, batch: int | None = None) -> list[int]:
         """Return, after each op, the bytes of values that it or a later op still reads.
@@ -202,14 +201,12 @@ class Graph:
         ]
         head = ("value", "op", "shape", "MFLOPs", "module")
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths)) for row in [head, *rows]]  # noqa: B905
-        return "\n".join(line.rstrip() for line in lines)
+        template = "  ".join(f"{{:<{width}}}" for width in widths)
+        return "\n".join(template.format(*row).rstrip() for row in [head, *rows])
 
 
 def _tensors(node: Node) -> list[Tensor]:
-    return [
-        value for value in pytree.tree_leaves(node.meta.get("val")) if isinstance(value, Tensor)
-    ]
+    return [x for x in pytree.tree_leaves(node.meta.get("val")) if isinstance(x, Tensor)]
 
 
 def _module_of(node: Node) -> str:

@@ -143,9 +143,10 @@ def evaluate(
         DataError: no such split; RunError: no such weights.
     """
     network, card = load_model(target, model)
+    opened = open_data(data or card.data, need=())
     own = data is None or absolute_data(data) == card.data
-    # Its own data has the val part that training set aside.
-    opened = open_data(card.data) if own else open_data(data or "", need=())
+    if own and "train" in opened.splits and "val" not in opened.splits:
+        opened = open_data(card.data, need=("train", "val"))  # the part that training set aside
     opened = relabel(opened, card.classes)
     split = split or _last_split(opened)
     if split not in opened.splits:
