@@ -13,7 +13,8 @@ from torch.distributed import _functional_collectives as functional
 from meshuffle.dist.collectives import exchange, psum, pvary
 from meshuffle.dist.sent_bytes import SentBytes, labelled
 from meshuffle.errors import MeshuffleError
-from meshuffle.layout import Shard, routes, sent_elements
+from meshuffle.layout import Shard
+from meshuffle.layout.transfer import routes, sent_elements
 
 from ..ranks import run_ranks
 

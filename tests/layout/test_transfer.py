@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshuffle.dist.collectives import Route
-from meshuffle.layout import Shard, routes, sent_elements
+from meshuffle.layout import Shard
+from meshuffle.layout.transfer import routes, sent_elements
 
 
 @st.composite

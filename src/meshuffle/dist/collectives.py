@@ -8,10 +8,13 @@ ranks. So each collective has the backward that keeps it so:
     pvary        the whole → the whole, used in part      sum over ranks
     gather       its part → the whole                     its part of the gradient
     exchange     its part → the part that it needs next   each element's gradients return, summed
+    scatter      the whole → its part                     gather of the parts
+    scatter_sum  a term of a sum → its part of the sum    gather of the parts
+    transpose    its part of a dim → a part of another    each element's gradients return, summed
 
 (torch's own functional all-reduce and all-gather sum in both directions, which would count such
 a gradient once per rank.) They are functional collectives underneath, so a module that calls
-them prints, exports and compiles.
+them prints, exports and compiles. A result may be a view of the input.
 """
 
 from __future__ import annotations
@@ -19,11 +22,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
-from torch.distributed import _functional_collectives as functional
+
+from meshuffle.dist.blocks import (
+    Parts,
+    all_reduce,
+    all_to_all,
+    flat,
+    in_order,
+    select,
+    summed,
+    swap,
+    unselect,
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,7 @@ class Route:
         send_splits: how many to each rank.
         receive_splits: how many from each rank.
         receive_index: output position j is the received element `receive_index[j]`.
+        own_index: output positions of what the rank holds itself, in the order of its memory.
         moves: whether any rank sends anything to another; the same on all ranks.
     """
 
@@ -44,7 +58,40 @@ class Route:
     send_splits: tuple[int, ...]
     receive_splits: tuple[int, ...]
     receive_index: tuple[int, ...]
+    own_index: tuple[int, ...]
     moves: bool
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One rank's part in a `transpose`: every rank has the same but for `rank`.
+
+    Attributes:
+        rank: whose part it is.
+        from_dim: the dim that is in parts before, and whole afterwards.
+        to_dim: the dim that is whole before, and in parts afterwards.
+        owners: for each rank the indices along `from_dim` that it holds; a partition.
+        needs: for each rank the indices along `to_dim` that it shall hold next, in that order.
+            Some may be needed on several ranks, as in a halo, or on none.
+    """
+
+    rank: int
+    from_dim: int
+    to_dim: int
+    owners: Parts
+    needs: Parts
+
+    def __post_init__(self) -> None:
+        """Require two dims, a partition, and of each rank to need an index once."""
+        held = sorted(flat(self.owners))
+        if (
+            not 0 <= self.rank < len(self.owners) == len(self.needs)
+            or min(self.from_dim, self.to_dim) < 0
+            or self.from_dim == self.to_dim
+            or held != list(range(len(held)))
+            or any(len(set(need)) < len(need) or min(need, default=0) < 0 for need in self.needs)
+        ):
+            raise ValueError(f"not a turn from one dim's parts to another's: {self!r}")
 
 
 def psum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -74,10 +121,42 @@ def exchange(x: Tensor, dim: int, route: Route, group: dist.ProcessGroup) -> Ten
     return _Exchange.apply(x, dim, route, group)
 
 
+def scatter(x: Tensor, dim: int, route: Route, group: dist.ProcessGroup) -> Tensor:
+    """Return this rank's part along `dim` of `x`, which all ranks hold; `gather` transposed.
+
+    Args:
+        route: what `gather` would take: one that needs every element on every rank.
+    """
+    return _Scatter.apply(x, dim, route, group)
+
+
+def scatter_sum(x: Tensor, dim: int, owners: Parts, rank: int, group: dist.ProcessGroup) -> Tensor:
+    """Return this rank's part of the sum of all ranks' `x`, added in the order of the ranks.
+
+    Args:
+        dim: from 0.
+        owners: for each rank the indices along `dim` that it gets; a partition.
+        rank: this one.
+    """
+    return _ScatterSum.apply(x, dim, owners, rank, group)
+
+
+def transpose(x: Tensor, turn: Turn, group: dist.ProcessGroup) -> Tensor:
+    """Return what this rank needs along one dim, whole along the other, with one all-to-all.
+
+    Args:
+        x: along `turn.from_dim` what this rank owns; whole along `turn.to_dim`.
+
+    Returns:
+        `turn.from_dim` whole and in order; along `turn.to_dim` what this rank needs.
+    """
+    return _Transpose.apply(x, turn, group)
+
+
 class _Psum(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return _all_reduce(x, group)
+        return all_reduce(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -92,23 +171,30 @@ class _Pvary(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_reduce(grad, ctx.group), None
+        return all_reduce(grad, ctx.group), None
 
 
 class _Gather(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, route: Route, group: dist.ProcessGroup) -> Tensor:
-        ctx.dim, ctx.route, ctx.rank = dim, route, dist.get_rank(group)
+        ctx.dim, ctx.route = dim, route
         return _send(x, dim, route, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dim, route, rank = ctx.dim, ctx.route, ctx.rank
-        received = _unselect(grad, dim, route.receive_index, len(route.receive_index))
-        first = sum(route.receive_splits[:rank])
-        own = received.narrow(dim, first, route.receive_splits[rank])
-        kept = route.send_index[_part(route.send_splits, rank)]
-        return _unselect(own, dim, kept, route.size), None, None, None
+        return select(grad, ctx.dim, ctx.route.own_index), None, None, None
+
+
+class _Scatter(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, route: Route, group: dist.ProcessGroup) -> Tensor:
+        ctx.dim, ctx.route, ctx.group = dim, route, group
+        _require_size(x, dim, len(route.receive_index))
+        return select(x, dim, route.own_index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _send(grad, ctx.dim, ctx.route, ctx.group), None, None, None
 
 
 class _Exchange(Function):
@@ -120,56 +206,67 @@ class _Exchange(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dim, route = ctx.dim, ctx.route
-        received = _unselect(grad, dim, route.receive_index, len(route.receive_index))
+        received = unselect(grad, dim, route.receive_index, len(route.receive_index))
         if route.moves:
-            received = _all_to_all(
-                received, dim, route.receive_splits, route.send_splits, ctx.group
-            )
-        return _unselect(received, dim, route.send_index, route.size), None, None, None
+            received = all_to_all(received, dim, route.receive_splits, route.send_splits, ctx.group)
+        return unselect(received, dim, route.send_index, route.size), None, None, None
+
+
+class _ScatterSum(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dim: int, owners: Parts, rank: int, group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.dim, ctx.owners, ctx.own, ctx.group = dim, owners, len(owners[rank]), group
+        _require_size(x, dim, len(flat(owners)))
+        shape = _resized(x, {dim: ctx.own})
+        first, *others = swap(x, dim, owners, [shape] * len(owners), group)
+        return sum(others, first)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dim, owners = ctx.dim, ctx.owners
+        all_of_it = (tuple(range(ctx.own)),) * len(owners)
+        shapes = [_resized(grad, {dim: len(part)}) for part in owners]
+        parts = swap(grad, dim, all_of_it, shapes, ctx.group)
+        return in_order(parts, dim, owners), None, None, None, None
+
+
+class _Transpose(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, turn: Turn, group: dist.ProcessGroup) -> Tensor:
+        ctx.turn, ctx.size, ctx.group = turn, x.shape[turn.to_dim], group
+        _require_size(x, turn.from_dim, len(turn.owners[turn.rank]))
+        needed = len(turn.needs[turn.rank])
+        shapes = [
+            _resized(x, {turn.from_dim: len(part), turn.to_dim: needed}) for part in turn.owners
+        ]
+        parts = swap(x, turn.to_dim, turn.needs, shapes, group)
+        return in_order(parts, turn.from_dim, turn.owners)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        turn = ctx.turn
+        owned = len(turn.owners[turn.rank])
+        shapes = [
+            _resized(grad, {turn.from_dim: owned, turn.to_dim: len(need)}) for need in turn.needs
+        ]
+        parts = swap(grad, turn.from_dim, turn.owners, shapes, ctx.group)
+        return summed(parts, turn.to_dim, turn.needs, ctx.size), None, None
 
 
 def _send(x: Tensor, dim: int, route: Route, group: dist.ProcessGroup) -> Tensor:
-    if x.shape[dim] != route.size:
-        raise ValueError(f"dim {dim} of {tuple(x.shape)} must be {route.size}, as its route says")
-    sent = _select(x, dim, route.send_index)
+    _require_size(x, dim, route.size)
+    sent = select(x, dim, route.send_index)
     if route.moves:
-        sent = _all_to_all(sent, dim, route.send_splits, route.receive_splits, group)
-    return _select(sent, dim, route.receive_index)
+        sent = all_to_all(sent, dim, route.send_splits, route.receive_splits, group)
+    return select(sent, dim, route.receive_index)
 
 
-def _all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group))
+def _require_size(x: Tensor, dim: int, size: int) -> None:
+    if x.shape[dim] != size:
+        raise ValueError(f"dim {dim} of {tuple(x.shape)} must be {size}")
 
 
-def _all_to_all(
-    x: Tensor,
-    dim: int,
-    send_splits: tuple[int, ...],
-    receive_splits: tuple[int, ...],
-    group: dist.ProcessGroup,
-) -> Tensor:
-    """Send consecutive pieces of `dim` to the ranks, in their order."""
-    received = functional.all_to_all_single(
-        x.movedim(dim, 0).contiguous(), list(receive_splits), list(send_splits), group
-    )
-    return functional.wait_tensor(received).movedim(0, dim)
-
-
-def _select(x: Tensor, dim: int, index: tuple[int, ...]) -> Tensor:
-    if index == tuple(range(x.shape[dim])):
-        return x.view_as(x)
-    return x.index_select(dim, torch.tensor(index, dtype=torch.int64, device=x.device))
-
-
-def _unselect(grad: Tensor, dim: int, index: tuple[int, ...], size: int) -> Tensor:
-    """Return the gradient of `_select`'s input of `size` elements: a sum where one went twice."""
-    if index == tuple(range(size)):
-        return grad
-    shape = list(grad.shape)
-    shape[dim] = size
-    positions = torch.tensor(index, dtype=torch.int64, device=grad.device)
-    return grad.new_zeros(shape).index_add(dim, positions, grad)
-
-
-def _part(splits: tuple[int, ...], rank: int) -> slice:
-    return slice(sum(splits[:rank]), sum(splits[: rank + 1]))
+def _resized(x: Tensor, sizes: dict[int, int]) -> list[int]:
+    return [sizes.get(dim, size) for dim, size in enumerate(x.shape)]

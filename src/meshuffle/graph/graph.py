@@ -76,6 +76,16 @@ class Graph:
         self.symbol = self._find_symbol()
         self._ops: dict[int | None, tuple[Op, ...]] = {}
 
+    def is_trained(self, name: str) -> bool:
+        """Tell whether a placeholder is a parameter that has a gradient."""
+        if self._kinds.get(name) != InputKind.PARAMETER:
+            return False
+        return bool(self.program.state_dict[self.names[name]].requires_grad)
+
+    def is_input(self, name: str) -> bool:
+        """Tell whether a placeholder is what the caller passes."""
+        return self._kinds.get(name) == InputKind.USER_INPUT
+
     def _find_symbol(self) -> Any:
         """Return the batch as a sympy symbol, or None where the model fixes it."""
         for node in self.nodes("placeholder"):
@@ -119,7 +129,7 @@ class Graph:
         """Return all calls in order, with their costs for `batch` samples."""
         if batch not in self._ops:
             nodes = list(self.nodes())
-            owners = _owners(nodes)
+            owners = owners_of(nodes)
             last_uses = _last_uses(nodes, owners, self._outputs())
             self._ops[batch] = tuple(self._op(n, batch, owners[n], last_uses) for n in nodes)
         return self._ops[batch]
@@ -131,7 +141,7 @@ class Graph:
         outputs = _tensors(node)
         shapes = tuple(self.shape(value, batch) for value in outputs)
         inputs = list(dict.fromkeys(node.all_input_nodes))
-        allocates = owner is node or _is_in_place(node)
+        allocates = owner is node or is_in_place(node)
         read = {n: self._num_bytes(n, batch) for n in inputs} if allocates else {}
         parameters = [n for n in read if self._kinds.get(n.name) == InputKind.PARAMETER]
         return Op(
@@ -215,7 +225,7 @@ def _module_of(node: Node) -> str:
     return paths[-1] if paths else ""
 
 
-def _owners(nodes: Sequence[Node]) -> dict[Node, Node]:
+def owners_of(nodes: Sequence[Node]) -> dict[Node, Node]:
     """Return the node whose memory each value lies in: views and in-place ops have another's."""
     owners: dict[Node, Node] = {}
     for node in nodes:
@@ -243,7 +253,8 @@ def _aliased_input(node: Node) -> Node | None:
     return None
 
 
-def _is_in_place(node: Node) -> bool:
+def is_in_place(node: Node) -> bool:
+    """Tell whether a call changes one of its arguments."""
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 

@@ -1,6 +1,16 @@
-"""How a tensor lies over the ranks of the `tp` axis, and what it takes to lay it otherwise."""
+"""How tensors lie over the ranks of the `tp` axis, which layouts each op allows, and their costs."""
 
-from meshuffle.layout.layout import Layout, Partial, Replicate, Shard
-from meshuffle.layout.transfer import routes, sent_elements
+from meshuffle.layout.assign import Assignment, assign
+from meshuffle.layout.layout import Layout, Partial, Replicate, Samples, Shard, Varying, Window
 
-__all__ = ["Layout", "Partial", "Replicate", "Shard", "routes", "sent_elements"]
+__all__ = [
+    "Assignment",
+    "Layout",
+    "Partial",
+    "Replicate",
+    "Samples",
+    "Shard",
+    "Varying",
+    "Window",
+    "assign",
+]

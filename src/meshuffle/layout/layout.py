@@ -1,4 +1,16 @@
-"""The three ways a tensor can lie over ranks: plain data, compared by value."""
+"""The ways in which a tensor can lie over ranks: plain data, compared by value.
+
+Every value has one; a gradient lies as its value does, with two exceptions that come in pairs:
+
+    layout      a rank's value                  its gradient
+    Replicate   the whole                       the whole
+    Varying     the whole, used in part         a term of a sum
+    Partial     a term of a sum                 the whole
+    Shard       its indices of one dim          the same indices
+    Samples     its samples of the batch        the same samples
+    Window      what it needs of one dim,       the same; an index that is on
+                some of it on other ranks too   several ranks is summed
+"""
 
 from __future__ import annotations
 
@@ -27,6 +39,42 @@ class Partial:
 
 
 @dataclass(frozen=True)
+class Varying:
+    """The whole tensor on every rank; each computes another part of what follows."""
+
+    def __str__(self) -> str:
+        return "whole, varying"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Along `dim`, which holds the batch, each rank has contiguous samples, as even as can be.
+
+    How many is known when the model runs. A dim may hold several rows per sample, side by side.
+    """
+
+    dim: int
+
+    def on(self, dim: int) -> Samples:
+        """Return the same split of another dim, as after a transpose."""
+        return Samples(dim)
+
+    def __str__(self) -> str:
+        return f"dim {self.dim}: samples"
+
+
+@dataclass(frozen=True)
+class Window:
+    """Along `dim` each rank has the indices that it needs; no value is made so, only read."""
+
+    dim: int
+    needs: Owners
+
+    def __str__(self) -> str:
+        return f"dim {self.dim}: " + " | ".join(_ranges(part) for part in self.needs)
+
+
+@dataclass(frozen=True)
 class Shard:
     """Along `dim` each rank holds the indices that `owners` lists for it.
 
@@ -45,6 +93,10 @@ class Shard:
         held = sorted(index for part in self.owners for index in part)
         if self.dim < 0 or held != list(range(len(held))):
             raise ValueError(f"not a partition along a dim: {self!r}")
+
+    def __hash__(self) -> int:
+        """Hash by a few numbers: layouts with thousands of indices are compared a lot."""
+        return hash((self.dim, tuple((len(p), p[0] if p else -1, sum(p)) for p in self.owners)))
 
     @classmethod
     def even(cls, dim: int, size: int, world: int) -> Self:
@@ -86,7 +138,16 @@ class Shard:
         return f"dim {self.dim}: {parts}"
 
 
-Layout = Replicate | Partial | Shard
+Layout = Replicate | Varying | Partial | Shard | Samples | Window
+Split = Shard | Samples
+"""Layouts in which every rank has a part of its own."""
+
+
+def samples_owners(size: int, batch: int, world: int) -> Owners:
+    """Return who holds which index of a dim of `size` that holds `batch` samples, as `Samples`."""
+    rows = size // batch
+    counts = [batch // world + (rank < batch % world) for rank in range(world)]
+    return Shard.blocks(0, [rows * count for count in counts]).owners
 
 
 def _ranges(indices: Sequence[int], most: int = 4) -> str:

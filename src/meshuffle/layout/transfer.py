@@ -48,6 +48,7 @@ def _route(
     local = {index: i for i, index in enumerate(owners[rank])}
     arrivals = [index for row in sent for index in row[rank]]
     arrived = {index: i for i, index in enumerate(arrivals)}
+    wanted = {index: j for j, index in enumerate(need)}
     outgoing = sent[rank] if moves else [sent[rank][rank]]
     return Route(
         size=len(owners[rank]),
@@ -55,6 +56,7 @@ def _route(
         send_splits=tuple(len(part) for part in sent[rank]),
         receive_splits=tuple(len(row[rank]) for row in sent),
         receive_index=tuple(arrived[index] for index in need),
+        own_index=tuple(wanted[index] for index in owners[rank] if index in wanted),
         moves=moves,
     )
 

@@ -1,1 +1,1 @@
-"""From a Plan to ranks that compute together: batch norm and data parallel, so far."""
+"""From a Plan to ranks that compute together: lowering, conversions, batch norm, gradients."""

@@ -57,27 +57,57 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             alone = False
         if not use_batch or alone:
             return super().forward(input)
-        weight = self.weight if self.affine else input.new_ones(self.num_features)
-        bias = self.bias if self.affine else input.new_zeros(self.num_features)
-        output, mean_C, var_C, count = _SyncBatchNorm.apply(
-            input, weight, bias, self.eps, self.handle
-        )
         if self.training and self.track_running_stats:
-            self._update_running(mean_C, var_C, count)
-        return output
-
-    @torch.no_grad()
-    def _update_running(self, mean_C: Tensor, var_C: Tensor, count: Tensor) -> None:
-        if self.running_mean is None or self.running_var is None:
-            return
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
         rate: Any = self.momentum
-        if rate is None:
-            rate = 1.0 / self.num_batches_tracked.to(mean_C.dtype)
-        unbiased_C = var_C * (count / (count - 1).clamp_min(1))
-        self.running_mean += rate * (mean_C - self.running_mean).to(self.running_mean.dtype)
-        self.running_var += rate * (unbiased_C - self.running_var).to(self.running_var.dtype)
+        if rate is None and self.num_batches_tracked is not None:
+            rate = 1.0 / self.num_batches_tracked.to(input.dtype)
+        running = (self.running_mean, self.running_var) if self.training else (None, None)
+        return joint_batch_norm(
+            input, self.weight, self.bias, *running, rate, self.eps, self.handle
+        )
+
+
+def joint_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: Any,
+    eps: float,
+    handle: int,
+) -> Tensor:
+    """Return `x` (N, C, …) normalised over all ranks' values, and update the running statistics.
+
+    Args:
+        weight, bias, running_mean, running_var: (C,), or None.
+        momentum: weight of this batch in the running statistics.
+        handle: of the exchange between the ranks, see `exchange_handle`.
+    """
+    num_channels = x.shape[1]
+    weight = x.new_ones(num_channels) if weight is None else weight
+    bias = x.new_zeros(num_channels) if bias is None else bias
+    output, mean_C, var_C, count = _SyncBatchNorm.apply(x, weight, bias, eps, handle)
+    if running_mean is not None and running_var is not None:
+        update_running(running_mean, running_var, mean_C, var_C, count, momentum)
+    return output
+
+
+@torch.no_grad()
+def update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean_C: Tensor,
+    var_C: Tensor,
+    count: Tensor,
+    momentum: Any,
+) -> None:
+    """Move the running statistics by `momentum` towards those of a batch of `count` values."""
+    unbiased_C = var_C * (count / (count - 1).clamp_min(1))
+    running_mean += momentum * (mean_C - running_mean).to(running_mean.dtype)
+    running_var += momentum * (unbiased_C - running_var).to(running_var.dtype)
 
 
 class _SyncBatchNorm(Function):
@@ -206,9 +236,7 @@ def synchronise_batch_norm(model: nn.Module, exchange: Exchange) -> nn.Module:
 
     Parameters and buffers are kept, the same objects under the same names.
     """
-    known = (number for number, other in _EXCHANGES.items() if other is exchange)
-    handle = next(known, next(n for n in itertools.count() if n not in _EXCHANGES))
-    _EXCHANGES[handle] = exchange
+    handle = exchange_handle(exchange)
     for module in model.modules():
         # The exact classes: a subclass has a forward of its own (lazy, synchronised, fused).
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
@@ -216,6 +244,14 @@ def synchronise_batch_norm(model: nn.Module, exchange: Exchange) -> nn.Module:
         if isinstance(module, BatchNorm):
             module.exchange, module.handle = exchange, handle
     return model
+
+
+def exchange_handle(exchange: Exchange) -> int:
+    """Return the number by which operators know `exchange`, for as long as that lives."""
+    known = (number for number, other in _EXCHANGES.items() if other is exchange)
+    handle = next(known, next(n for n in itertools.count() if n not in _EXCHANGES))
+    _EXCHANGES[handle] = exchange
+    return handle
 
 
 @torch.library.custom_op("meshuffle::batch_statistics", mutates_args=())

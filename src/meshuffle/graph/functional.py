@@ -1,0 +1,169 @@
+"""The program without in-place ops and without shuffles spelt in three: what layouts are put on.
+
+Three rewrites of a copy of the program:
+
+- In-place ops become functional ones, and what reads their target afterwards reads their result.
+  Buffers that the model updates stay in place. So does, as it stands, an op whose memory an
+  older value also shows: those are `pinned`, and run whole on every rank.
+- A chain of movements that only reorders one dim (view, transpose and flatten: the channel
+  shuffle) becomes one `reorder`, so that its index map is known whatever lies behind it.
+- Calls that nobody reads are dropped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from meshuffle.graph.draws import number_draws
+from meshuffle.graph.graph import Graph, is_in_place, owners_of
+
+aten = torch.ops.aten
+
+_FUNCTIONAL = {
+    aten.bernoulli_.float: aten.bernoulli.p,
+    aten.squeeze_.dim: aten.squeeze.dim,
+}
+_PERMUTING = frozenset(
+    {
+        *(aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten),
+        *(aten.permute, aten.transpose, aten.swapaxes, aten.contiguous, aten.clone),
+        aten.channel_shuffle,
+    }
+)
+
+
+def reorder(x: Tensor, dim: int, index: Sequence[int]) -> Tensor:
+    """Return `x` with its index `index[j]` of `dim` at j, a permutation."""
+    return x.index_select(dim, torch.tensor(index, device=x.device))
+
+
+def functional_program(graph: Graph) -> tuple[fx.Graph, frozenset[str]]:
+    """Return the rewritten copy of the program, and the names of its pinned calls."""
+    program = fx.Graph()
+    copies: dict[Node, Node] = {}
+    pinned = _pinned(graph)
+    number_draws(graph.program.graph.nodes)
+    for node in graph.program.graph.nodes:
+        copies[node] = program.node_copy(node, copies.__getitem__)
+        if node.op == "call_function" and is_in_place(node) and node.name not in pinned:
+            target = node.args[0]
+            if target.op == "placeholder":
+                continue
+            copies[node].target = _functional(node.target)
+            # What reads the target from here on, by any name, reads the result.
+            before = copies[target]
+            copies |= {n: copies[node] for n, copy in copies.items() if copy is before}
+    names = {copies[n].name for n in graph.program.graph.nodes if n.name in pinned}
+    _fuse_reorders(program, graph, names)
+    _drop_unread(program, names)
+    return program, frozenset(names)
+
+
+def _functional(target: Any) -> Any:
+    if target in _FUNCTIONAL:
+        return _FUNCTIONAL[target]
+    packet = getattr(aten, target._overloadpacket.__name__.removesuffix("_"))
+    return getattr(packet, target._overloadname)
+
+
+def _pinned(graph: Graph) -> set[str]:
+    """Return the calls on memory that is changed while an older view of it is still to be read."""
+    nodes = list(graph.nodes())
+    position = {node: i for i, node in enumerate(nodes)}
+    owners = owners_of(nodes)
+    pinned: set[Node] = set()
+    for i, node in enumerate(nodes):
+        if not is_in_place(node):
+            continue
+        target = node.args[0]
+        assert isinstance(target, Node)
+        owner = owners.get(target, target)
+        older = [n for n in {owner, *nodes[:i]} if owners.get(n, n) is owner]
+        past = _rebound(target)
+        read_later = (
+            user
+            for old in older
+            if old not in past and old.op == "call_function"
+            for user in old.users
+            if position.get(user, len(nodes)) > i
+        )
+        if any(read_later):
+            pinned |= {n for n in [owner, *nodes] if owners.get(n, n) is owner}
+    return {node.name for node in pinned}
+
+
+def _rebound(target: Node) -> set[Node]:
+    """Return `target` and the values that it is the in-place result of."""
+    found = {target}
+    while is_in_place(target):
+        target = target.args[0]  # type: ignore[assignment]
+        found.add(target)
+    return found
+
+
+def _fuse_reorders(program: fx.Graph, graph: Graph, pinned: set[str]) -> None:
+    for node in list(program.nodes):
+        packet = getattr(node.target, "_overloadpacket", None)
+        if packet not in _PERMUTING or node.name in pinned:
+            continue
+        before: Any = node
+        while getattr(before.target, "_overloadpacket", None) in _PERMUTING:
+            before = before.args[0]
+            found = _reordered(graph, before, node)
+            if found is not None:
+                dim, index = found
+                with program.inserting_before(node):
+                    call = program.call_function(reorder, (before, dim, index))
+                call.meta = dict(node.meta)
+                node.replace_all_uses_with(call)
+                break
+
+
+def _reordered(graph: Graph, before: Node, node: Node) -> tuple[int, tuple[int, ...]] | None:
+    """Return the dim and the permutation by which `node` reorders `before`, if it does that."""
+    shape, batch = graph.shape(before.meta["val"], 2), 2
+    if graph.symbol is None:
+        shape, batch = graph.shape(before.meta["val"]), graph.batch
+    if len(shape) < 3 or shape != graph.shape(node.meta["val"], batch) or math.prod(shape) > 2**22:
+        return None
+    ids = torch.arange(math.prod(shape)).view(shape)
+    moved = _run(graph, before, node, ids, batch)
+    for dim, size in enumerate(shape):
+        stride = math.prod(shape[dim + 1 :])
+        order = moved.movedim(dim, 0).reshape(size, -1)[:, 0] // stride % size
+        if not torch.equal(order, torch.arange(size)) and torch.equal(
+            moved, ids.index_select(dim, order)
+        ):
+            return dim, tuple(order.tolist())
+    return None
+
+
+def _run(graph: Graph, before: Node, node: Node, ids: Tensor, batch: int) -> Tensor:
+    if node is before:
+        return ids
+
+    def concrete(argument: Any) -> Any:
+        if isinstance(argument, Node):
+            value = argument.meta.get("val")
+            if isinstance(value, Tensor):
+                return _run(graph, before, argument, ids, batch)
+            return graph.number(value, batch) if isinstance(value, int | torch.SymInt) else value
+        return argument
+
+    args, kwargs = pytree.tree_map(concrete, (node.args, node.kwargs))
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _drop_unread(program: fx.Graph, pinned: set[str]) -> None:
+    for node in reversed(list(program.nodes)):
+        if node.op == "call_function" and not node.users and node.name not in pinned:
+            if is_in_place(node) and node.args[0].op == "placeholder":
+                continue
+            program.erase_node(node)

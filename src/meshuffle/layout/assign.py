@@ -1,0 +1,349 @@
+"""A layout for every op: the assignment that sends the fewest bytes.
+
+Three walks over the program. From its end to its start: in which layouts would readers like each
+value (so that a convolution in front of a shuffle learns which groups come behind it). From start
+to end: which choices each op has, given those and what can arrive. From start to end again, a
+search over states: which layouts the values that are still to be read exist in, and the bytes
+sent so far. Two ways to the same state keep the cheaper one; of the states, the best few are kept.
+"""
+
+from __future__ import annotations
+
+import heapq
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from torch.fx import Node
+
+import meshuffle.layout.rules  # noqa: F401  # registers them
+from meshuffle.errors import PlanError
+from meshuffle.graph import Graph
+from meshuffle.layout.call import RULES, Call, Choice, Program, is_tensor, replicated, unique
+from meshuffle.layout.convert import Value, steps
+from meshuffle.layout.layout import Layout, Replicate, Shard, Varying
+
+_MOST_WANTED, _MOST_POSSIBLE, _MOST_CHOICES, _BEAM = 6, 10, 24, 24
+_SMALL = 0.002  # of all FLOPs: such an op may run whole on every rank where that sends less
+
+Layouts = Layout | tuple[Layout, ...]
+
+
+@dataclass
+class Assignment:
+    """Which choice each op takes.
+
+    Attributes:
+        program: the ops.
+        choices: by the name of the op's value.
+        values: by name, what conversions of a value depend on.
+        flops: of each op, all ranks together, by name; of ops that have some.
+    """
+
+    program: Program
+    choices: dict[str, Choice]
+    values: dict[str, Value]
+    flops: dict[str, int] = field(default_factory=dict)
+
+    def sharded_fraction(self) -> float:
+        """Return the share of FLOPs in ops of which each rank does a part."""
+        total = sum(self.flops.values())
+        split = sum(f for name, f in self.flops.items() if self.choices[name].split is not None)
+        return split / total if total else 0.0
+
+    def imbalance(self) -> float:
+        """Return the busiest rank's FLOPs over the mean."""
+        world = self.program.world
+        load = [Fraction(0)] * world
+        for name, flops in self.flops.items():
+            for rank, share in enumerate(self.shares(name)):
+                load[rank] += share * flops
+        return float(max(load) * world / sum(load)) if any(load) else 1.0
+
+    def shares(self, name: str) -> list[Fraction]:
+        """Return each rank's part of the work of an op; 1 each where all do all of it."""
+        return _shares(self.choices[name], self.program.batch, self.program.world)
+
+
+def _shares(choice: Choice, batch: int, world: int) -> list[Fraction]:
+    if choice.split is None:
+        return [Fraction(1)] * world
+    if isinstance(choice.split, Shard):
+        return [Fraction(len(part), choice.split.size) for part in choice.split.owners]
+    counts = [batch // world + (rank < batch % world) for rank in range(world)]
+    return [Fraction(count, batch) for count in counts]
+
+
+def assign(
+    graph: Graph,
+    world: int,
+    *,
+    batch: int | None = None,
+    prefer: str | None = None,
+    stored: Mapping[str, Layout] | None = None,
+) -> Assignment:
+    """Return the assignment that sends the fewest bytes, as far as the search sees.
+
+    Every op that computes something worth mentioning is split, if it has a rule.
+
+    Args:
+        graph: what to lay out.
+        world: ranks of the `tp` axis.
+        batch: samples of a step; None is the example's.
+        prefer: `channel`, `spatial` or `batch`: ops that can be split so are.
+        stored: layouts that parameters and buffers have already, by the model's names.
+
+    Raises:
+        PlanError: no op of the model can be split in `world`.
+    """
+    program = Program(graph, graph.batch if batch is None else batch, world)
+    search = _Search(program, prefer, stored or {})
+    found = search.run()
+    if world > 1 and not any(choice.split is not None for choice in found.values()):
+        raise PlanError(
+            f"tp={world}: no op of this model can be split in {world}; use a smaller tp, or dp"
+        )
+    flops = {name: f for name, f in search.flops.items() if name in found and f}
+    return Assignment(program, found, search.values, flops)
+
+
+class _State:
+    """Costs so far, and the set of layouts that each live value exists in."""
+
+    __slots__ = ("choice", "cost", "forms", "parent")
+
+    def __init__(
+        self, cost: tuple[int, int], forms: tuple[Any, ...], parent: Any, choice: Choice | None
+    ) -> None:
+        self.cost, self.forms, self.parent, self.choice = cost, forms, parent, choice
+
+
+class _Search:
+    def __init__(self, program: Program, prefer: str | None, stored: Mapping[str, Layout]) -> None:
+        self.program, self.prefer = program, prefer
+        graph = program.graph
+        self.flops = {op.name: op.flops for op in graph.ops(program.ops_batch)}
+        self.total_flops = sum(self.flops.values())
+        self.stored = {
+            node: stored[graph.names[node.name]]
+            for node in program.placeholders()
+            if graph.names.get(node.name) in stored
+        }
+        self.values = {n.name: self._value(n) for n in program.fx.nodes if is_tensor(n)}
+        self.wanted: dict[Node, list[Any]] = {}
+        self.possible: dict[Node, list[Any]] = {}
+        self._ways: dict[Any, Any] = {}
+
+    def _value(self, node: Node) -> Value:
+        given = node.op == "placeholder"
+        return Value(
+            self.program.shape(node),
+            node.meta["val"].itemsize,
+            self.program.has_grad(node),
+            self.program.batch,
+            self.program.world,
+            stored=given and node not in self.stored,
+        )
+
+    def run(self) -> dict[str, Choice]:
+        """Return the cheapest choice of each op, by name."""
+        for call in reversed(self.program.calls):
+            self._want(call)
+        choices = {call.node: self._choices(call) for call in self.program.calls}
+        return self._beam(choices)
+
+    # First walk
+
+    def _want(self, call: Call) -> None:
+        node, wanted = call.node, self.wanted.get(call.node, [])
+        if node.target is operator.getitem:
+            source, i = node.args
+            assert isinstance(source, Node) and isinstance(i, int)
+            pieces = self.wanted.setdefault(source, [])
+            for k, layout in enumerate(wanted[:_MOST_WANTED]):
+                while len(pieces) <= k:
+                    pieces.append({})
+                pieces[k][i] = layout
+            return
+        if wanted and isinstance(wanted[0], dict):
+            wanted = self.wanted[node] = _completed(wanted, len(node.meta["val"]))
+        for choice in self._legal(call, wanted, [()] * len(call.inputs)):
+            for source, layout in zip(call.inputs, choice.inputs, strict=True):
+                known = self.wanted.setdefault(source, [])
+                if isinstance(layout, Shard) and layout not in known and len(known) < _MOST_WANTED:
+                    known.append(layout)
+
+    # Second walk
+
+    def _choices(self, call: Call) -> list[Choice]:
+        node = call.node
+        if node.target is operator.getitem:
+            source, i = node.args
+            given = self.possible.get(source, [])  # type: ignore[arg-type]
+            self.possible[node] = list(unique(layouts[i] for layouts in given))
+            return []
+        several = None if is_tensor(node) else _num_results(node)
+        whole = replicated(call, several)
+        arriving = [self.possible.get(source, []) for source in call.inputs]
+        found = self._legal(call, self.wanted.get(node, []), arriving)
+        found = self._preferred(node, found, whole)[:_MOST_CHOICES]
+        outputs: dict[Any, None] = dict.fromkeys(choice.output for choice in found)
+        self.possible[node] = [o for o in outputs if o != whole.output][:_MOST_POSSIBLE]
+        return found
+
+    def _legal(
+        self, call: Call, wanted: Sequence[Any], arriving: Sequence[Sequence[Layout]]
+    ) -> list[Choice]:
+        packet = getattr(call.node.target, "_overloadpacket", call.node.target)
+        if packet not in RULES or call.node.name in self.program.pinned or call.world == 1:
+            return []
+        return list(dict.fromkeys(RULES[packet](call, wanted, arriving)))
+
+    def _preferred(self, node: Node, found: list[Choice], whole: Choice) -> list[Choice]:
+        """Return what the search may take: sharded and balanced where the op has work to do."""
+        flops = self.flops.get(node.name, 0)
+        if not flops or not found:
+            return [*found, whole]
+        batch, world = self.program.batch, self.program.world
+        busiest = [max(_shares(choice, batch, world)) for choice in found]
+        found = [
+            c for c, share in zip(found, busiest, strict=True) if share <= min(busiest) * 5 / 4
+        ]
+        if self.prefer and any(choice.kind == self.prefer for choice in found):
+            return [choice for choice in found if choice.kind == self.prefer]
+        return [*found, whole] if flops <= _SMALL * self.total_flops else found
+
+    # Third walk
+
+    def _beam(self, choices: Mapping[Node, list[Choice]]) -> dict[str, Choice]:
+        last = self._last_reads()
+        live: list[Node] = []
+        states = [_State((0, 0), (), None, None)]
+        order: list[Node] = []
+        for i, call in enumerate(self.program.calls):
+            node = call.node
+            place = {n: j for j, n in enumerate(live)}
+            stay = [j for j, n in enumerate(live) if last.get(n, -1) > i]
+            is_read = last.get(node, -1) > i
+            found: dict[Any, _State] = {}
+            for state in states:
+                for option in self._options(call, choices, state, place):
+                    cost, forms, output, choice = option
+                    kept = tuple(forms[j] for j in stay)
+                    kept = (*kept, frozenset((output,))) if is_read else kept
+                    known = found.get(kept)
+                    if known is None or cost < known.cost:
+                        found[kept] = _State(cost, kept, state, choice)
+            live = [live[j] for j in stay] + ([node] if is_read else [])
+            order.append(node)
+            states = heapq.nsmallest(_BEAM, found.values(), key=lambda s: s.cost)
+            if not states:
+                raise PlanError(f"no layout of {node.name} follows from those of its inputs")
+        best = self._end(states, live)
+        taken: dict[str, Choice] = {}
+        for node in reversed(order):
+            if best.choice is not None:
+                taken[node.name] = best.choice
+            best = best.parent
+        return taken
+
+    def _options(
+        self,
+        call: Call,
+        choices: Mapping[Node, list[Choice]],
+        state: _State,
+        place: dict[Node, int],
+    ) -> Iterator[tuple[tuple[int, int], list[Any], Layouts, Choice | None]]:
+        node = call.node
+        if node.target is operator.getitem:
+            source, i = node.args
+            (output,) = state.forms[place[source]]  # type: ignore[index]
+            yield state.cost, list(state.forms), output[i], None
+            return
+        for choice in choices[node]:
+            forms = list(state.forms)
+            sent, whole = state.cost
+            sent += choice.sent_bytes
+            if choice.split is None and is_tensor(node):
+                whole += self.values[node.name].num_bytes
+            for source, layout in zip(call.inputs, choice.inputs, strict=True):
+                j = place.get(source)
+                way = self._way(source, None if j is None else forms[j], layout)
+                if way is None:
+                    break
+                sent += way[0]
+                if j is not None:
+                    forms[j] = way[1]
+            else:
+                yield (sent, whole), forms, choice.output, choice
+
+    def _way(self, source: Node, forms: Any, layout: Layout) -> tuple[int, Any] | None:
+        """Return the bytes of having a value in `layout`, and the layouts in which it then is."""
+        key = (source, forms, layout)
+        if key not in self._ways:
+            self._ways[key] = self._find_way(source, forms, layout)
+        found: tuple[int, Any] | None = self._ways[key]
+        return found
+
+    def _find_way(self, source: Node, forms: Any, layout: Layout) -> tuple[int, Any] | None:
+        value = self.values[source.name]
+        if forms is None:
+            if source in self.stored:
+                forms = frozenset((self.stored[source],))
+            else:
+                return stored_bytes(value, layout), None
+        way = steps(value, forms, layout)
+        if way is None:
+            return None
+        return sum(s.sent_bytes for s in way), forms | {s.target for s in way}
+
+    def _last_reads(self) -> dict[Node, int]:
+        last: dict[Node, int] = {}
+        for i, call in enumerate(self.program.calls):
+            for source in call.node.all_input_nodes:
+                if source.op == "call_function":
+                    last[source] = i
+        end = len(self.program.calls)
+        return last | {node: end for node in self.program.outputs() if node.op == "call_function"}
+
+    def _end(self, states: Sequence[_State], live: Sequence[Node]) -> _State:
+        """Return the state from which the outputs are made whole for the fewest bytes."""
+
+        def total(state: _State) -> tuple[int, int]:
+            ways = [
+                self._way(node, forms, Replicate())
+                for node, forms in zip(live, state.forms, strict=True)
+                if node in outputs
+            ]
+            sent = sum(way[0] if way else 1 << 60 for way in ways)
+            return state.cost[0] + sent, state.cost[1]
+
+        outputs = set(self.program.outputs())
+        return min(states, key=total)
+
+
+def stored_bytes(value: Value, layout: Layout) -> int:
+    """Return what reading a parameter in `layout` sends: its gradient's reduction, or nothing."""
+    is_term = isinstance(layout, Varying) and value.has_grad
+    return 2 * (value.world - 1) * value.num_bytes if is_term else 0
+
+
+def _completed(wanted: Sequence[Mapping[int, Layout]], num: int) -> list[tuple[Layout, ...]]:
+    """Return what is wanted of several results together, where something is wanted of each."""
+    found = []
+    for pieces in wanted:
+        first = {i: next((w[i] for w in wanted if i in w), None) for i in range(num)}
+        whole = tuple(pieces.get(i, first[i]) for i in range(num))
+        if None not in whole:
+            found.append(whole)
+    return found  # type: ignore[return-value]
+
+
+def _num_results(node: Node) -> int:
+    value = node.meta.get("val")
+    return len(value) if isinstance(value, tuple | list) else 1
+
+
+__all__ = ["Assignment", "assign", "stored_bytes"]

@@ -1,0 +1,176 @@
+"""Ops that act along some dims, and on each index of the others alone: norms, softmax, sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from meshuffle.layout.call import Call, Choice, Emitter, rule, splits
+from meshuffle.layout.layout import Layout, Partial, Replicate, Samples, Shard, Split, Varying
+
+aten = torch.ops.aten
+Arriving = Sequence[Sequence[Layout]]
+
+
+def _dims(value: Any, num: int) -> set[int]:
+    """Return dims from 0; all where none are given."""
+    if value is None or value == []:
+        return set(range(num))
+    given = [value] if isinstance(value, int) else value
+    return {int(d) % num for d in given}
+
+
+def _padded(call: Call) -> set[int]:
+    num = len(call.out)
+    pads = list(call["pad"])
+    return {num - 1 - i // 2 for i, amount in enumerate(pads) if amount != 0}
+
+
+def _normalised(call: Call) -> set[int]:
+    num = len(call.out)
+    return set(range(num - len(call["normalized_shape"]), num))
+
+
+_ACTING: dict[Any, Callable[[Call], set[int]]] = {
+    **dict.fromkeys(
+        [
+            *(aten.softmax, aten._softmax, aten.log_softmax, aten._log_softmax, aten.cumsum),
+            *(aten.cumprod, aten.sort, aten.argsort, aten.topk, aten.glu, aten.logcumsumexp),
+        ],
+        lambda call: _dims(call["dim"], len(call.shape(call.inputs[0]))),
+    ),
+    **dict.fromkeys([aten.flip, aten.roll], lambda call: _dims(call["dims"], len(call.out))),
+    **dict.fromkeys([aten.pad, aten.constant_pad_nd], _padded),
+    **dict.fromkeys([aten.layer_norm, aten.rms_norm, aten._fused_rms_norm], _normalised),
+}
+
+
+@rule(*_ACTING)
+def along(call: Call, wanted: Sequence[Any], arriving: Arriving) -> Iterator[Choice]:
+    """Split any dim that the op does not act on; weights are whole."""
+    x = call.inputs[0]
+    acting = _ACTING[call.node.target._overloadpacket](call)  # type: ignore[union-attr]
+    outputs = call.node.meta["val"]
+    several = not hasattr(outputs, "shape")
+    flat = [layout for want in wanted for layout in (want if several else [want])]
+    for layout in splits([*flat, *arriving[0], call.samples(x)]):
+        if layout.dim not in acting:
+            output = (layout,) * len(outputs) if several else layout
+            yield Choice(call.lie({x: layout}, Varying()), output, layout)
+
+
+_REDUCING = (
+    *(aten.mean, aten.sum, aten.amax, aten.amin, aten.var, aten.std, aten.logsumexp, aten.prod),
+    *(aten.argmax, aten.argmin, aten.linalg_vector_norm, aten.norm, aten.any, aten.all),
+    *(aten.max, aten.min),
+)
+
+
+@rule(*_REDUCING)
+def reduce(call: Call, wanted: Sequence[Any], arriving: Arriving) -> Iterator[Choice]:
+    """Split a dim that stays; of a sum or a mean also one that goes: each rank has a term."""
+    if len(call.inputs) != 1:
+        return
+    (x,) = call.inputs
+    num = len(call.shape(x))
+    acting = _dims(call.given.get("dim"), num)
+    keeps = bool(call.given.get("keepdim", False))
+    stay = [d for d in range(num) if d not in acting]
+    place = {d: d if keeps else i for i, d in enumerate(stay)}
+    outputs = call.node.meta["val"]
+    several = not hasattr(outputs, "shape")
+    flat = [layout for want in wanted for layout in (want if several else [want])]
+    source = {j: d for d, j in place.items()}
+    back = [layout.on(source[layout.dim]) for layout in splits(flat) if layout.dim in source]
+    packet = call.node.target._overloadpacket  # type: ignore[union-attr]
+    for layout in splits([*back, *arriving[0], call.samples(x)]):
+        if layout.dim in place:
+            result = layout.on(place[layout.dim])
+            yield Choice((layout,), (result,) * len(outputs) if several else result, layout)
+        elif packet in (aten.mean, aten.sum) and call.given.get("dtype") is None:
+            local = _Term(layout, call.shape(x)[layout.dim]) if packet is aten.mean else None
+            yield Choice((layout,), Partial(), layout, local=local)
+
+
+class _Term:
+    """A rank's mean, weighted by its share of the dim."""
+
+    def __init__(self, layout: Split, size: int) -> None:
+        self.layout, self.size = layout, size
+
+    def __call__(self, emit: Emitter) -> Node:
+        return emit.call(aten.mul.Tensor, emit.again(), emit.share(self.layout, self.size))
+
+
+@rule(aten.batch_norm)
+def batch_norm(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iterator[Choice]:
+    """Over channels each rank alone; over samples or space all ranks' statistics are joined."""
+    x = call["input"]
+    channels = call.shape(x)[1]
+    rest = [call[name] for name in ("weight", "bias", "running_mean", "running_var")]
+    for layout in splits([*wanted, *arriving[0], call.samples(x), call.even(1, channels)]):
+        if layout.dim == 1 and isinstance(layout, Shard):
+            inputs = call.lie({x: layout, **dict.fromkeys(rest, layout.on(0))}, layout)
+            yield Choice(inputs, layout, layout)
+            continue
+        # The running statistics are updated in the same way on all ranks: no term of a sum.
+        whole = dict.fromkeys(rest[2:], Replicate())
+        sent = 0
+        if call["training"]:
+            size = 16 * channels + 8 + 2 * channels * x.meta["val"].itemsize
+            sent = call.world * (call.world - 1) * size
+        inputs = call.lie({x: layout, **whole}, Varying())
+        yield Choice(inputs, layout, layout, sent_bytes=sent)
+
+
+@rule(aten.group_norm)
+def group_norm(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iterator[Choice]:
+    """Over samples, or over whole groups of channels."""
+    x, num_groups = call["input"], int(call["num_groups"])
+    size = call.shape(x)[1] // num_groups
+    if (samples := call.samples(x)) is not None:
+        yield Choice(call.lie({x: samples}, Varying()), samples, samples)
+    even = call.even(1, num_groups)
+    blocks = even and Shard.blocks(1, [len(part) * size for part in even.owners])
+    for layout in splits([*wanted, *arriving[0], blocks]):
+        if layout.dim == 1 and isinstance(layout, Shard) and _whole_groups(layout, size):
+            local = _Groups(layout, size)
+            yield Choice(call.lie({x: layout}, layout.on(0)), layout, layout, local=local)
+
+
+def _whole_groups(layout: Shard, size: int) -> bool:
+    return all(
+        len(part) % size == 0
+        and all(part[i] == part[i - i % size] + i % size for i in range(len(part)))
+        and all(part[i] % size == 0 for i in range(0, len(part), size))
+        for part in layout.owners
+    )
+
+
+class _Groups:
+    """Group norm of a rank's groups."""
+
+    def __init__(self, layout: Shard, size: int) -> None:
+        self.layout, self.size = layout, size
+
+    def __call__(self, emit: Emitter) -> Node:
+        return emit.again(num_groups=len(self.layout.owners[emit.rank]) // self.size)
+
+
+@rule(aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu)
+def recurrent(call: Call, _: Sequence[Any], __: Arriving) -> Iterator[Choice]:
+    """Over samples; weights are whole."""
+    layouts: dict[Any, Layout] = {}
+    for node in call.inputs:
+        samples = call.samples(node)
+        layouts[node] = samples if samples is not None else Varying()
+    outputs = []
+    for value in call.node.meta["val"]:
+        dim = call.program.samples_dim_of(value)
+        if dim is None:
+            return
+        outputs.append(Samples(dim))
+    yield Choice(call.lie(layouts, Varying()), tuple(outputs), outputs[0], kind="batch")

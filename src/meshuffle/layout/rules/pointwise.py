@@ -1,0 +1,58 @@
+"""Ops that compute each element of the result from the same element of operands that spread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from meshuffle.layout.call import Call, Choice, broadcast, raised, rule, splits, unique
+from meshuffle.layout.layout import Layout, Partial, Replicate
+
+aten = torch.ops.aten
+
+POINTWISE = (
+    *(aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.neg, aten.abs, aten.pow, aten.sqrt),
+    *(aten.rsqrt, aten.reciprocal, aten.exp, aten.log, aten.log1p, aten.expm1, aten.sin, aten.cos),
+    *(aten.tanh, aten.sigmoid, aten.erf, aten.relu, aten.relu6, aten.leaky_relu, aten.elu),
+    *(aten.prelu, aten.silu, aten.gelu, aten.mish, aten.selu, aten.celu, aten.softplus),
+    *(aten.hardtanh, aten.hardswish, aten.hardsigmoid, aten.hardshrink, aten.threshold),
+    *(aten.log_sigmoid, aten.rrelu, aten.square, aten.sign),
+    *(aten.clamp, aten.clamp_min, aten.clamp_max, aten.minimum, aten.maximum, aten.where),
+    *(aten.masked_fill, aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge, aten.logical_not),
+    *(aten.logical_and, aten.logical_or, aten.bitwise_not, aten.bitwise_and, aten.bitwise_or),
+    *(aten.floor, aten.ceil, aten.round, aten.fmod, aten.remainder, aten.floor_divide),
+    *(aten.to, aten._to_copy, aten.type_as, aten.addcmul, aten.addcdiv, aten.lerp),
+    *(aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.fill, aten.zero),
+    *(aten.dropout, aten.feature_dropout, aten.bernoulli, aten.isnan, aten.isfinite, aten.atan2),
+    *(aten.nan_to_num, aten.copy, aten.div_, aten.softshrink, aten.hypot, aten.__and__),
+    *(aten.__or__, aten.__xor__, aten.pad_sequence, aten.detach, aten.alias, aten.clone),
+    *(aten.contiguous, aten.lift_fresh_copy, aten.true_divide, aten.tan, aten.atan, aten.acos),
+)
+
+
+@rule(*POINTWISE)
+def pointwise(
+    call: Call, wanted: Sequence[Layout], arriving: Sequence[Sequence[Layout]]
+) -> Iterator[Choice]:
+    """Split alike whatever is split; an operand of size 1 there is whole."""
+    found = [
+        raised(layout, call.out, call.shape(node))
+        for node, layouts in zip(call.inputs, arriving, strict=True)
+        for layout in layouts
+    ]
+    for layout in splits(unique([*wanted, *found, call.samples()])):
+        inputs = tuple(broadcast(layout, call.out, call.shape(node)) for node in call.inputs)
+        yield Choice(inputs, layout, layout)
+
+
+@rule(aten.add, aten.sub)
+def terms(
+    call: Call, wanted: Sequence[Layout], arriving: Sequence[Sequence[Layout]]
+) -> Iterator[Choice]:
+    """As all of them, and terms of sums may be added as they are."""
+    yield from pointwise(call, wanted, arriving)
+    if len(call.inputs) == 2 and any(Partial() in layouts for layouts in arriving):
+        same = all(call.shape(node) == call.out for node in call.inputs)
+        if same and Replicate() not in wanted:
+            yield Choice((Partial(), Partial()), Partial(), None)

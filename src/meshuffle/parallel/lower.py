@@ -1,0 +1,377 @@
+"""From an assignment to one rank's code: the program again, on parts, with its conversions.
+
+Pure: rank and world are plain numbers and no process group is needed, so that a plan can be
+lowered, printed and counted anywhere. Every rank walks the same list of choices, and so all agree
+on each collective and on their order.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from meshuffle.errors import ModelError
+from meshuffle.graph.graph import is_in_place
+from meshuffle.layout.assign import Assignment, stored_bytes
+from meshuffle.layout.call import Call, Emitter, is_tensor
+from meshuffle.layout.convert import Step, Value, owners_of, steps
+from meshuffle.layout.layout import (
+    Layout,
+    Partial,
+    Replicate,
+    Samples,
+    Shard,
+    Split,
+    Varying,
+    Window,
+)
+from meshuffle.parallel import draws
+from meshuffle.parallel.moves import Move, name_of, num_samples, take, take_samples
+from meshuffle.parallel.storage import Storage
+from meshuffle.parallel.sync_norm import SyncNorm
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Sent:
+    """What one collective of a step sends, in bytes, over all ranks of the `tp` axis."""
+
+    name: str
+    value: str
+    forward: int
+    backward: int
+
+
+@dataclass
+class Code:
+    """One rank's program.
+
+    Attributes:
+        graph: calls on this rank's parts; parameters by the model's own names.
+        modules: conversions and draws that it calls, by name.
+        stored: the layout of each parameter and buffer that is not whole, by the model's name.
+        partial: parameters whose gradient on this rank is a term of a sum over the `tp` axis.
+        sent: each collective, in order.
+        reduced_bytes: what the reduction of `partial`'s gradients sends.
+        sources: by name of a value of `graph`, the program's value and its layout.
+    """
+
+    graph: fx.Graph
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    stored: dict[str, Shard] = field(default_factory=dict)
+    partial: set[str] = field(default_factory=set)
+    sent: list[Sent] = field(default_factory=list)
+    reduced_bytes: int = 0
+    sources: dict[str, tuple[str, Layout]] = field(default_factory=dict)
+
+
+def lower(
+    assignment: Assignment,
+    rank: int,
+    *,
+    replicas: int = 1,
+    device: torch.device | None = None,
+    stored: dict[str, Layout] | None = None,
+) -> Code:
+    """Return what `rank` of the `tp` axis runs.
+
+    Args:
+        assignment: of the whole model.
+        rank: 0 … tp − 1.
+        replicas: ranks of the `dp` axis: batch norm joins their statistics too.
+        device: in place of those that the program names; None is the CPU.
+        stored: layouts that parameters and buffers have already (see `assign`).
+
+    Raises:
+        ModelError: an op draws random numbers in a way that cannot be kept equal.
+    """
+    return _Lowering(assignment, rank, replicas, device or torch.device("cpu"), stored).run()
+
+
+class _Lowering(Emitter):
+    def __init__(
+        self,
+        assignment: Assignment,
+        rank: int,
+        replicas: int,
+        device: torch.device,
+        stored: dict[str, Layout] | None,
+    ) -> None:
+        self.assignment, self.rank, self.replicas = assignment, rank, replicas
+        self.program, self.device = assignment.program, device
+        self.world = self.program.world
+        self.code = Code(fx.Graph())
+        self.env: dict[Node, dict[Layout, Any]] = {}
+        self._numbers: dict[str, int] = {}
+        self._sizes: dict[Any, Node] = {}
+        self._storage = Storage(assignment, stored or {})
+        self._batch: Node | None = None
+
+    def run(self) -> Code:
+        for node in self.program.placeholders():
+            if self.program.graph.is_input(node.name):
+                self.env[node] = {Replicate(): self.code.graph.placeholder(node.name)}
+        for node in self.program.placeholders():
+            if not self.program.graph.is_input(node.name):
+                self._read(node)
+        for call in self.program.calls:
+            self._write(call)
+        (output,) = (node for node in self.program.fx.nodes if node.op == "output")
+        whole = pytree.tree_map(
+            lambda n: self._obtain(n, Replicate()) if isinstance(n, Node) else n, output.args[0]
+        )
+        self.code.graph.output(whole)
+        self._drop_unread()
+        self._count_reductions()
+        return self.code
+
+    # Parameters, buffers, constants
+
+    def _read(self, node: Node) -> None:
+        name = self.program.graph.names[node.name]
+        layout = self._storage.layouts.get(node, Replicate())
+        self.env[node] = {layout: self.code.graph.get_attr(name)}
+        if isinstance(layout, Shard):
+            self.code.stored[name] = layout
+        if node in self._storage.partial:
+            self.code.partial.add(name)
+
+    def _count_reductions(self) -> None:
+        for node in self._storage.partial:
+            self.code.reduced_bytes += stored_bytes(self.assignment.values[node.name], Varying())
+
+    # Values
+
+    def _obtain(self, node: Node, layout: Layout) -> Any:
+        """Return this rank's value of `node` in `layout`, converted where it is not there yet."""
+        if not is_tensor(node):
+            return self._number(node)
+        forms = self.env[node]
+        if layout in forms:
+            return forms[layout]
+        value = self.assignment.values[node.name]
+        if node.op == "placeholder" and node not in self._storage.mixed and Replicate() in forms:
+            forms = {Varying(): forms[Replicate()], **forms}
+        way = steps(value, list(forms), layout)
+        assert way is not None, f"no way from {list(forms)} to {layout} for {node.name}"
+        for step in way:
+            forms[step.target] = self._convert(node, value, step, forms[step.source])
+        result = forms[layout]
+        if node.name not in self.program.pinned:
+            self.env[node].update(forms)
+        return result
+
+    def _convert(self, node: Node, value: Value, step: Step, x: Any) -> Any:
+        if isinstance(step.source, Varying) or (
+            isinstance(step.source, Replicate) and not value.has_grad
+        ):
+            return self._take(value, step.target, x)
+        name = self.add_module(name_of(step), Move(step, value, self.rank))
+        self.code.sent.append(Sent(name, node.name, step.forward, step.backward))
+        return self.code.graph.call_module(name, (x, self.batch))
+
+    def _take(self, value: Value, target: Layout, x: Any) -> Any:
+        """Write what takes a part of a whole value; no gradient is to be made whole."""
+        graph = self.code.graph
+        if isinstance(target, Varying | Replicate):
+            return x
+        if isinstance(target, Partial):
+            return graph.call_function(aten.div.Scalar, (x, self.world))
+        if isinstance(target, Samples):
+            return graph.call_function(
+                take_samples, (x, target.dim, self.rank, self.world, self.batch)
+            )
+        assert isinstance(target, Shard | Window)
+        part = owners_of(target, value)[self.rank]
+        return graph.call_function(take, (x, target.dim, part))
+
+    @property
+    def batch(self) -> Any:
+        """The samples of the step, as a value of the code."""
+        if self._batch is None:
+            symbol = self.program.graph.symbol
+            first = next(n for n in self.env if self.program.graph.is_input(n.name))
+            if symbol is None:
+                return self.program.batch
+            dim = self.program.samples_dim(first) or 0
+            x = self.env[first][Replicate()]
+            after = [n for n in self.code.graph.nodes if n.op == "placeholder"][-1]
+            with self.code.graph.inserting_after(after):
+                self._batch = self.code.graph.call_function(aten.sym_size.int, (x, dim))
+        return self._batch
+
+    def _number(self, node: Node) -> Any:
+        """Return a number that the program computes from the batch."""
+        value = node.meta.get("val")
+        if isinstance(value, int | float | bool):
+            return value
+        return self._sized(value.node.expr, None)  # type: ignore[union-attr]
+
+    def _sized(self, expression: Any, layout: Layout | None) -> Any:
+        """Return a size, of the samples of this rank only where `layout` splits them."""
+        if isinstance(expression, int) or expression.is_number:
+            return int(expression)
+        key = (expression, isinstance(layout, Samples))
+        if key not in self._sizes:
+            ratio = expression / self.program.graph.symbol
+            if not ratio.is_Integer:
+                raise ModelError(f"the size {expression} is no multiple of the batch")
+            count = self.batch
+            if isinstance(layout, Samples):
+                count = self.code.graph.call_function(num_samples, (self.rank, self.world, count))
+            self._sizes[key] = (
+                count
+                if ratio == 1
+                else self.code.graph.call_function(operator.mul, (count, int(ratio)))
+            )
+        return self._sizes[key]
+
+    # Calls
+
+    def _write(self, call: Call) -> None:
+        node = call.node
+        if node.target is operator.getitem:
+            source, i = node.args
+            self.env[node] = {layouts[i]: given[i] for layouts, given in self.env[source].items()}  # type: ignore[index]
+            return
+        if not is_tensor(node) and not _is_several(node):
+            return  # a number; computed where it is used
+        choice = self.assignment.choices[node.name]
+        self.current, self.choice = call, choice
+        given = {
+            source: self._obtain(source, layout)
+            for source, layout in zip(call.inputs, choice.inputs, strict=True)
+        }
+        self.given = {k: self._local(v, given) for k, v in call.given.items()}
+        self._args = pytree.tree_map(lambda a: self._local(a, given), (node.args, node.kwargs))
+        result = self._special(call)
+        if result is None:
+            result = choice.local(self) if choice.local is not None else self.again()
+        if not is_tensor(node):
+            num = len(node.meta["val"])
+            if isinstance(result, Node):
+                result = [
+                    self.code.graph.call_function(operator.getitem, (result, i)) for i in range(num)
+                ]
+            self.env[node] = {choice.output: list(result)}  # type: ignore[dict-item]
+            return
+        self.env[node] = {choice.output: result}  # type: ignore[dict-item]
+        if isinstance(result, Node):
+            self.code.sources[result.name] = (node.name, choice.output)  # type: ignore[assignment]
+
+    def _local(self, argument: Any, given: dict[Node, Any]) -> Any:
+        """Return an argument with this rank's values, sizes and device."""
+
+        def one(x: Any) -> Any:
+            if isinstance(x, Node):
+                return given[x] if x in given else self._obtain(x, Replicate())
+            return self.device if isinstance(x, torch.device) else x
+
+        return pytree.tree_map(one, argument)
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """Add a call of a function."""
+        return self.code.graph.call_function(target, args, kwargs)
+
+    def again(self, /, **changes: Any) -> Node:
+        """Add the op itself, with some arguments changed."""
+        node = self.current.node
+        if not changes:
+            args, kwargs = self._args
+            return self.code.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+        schema = getattr(node.target, "_schema", None)
+        given = {**self.given, **changes}
+        if schema is None:
+            return self.code.graph.call_function(node.target, (), given)  # type: ignore[arg-type]
+        args = tuple(given[a.name] for a in schema.arguments if not a.kwarg_only)
+        kwargs = {a.name: given[a.name] for a in schema.arguments if a.kwarg_only}
+        return self.code.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+
+    def sizes(self, *, exact: bool = False) -> list[Any]:
+        """Return the sizes of this rank's part of the result; see `Emitter`."""
+        node, layout = self.current.node, self.choice.output
+        assert not isinstance(layout, tuple)
+        sizes: list[Any] = []
+        for dim, size in enumerate(node.meta["val"].shape):
+            if isinstance(layout, Shard) and layout.dim == dim:
+                sizes.append(len(layout.owners[self.rank]))
+            elif isinstance(size, int):
+                sizes.append(size)
+            elif not exact and -1 not in sizes:
+                sizes.append(-1)
+            else:
+                sizes.append(self._sized(size.node.expr, layout))
+        return sizes
+
+    def share(self, layout: Split, size: int) -> Any:
+        """Return this rank's part of a dim, as a fraction."""
+        if isinstance(layout, Shard):
+            return len(layout.owners[self.rank]) / size
+        count = self.code.graph.call_function(num_samples, (self.rank, self.world, self.batch))
+        return self.code.graph.call_function(operator.truediv, (count, self.batch))
+
+    def add_module(self, kind: str, module: nn.Module) -> str:
+        """Keep a module under `kind` and a number; returns its name."""
+        number = self._numbers[kind] = self._numbers.get(kind, -1) + 1
+        name = f"{kind}_{number}" if number else kind
+        self.code.modules[name] = module
+        return name
+
+    # Ops that are not the same call on a part
+
+    def _special(self, call: Call) -> Any:
+        packet = getattr(call.node.target, "_overloadpacket", None)
+        if packet is aten.batch_norm:
+            return self._batch_norm(call)
+        if "draw" in call.node.meta:
+            return self._draw(call)
+        return None
+
+    def _batch_norm(self, call: Call) -> Any:
+        layout = self.choice.output
+        over_tp = self.choice.split is not None and getattr(layout, "dim", 1) != 1
+        over_tp = over_tp or isinstance(layout, Samples)
+        if not call["training"] or not (over_tp or self.replicas > 1):
+            return None
+        given = self.given
+        norm = SyncNorm(over_tp, given["momentum"], given["eps"])
+        name = self.add_module("batch_norm_sync", norm)
+        if over_tp:
+            self.code.sent.append(_norm_bytes(name, call, self.world))
+        rest = [given[k] for k in ("weight", "bias", "running_mean", "running_var")]
+        return self.code.graph.call_module(name, (given["input"], *rest))
+
+    def _draw(self, call: Call) -> Any:
+        layout = self.choice.output
+        assert not isinstance(layout, tuple)
+        module, names = draws.draw_module(call, layout, self.rank)
+        name = self.add_module(type(module).__name__.lower(), module)
+        args = tuple(self.given[key] for key in names)
+        return self.code.graph.call_module(name, (*args, self.batch))
+
+    def _drop_unread(self) -> None:
+        """Drop calls that turned out to be read by nobody; state is never dropped."""
+        for node in reversed(list(self.code.graph.nodes)):
+            idle = node.op in ("call_function", "get_attr") and not node.users
+            if idle and not (node.op == "call_function" and is_in_place(node)):
+                self.code.graph.erase_node(node)
+
+
+def _norm_bytes(name: str, call: Call, world: int) -> Sent:
+    channels, itemsize = call.shape(call["input"])[1], call["input"].meta["val"].itemsize
+    pairs = world * (world - 1)
+    return Sent(name, call.node.name, pairs * (16 * channels + 8), pairs * 2 * channels * itemsize)
+
+
+def _is_several(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), tuple | list)
+
+
+__all__ = ["Code", "Sent", "lower"]

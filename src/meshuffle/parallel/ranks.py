@@ -1,0 +1,57 @@
+"""This rank's place on the mesh, and the groups that its collectives run in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from meshuffle.dist.exchange import GroupExchange
+from meshuffle.errors import PlanError
+from meshuffle.parallel.draws import DrawState
+from meshuffle.planner.plan import Plan
+
+
+class Ranks:
+    """The mesh (dp, tp) as seen from one rank; `tp` ranks are neighbours.
+
+    A copy of a module keeps its ranks, so this copies as itself.
+
+    Attributes:
+        mesh: DeviceMesh with the axes `dp` and `tp`.
+        tp, dp, every: process groups of an axis, and of both.
+        draws: what random numbers depend on.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+        self.tp, self.dp = mesh.get_group("tp"), mesh.get_group("dp")
+        every = dist.group.WORLD
+        assert every is not None
+        self.every = every
+        self.tp_rank, self.tp_world = dist.get_rank(self.tp), dist.get_world_size(self.tp)
+        self.dp_rank, self.dp_world = dist.get_rank(self.dp), dist.get_world_size(self.dp)
+        self.over_tp, self.over_dp = GroupExchange(self.every), GroupExchange(self.dp)
+        self.draws = DrawState()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        """Return itself: process groups are not copied."""
+        return self
+
+
+def join(plan: Plan, device: torch.device) -> Ranks:
+    """Return the ranks of `plan`, in the process group that is open.
+
+    Raises:
+        PlanError: the group has another number of ranks.
+    """
+    world = dist.get_world_size()
+    if plan.dp * plan.tp != world:
+        raise PlanError(
+            f"plan {plan}: dp·tp is {plan.dp * plan.tp}, but {world} ranks were launched; "
+            f"use torchrun --nproc-per-node {plan.dp * plan.tp}"
+        )
+    mesh = init_device_mesh(device.type, (plan.dp, plan.tp), mesh_dim_names=("dp", "tp"))
+    return Ranks(mesh)
