@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from meshuffle.dist.collectives import exchange, gather, psum, pvary
-from meshuffle.layout import Shard, routes
+from meshuffle.layout import Shard
+from meshuffle.layout.transfer import routes
 
 from ..ranks import run_ranks
 

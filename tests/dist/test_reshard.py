@@ -14,7 +14,8 @@ from torch import Tensor
 
 from meshuffle.dist.collectives import Turn, scatter, scatter_sum, transpose
 from meshuffle.dist.sent_bytes import SentBytes
-from meshuffle.layout import Shard, routes
+from meshuffle.layout import Shard
+from meshuffle.layout.transfer import routes
 
 from ..ranks import run_ranks
 
