@@ -1,4 +1,4 @@
-"""How tensors lie over the ranks of the `tp` axis, and which layouts each op allows at what cost."""
+"""How tensors lie over the ranks of the `tp` axis; which layouts each op allows, at what cost."""
 
 from meshuffle.layout.assign import Assignment, assign
 from meshuffle.layout.layout import Layout, Partial, Replicate, Samples, Shard, Varying, Window
