@@ -16,9 +16,11 @@ def test_the_public_names_are_these() -> None:
         "evaluate",
         "export",
         "list_models",
+        "parallelize",
         "predict",
         "resume",
         "train",
+        "verify",
     ]
 
 

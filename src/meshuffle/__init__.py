@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from meshuffle.deploy.api import export
     from meshuffle.graph import capture
     from meshuffle.models import create_model, list_models
+    from meshuffle.parallel.api import parallelize
     from meshuffle.train.api import evaluate, predict, resume, train
     from meshuffle.train.config import TrainConfig
+    from meshuffle.verify.api import verify
 
 __all__ = [
     "TrainConfig",
@@ -22,9 +24,11 @@ __all__ = [
     "evaluate",
     "export",
     "list_models",
+    "parallelize",
     "predict",
     "resume",
     "train",
+    "verify",
 ]
 
 _HOMES = {
@@ -34,14 +38,15 @@ _HOMES = {
     "evaluate": "meshuffle.train.api",
     "export": "meshuffle.deploy.api",
     "list_models": "meshuffle.models",
+    "parallelize": "meshuffle.parallel.api",
     "predict": "meshuffle.train.api",
     "resume": "meshuffle.train.api",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name == "train":  # a folder that can be called
-        return import_module("meshuffle.train")
+    if name in ("train", "verify"):  # folders that can be called
+        return import_module(f"meshuffle.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'meshuffle' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

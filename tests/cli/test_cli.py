@@ -31,7 +31,7 @@ width = "0.25"
 depths = "[1, 1, 1]"
 head_channels = "32"
 """
-VERBS = ("doctor", "models", "data", "data check", "train", "eval", "predict", "export")
+VERBS = ("doctor", "models", "data", "data check", "verify", "train", "eval", "predict", "export")
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +135,8 @@ def test_help_does_not_import_torch() -> None:
         ("train digits --model shufflenet_v2_x1", "did you mean"),
         ("train digits --model timm:resnet1", "did you mean"),
         ("train digits --knobs.group 3", "no knob `group`"),
-        ("train digits --plan tp=2", "tensor and pipeline parallel do not exist yet"),
+        ("train digits --plan pp=2", "pipeline parallel does not exist yet"),
+        ("train digits --plan dp=2:central,tp=2", "central updates know no tp"),
         ("train digits --plan dp=2:shard", "sharded states do not exist yet"),
         ("train digits --plan dq=2", "the parts are dp, tp, pp"),
         ("train digits --plan none.json", "No such file"),
@@ -208,7 +209,7 @@ def test_resume_takes_no_other_settings(trained: Path, fails: Fails, extra: list
     [
         ("{", "not JSON"),
         ('{"dp": 0}', "at least 1"),
-        ('{"tp": 2}', "do not exist yet"),
+        ('{"pp": 2}', "does not exist yet"),
         ('{"dp": 64}', "64 ranks share a batch of 8"),
         ('{"rank": 2}', "unknown key 'rank'"),
     ],
@@ -388,6 +389,29 @@ def test_a_closed_pipe_is_no_error() -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout.splitlines()) == 1
+
+
+def test_a_model_split_within_its_layers(
+    photos: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two ranks train, go on, and leave a run like any other."""
+    plan = ["--plan", "tp=2:channel,threads=1"]
+    done = shell("train", str(photos), "--config", "fast.toml", *plan, "--out", "run")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    line = done.stdout.splitlines()[1]
+    assert line.startswith("plan dp=1,tp=2:channel,threads=1: 100 % of the FLOPs are split, 50")
+    assert line.endswith("MB sent a step within replicas")
+    again = shell("train", "--resume", "run")
+    assert again.returncode == 0, again.stderr
+    assert "all epochs are done" in again.stdout
+    assert main(["eval", "run", "--json"]) == 0
+    judged = json.loads(capsys.readouterr().out)
+    stored = json.loads(Path("run/result.json").read_text())
+    assert judged["metrics"]["top1"] == stored["splits"]["val"]["top1"]
+    images = sorted(map(str, (photos / "val").rglob("*.png")))
+    assert main(["predict", "run", *images, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == len(images)
 
 
 def test_a_process_of_its_own_without_a_terminal(photos: Path, here: Path) -> None:

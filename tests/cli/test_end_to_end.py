@@ -22,6 +22,7 @@ from .test_cli import FAST, make_photos
 
 pytestmark = pytest.mark.slow
 
+PLANS = ["dp=1,threads=1", "dp=2,threads=1", "tp=2:channel,threads=1"]
 MESHUFFLE = [sys.executable, "-m", "meshuffle"]
 EPOCHS = 40
 RUN = ["train", "photos", "--config", "fast.toml", "--out", "run"]
@@ -99,7 +100,7 @@ def resume_and_compare(plan: str) -> None:
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
-@pytest.mark.parametrize("plan", ["dp=1,threads=1", "dp=2,threads=1"])
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize(
     ("number", "whole_group"),
     [(signal.SIGINT, False), (signal.SIGINT, True), (signal.SIGTERM, False)],
@@ -123,11 +124,12 @@ def test_a_signal_saves_and_exits(plan: str, number: signal.Signals, whole_group
         resume_and_compare(plan)
 
 
+@pytest.mark.parametrize("plan", PLANS[1:])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_loader_processes_are_no_hindrance(number: signal.Signals) -> None:
+def test_loader_processes_are_no_hindrance(plan: str, number: signal.Signals) -> None:
     """The signal takes the workers too, in training or in evaluation: the run is saved still."""
     for delay in (0.0, 0.15, 0.3, 0.6):
-        with started(*TRAIN, "--plan", "dp=2,threads=1", "--workers", "1") as process:
+        with started(*TRAIN, "--plan", plan, "--workers", "1") as process:
             time.sleep(delay)
             os.killpg(process.pid, number)
             _, err = process.communicate(timeout=60)
@@ -137,11 +139,11 @@ def test_loader_processes_are_no_hindrance(number: signal.Signals) -> None:
         Path("run").rename(f"run-{delay}")
 
 
-@pytest.mark.parametrize("plan", ["dp=1,threads=1", "dp=2,threads=1"])
+@pytest.mark.parametrize("plan", PLANS)
 def test_kill_9_of_everything_loses_little(plan: str) -> None:
     with started(*TRAIN, "--plan", plan, "--save-every", "3") as process:
         ranks = ranks_of(Path("run"))
-        assert len(ranks) == (2 if "dp=2" in plan else 0)
+        assert len(ranks) == (0 if "dp=1" in plan else 2)
         for pid in [process.pid, *ranks]:
             os.kill(pid, signal.SIGKILL)
         process.wait()
@@ -157,9 +159,10 @@ def test_kill_9_of_the_command_ends_the_ranks() -> None:
     resume_and_compare("dp=2,threads=1")
 
 
+@pytest.mark.parametrize("plan", PLANS[1:])
 @pytest.mark.parametrize("victim", [0, 1])
-def test_kill_9_of_one_rank_ends_the_other(victim: int) -> None:
-    with started(*TRAIN, "--plan", "dp=2,threads=1") as process:
+def test_kill_9_of_one_rank_ends_the_other(plan: str, victim: int) -> None:
+    with started(*TRAIN, "--plan", plan) as process:
         began = time.monotonic()
         os.kill(ranks_of(Path("run"))[victim], signal.SIGKILL)
         _, err = process.communicate(timeout=60)
@@ -171,8 +174,9 @@ def test_kill_9_of_one_rank_ends_the_other(victim: int) -> None:
     assert ranks_of(Path("run")) == []
 
 
-def test_a_rank_asked_to_stop_stops_all() -> None:
-    with started(*TRAIN, "--plan", "dp=2,threads=1") as process:
+@pytest.mark.parametrize("plan", PLANS[1:])
+def test_a_rank_asked_to_stop_stops_all(plan: str) -> None:
+    with started(*TRAIN, "--plan", plan) as process:
         os.kill(ranks_of(Path("run"))[1], signal.SIGTERM)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 143, err
@@ -180,9 +184,10 @@ def test_a_rank_asked_to_stop_stops_all() -> None:
     assert latest_checkpoint(Path("run/state"))[1]["step"] > 0
 
 
-def test_data_that_vanishes(here: Path) -> None:
+@pytest.mark.parametrize("plan", PLANS)
+def test_data_that_vanishes(plan: str, here: Path) -> None:
     """Every image is reported once; the run does not hang."""
-    with started(*TRAIN) as process:
+    with started(*TRAIN, "--plan", plan) as process:
         (here / "photos" / "train").rename(here / "elsewhere")
         _, err = process.communicate(timeout=100)
         assert process.returncode in (0, 2), err

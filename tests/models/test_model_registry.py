@@ -130,7 +130,12 @@ def test_knobs_override_what_the_name_says():
         ("shufflenet_v1_x1_0_g3", {"branches": 2}, "no knob `branches`"),
         ("shufflenet_v1_x1_0_g3", {"groups": "3"}, "cannot be made with groups='3'"),
         ("shufflenet_v2_x1_0", {"depths": 4}, "cannot be made with depths=4"),
-        ("transformers:bert", {}, "not supported in this version"),
+        ("transformers:bart2", {}, "transformers has no model 'bart2'.*did you mean 'bart'"),
+        (
+            "transformers:bert",
+            {"hidden_sizes": 1},
+            "no value `hidden_sizes`.*did you mean 'hidden_size'",
+        ),
     ],
 )
 def test_names_and_knobs_that_are_unknown(name, knobs, message):

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from meshuffle.errors import Interrupted
-from meshuffle.train import loop, watch
+from meshuffle.errors import Interrupted, MeshuffleError
+from meshuffle.train import watch
 from meshuffle.train.api import resume, train
 from meshuffle.train.config import TrainConfig
 from meshuffle.train.watch import COLUMNS, environment, watch_run
@@ -128,7 +128,7 @@ def test_numbers_that_json_does_not_have(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_no_number_ends_the_run(small: TrainConfig) -> None:
     config = dataclasses.replace(small, lr=1e30)
-    with pytest.raises(loop.MeshuffleError, match=r"the loss is nan at step \d+.* lower --lr"):
+    with pytest.raises(MeshuffleError, match=r"the loss is nan at step \d+.* lower --lr"):
         train(config)
 
 

@@ -17,11 +17,10 @@ from meshuffle.dist.launch import be_a_good_neighbour
 from meshuffle.errors import Interrupted, in_words
 from meshuffle.train.files import finite
 
-_VERBS = ("doctor", "models", "data", "train", "evaluate", "predict", "export")
+_VERBS = ("doctor", "models", "data", "verify", "train", "evaluate", "predict", "export")
 _LATER = {
     "profile": "the planner",
     "plan": "the planner",
-    "verify": "the parallel engine",
     "simulate": "the planner",
     "bench": "serving",
     "serve": "serving",

@@ -6,13 +6,15 @@ functional, so that a convolution is one op and so is a batch norm, in train and
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, export
+from torch.export import Dim, ExportedProgram, export
 
 from meshuffle.errors import ModelError
 from meshuffle.graph.graph import Graph
@@ -40,18 +42,36 @@ def capture(model: nn.Module, example: Tensor | Sequence[Tensor], *, train: bool
             f"the inputs have batches of {sorted(sizes)} samples; all must have the same, of "
             "at least 2"
         )
-    batch_in_dim_0 = tuple({0: Dim.AUTO} for _ in inputs)
     with _in_mode(model, train), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own internals, none of the caller's doing
         try:
-            program = export(model, inputs, dynamic_shapes=batch_in_dim_0, strict=False)
+            program = _export(model, inputs, Dim.AUTO)
+            if len(program.range_constraints) > 1:  # inputs whose batches nothing ties
+                program = _export(model, inputs, Dim("batch", min=2))
         except Exception as error:
             name = type(model).__name__
             raise ModelError(
                 f"torch.export cannot capture {name}: {_first_line(error)}; parallelism within "
                 "its layers needs that, dp=N does not"
             ) from error
-    return Graph(program, batch=min(sizes), training=train)
+    return Graph(program, batch=min(sizes), training=train, tied=_tied(model))
+
+
+def _export(model: nn.Module, inputs: tuple[Tensor, ...], batch: Any) -> ExportedProgram:
+    shapes: tuple[Any, ...] = tuple({0: batch} for _ in inputs)
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        first = next(i for i, p in enumerate(parameters) if p.kind is p.VAR_POSITIONAL)
+        shapes = (*shapes[:first], shapes[first:])
+    return export(model, inputs, dynamic_shapes=shapes, strict=False)
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Return the first name of each tensor that has several, by the others."""
+    first: dict[int, str] = {}
+    named: list[tuple[str, Tensor]] = list(model.named_parameters(remove_duplicate=False))
+    named += model.named_buffers(remove_duplicate=False)
+    return {n: first[id(t)] for n, t in named if first.setdefault(id(t), n) != n}
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """The program without in-place ops and without shuffles spelt in three: what layouts are put on.
 
-Three rewrites of a copy of the program:
+Four rewrites of a copy of the program:
 
 - In-place ops become functional ones, and what reads their target afterwards reads their result.
   Buffers that the model updates stay in place. So does, as it stands, an op whose memory an
   older value also shows: those are `pinned`, and run whole on every rank.
 - A chain of movements that only reorders one dim (view, transpose and flatten: the channel
   shuffle) becomes one `reorder`, so that its index map is known whatever lies behind it.
+- A parameter that has several names is read by the first.
 - Calls that nobody reads are dropped.
 """
 
@@ -50,8 +51,15 @@ def functional_program(graph: Graph) -> tuple[fx.Graph, frozenset[str]]:
     copies: dict[Node, Node] = {}
     pinned = _pinned(graph)
     number_draws(graph.program.graph.nodes)
+    first: dict[str, Node] = {}
     for node in graph.program.graph.nodes:
+        if node.op == "placeholder" and graph.names.get(node.name) in first:
+            copies[node] = first[graph.names[node.name]]
+            continue
         copies[node] = program.node_copy(node, copies.__getitem__)
+        copies[node].name = node.name  # fx would rename an `input`
+        if node.name in graph.names:
+            first[graph.names[node.name]] = copies[node]
         if node.op == "call_function" and is_in_place(node) and node.name not in pinned:
             target = node.args[0]
             if target.op == "placeholder":
@@ -60,10 +68,9 @@ def functional_program(graph: Graph) -> tuple[fx.Graph, frozenset[str]]:
             # What reads the target from here on, by any name, reads the result.
             before = copies[target]
             copies |= {n: copies[node] for n, copy in copies.items() if copy is before}
-    names = {copies[n].name for n in graph.program.graph.nodes if n.name in pinned}
-    _fuse_reorders(program, graph, names)
-    _drop_unread(program, names)
-    return program, frozenset(names)
+    _fuse_reorders(program, graph, pinned)
+    _drop_unread(program, pinned)
+    return program, frozenset(pinned)
 
 
 def _functional(target: Any) -> Any:
@@ -94,7 +101,9 @@ def _pinned(graph: Graph) -> set[str]:
             for user in old.users
             if position.get(user, len(nodes)) > i
         )
-        if any(read_later):
+        # A part of an input or a buffer is written where it lies.
+        through_view = owner.op == "placeholder" and owner not in past
+        if through_view or any(read_later):
             pinned |= {n for n in [owner, *nodes] if owners.get(n, n) is owner}
     return {node.name for node in pinned}
 

@@ -62,17 +62,25 @@ class Graph:
         program: of torch.export; its `graph` is the one IR for planning, lowering and export.
         batch: samples of the example that it was captured with.
         training: captured in train mode.
+        tied: the first name of each parameter or buffer that has several, by the others.
     """
 
-    def __init__(self, program: ExportedProgram, batch: int, training: bool) -> None:
+    def __init__(
+        self,
+        program: ExportedProgram,
+        batch: int,
+        training: bool,
+        tied: Mapping[str, str] | None = None,
+    ) -> None:
         self.program, self.batch, self.training = program, batch, training
+        tied = tied or {}
         self.names: dict[str, str] = {}
         """The model's own name of each parameter and buffer, by placeholder."""
         self._kinds: dict[str, InputKind] = {}
         for spec in program.graph_signature.input_specs:
             self._kinds[spec.arg.name] = spec.kind
             if spec.target is not None:
-                self.names[spec.arg.name] = spec.target
+                self.names[spec.arg.name] = tied.get(spec.target, spec.target)
         self.symbol = self._find_symbol()
         self._ops: dict[int | None, tuple[Op, ...]] = {}
 
@@ -99,6 +107,12 @@ class Graph:
     def nodes(self, op: str = "call_function") -> Iterator[Node]:
         """Return the fx nodes of one kind, in order."""
         return (node for node in self.program.graph.nodes if node.op == op)
+
+    def inputs(self) -> Iterator[Tensor]:
+        """Return the tensors that the caller passes, as they were captured."""
+        for node in self.nodes("placeholder"):
+            if self._kinds[node.name] == InputKind.USER_INPUT:
+                yield node.meta["val"]
 
     def shape(self, value: Tensor, batch: int | None = None) -> tuple[int, ...]:
         """Return the shape of a node's `meta["val"]` with `batch` samples."""

@@ -1,10 +1,12 @@
 """A layout for every op: the assignment that sends the fewest bytes.
 
-Three walks over the program. From its end to its start: in which layouts would readers like each
+Walks over the program. From its end to its start: in which layouts would readers like each
 value (so that a convolution in front of a shuffle learns which groups come behind it). From start
-to end: which choices each op has, given those and what can arrive. From start to end again, a
-search over states: which layouts the values that are still to be read exist in, and the bytes
-sent so far. Two ways to the same state keep the cheaper one; of the states, the best few are kept.
+to end: which choices each op has, given those and what can arrive. Both once more: how one operand
+arrives is how another is wanted (a unit's output in the layout of the residual that it is added
+to). From start to end again, a search over states: which layouts the values that are still to be
+read exist in, and the bytes sent so far. Two ways to the same state keep the cheaper one; of the
+states, the best few are kept.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch.fx import Node
 import meshuffle.layout.rules  # noqa: F401  # registers them
 from meshuffle.errors import PlanError
 from meshuffle.graph import Graph
-from meshuffle.layout.call import RULES, Call, Choice, Program, is_tensor, replicated, unique
+from meshuffle.layout.call import Call, Choice, Program, is_tensor, legal, replicated, unique
 from meshuffle.layout.convert import Value, steps
 from meshuffle.layout.layout import Layout, Replicate, Shard, Varying
 
@@ -52,6 +54,12 @@ class Assignment:
         total = sum(self.flops.values())
         split = sum(f for name, f in self.flops.items() if self.choices[name].split is not None)
         return split / total if total else 0.0
+
+    def whole_flops(self) -> list[tuple[str, float]]:
+        """Return ops that every rank computes whole, with their share of FLOPs, largest first."""
+        total = sum(self.flops.values())
+        alone = [name for name in self.flops if self.choices[name].split is None]
+        return sorted(((n, self.flops[n] / total) for n in alone), key=lambda pair: -pair[1])
 
     def imbalance(self) -> float:
         """Return the busiest rank's FLOPs over the mean."""
@@ -149,9 +157,11 @@ class _Search:
 
     def run(self) -> dict[str, Choice]:
         """Return the cheapest choice of each op, by name."""
-        for call in reversed(self.program.calls):
-            self._want(call)
-        choices = {call.node: self._choices(call) for call in self.program.calls}
+        for _ in range(2):
+            self.wanted.clear()
+            for call in reversed(self.program.calls):
+                self._want(call)
+            choices = {call.node: self._choices(call) for call in self.program.calls}
         return self._beam(choices)
 
     # First walk
@@ -169,7 +179,8 @@ class _Search:
             return
         if wanted and isinstance(wanted[0], dict):
             wanted = self.wanted[node] = _completed(wanted, len(node.meta["val"]))
-        for choice in self._legal(call, wanted, [()] * len(call.inputs)):
+        arriving = [self.possible.get(source, ()) for source in call.inputs]
+        for choice in legal(call, wanted, arriving):
             for source, layout in zip(call.inputs, choice.inputs, strict=True):
                 known = self.wanted.setdefault(source, [])
                 if isinstance(layout, Shard) and layout not in known and len(known) < _MOST_WANTED:
@@ -187,19 +198,11 @@ class _Search:
         several = None if is_tensor(node) else _num_results(node)
         whole = replicated(call, several)
         arriving = [self.possible.get(source, []) for source in call.inputs]
-        found = self._legal(call, self.wanted.get(node, []), arriving)
+        found = legal(call, self.wanted.get(node, []), arriving)
         found = self._preferred(node, found, whole)[:_MOST_CHOICES]
         outputs: dict[Any, None] = dict.fromkeys(choice.output for choice in found)
         self.possible[node] = [o for o in outputs if o != whole.output][:_MOST_POSSIBLE]
         return found
-
-    def _legal(
-        self, call: Call, wanted: Sequence[Any], arriving: Sequence[Sequence[Layout]]
-    ) -> list[Choice]:
-        packet = getattr(call.node.target, "_overloadpacket", call.node.target)
-        if packet not in RULES or call.node.name in self.program.pinned or call.world == 1:
-            return []
-        return list(dict.fromkeys(RULES[packet](call, wanted, arriving)))
 
     def _preferred(self, node: Node, found: list[Choice], whole: Choice) -> list[Choice]:
         """Return what the search may take: sharded and balanced where the op has work to do."""

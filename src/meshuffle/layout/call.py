@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from meshuffle.graph import Graph
 from meshuffle.graph.functional import functional_program, reorder
-from meshuffle.layout.layout import Layout, Replicate, Samples, Shard, Split, Varying
+from meshuffle.layout.layout import Layout, Replicate, Samples, Shard, Split, Varying, Window
 
 aten = torch.ops.aten
 
@@ -146,10 +146,7 @@ class Program:
         return self.graph.shape(value, self.ops_batch)
 
     def samples_dim(self, node: Node) -> int | None:
-        """Return the dim whose size is a multiple of the batch, or None.
-
-        None, too, where a rank would get no sample.
-        """
+        """Return the dim whose size is a multiple of the batch, or None."""
         if node not in self._samples:
             self._samples[node] = self._find_samples(node)
         return self._samples[node]
@@ -161,7 +158,7 @@ class Program:
     def samples_dim_of(self, value: Tensor) -> int | None:
         """Return the dim of a captured tensor whose size is a multiple of the batch, or None."""
         symbol = self.graph.symbol
-        if symbol is None or self.batch < self.world:
+        if symbol is None:
             return None
         sizes: dict[int, Any] = {
             d: size.node.expr  # type: ignore[attr-defined]  # torch.Size says int
@@ -215,7 +212,12 @@ class Call:
     def samples(self, node: Node | None = None) -> Samples | None:
         """Return the split by samples of a tensor, of the result by default, where it has one."""
         dim = self.program.samples_dim(node or self.node)
-        return None if dim is None else Samples(dim)
+        return None if dim is None or not self.has_samples else Samples(dim)
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether every rank can have a sample."""
+        return self.program.batch >= self.world
 
     def ints(self, name: str, num: int) -> list[int]:
         """Return an argument that is one number or `num` numbers."""
@@ -270,6 +272,34 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
     return register
 
 
+def legal(call: Call, wanted: Sequence[Any], arriving: Sequence[Sequence[Layout]]) -> list[Choice]:
+    """Return the choices of the op's rule, each once; none of an op that has no rule.
+
+    Those that fix who has which sample are left out: how many there are is not known.
+    """
+    packet = getattr(call.node.target, "_overloadpacket", call.node.target)
+    if packet not in RULES or call.node.name in call.program.pinned or call.world == 1:
+        return []
+    found = dict.fromkeys(RULES[packet](call, wanted, arriving))
+    return [choice for choice in found if _keeps_batch(call, choice)]
+
+
+def _keeps_batch(call: Call, choice: Choice) -> bool:
+    """Tell whether dims that follow the batch are split by samples, and no others."""
+    outputs = choice.output if isinstance(choice.output, tuple) else (choice.output,)
+    result = call.node.meta["val"]
+    results = [result] if isinstance(result, Tensor) else list(result)
+    values = [*(node.meta["val"] for node in call.inputs), *results]
+    for value, layout in zip(values, [*choice.inputs, *outputs], strict=True):
+        if isinstance(layout, Samples) and not (
+            call.has_samples and layout.dim == call.program.samples_dim_of(value)
+        ):
+            return False
+        if isinstance(layout, Shard | Window) and not isinstance(value.shape[layout.dim], int):
+            return False
+    return True
+
+
 def replicated(call: Call, num_outputs: int | None) -> Choice:
     """Return the choice that is legal for every op: all of it on every rank."""
     output = Replicate() if num_outputs is None else (Replicate(),) * num_outputs
@@ -295,8 +325,8 @@ def splits(layouts: Iterable[Layout | None]) -> Iterator[Split]:
 def broadcast(layout: Shard | Samples, out: Sequence[int], shape: Sequence[int]) -> Layout:
     """Return how an operand of `shape` must lie where the result of `out` lies as `layout`."""
     dim = layout.dim - (len(out) - len(shape))
-    if dim < 0 or (shape[dim] == 1 and out[layout.dim] != 1):
-        return Varying()
+    if dim < 0 or shape[dim] != out[layout.dim]:
+        return Varying()  # spreads there; or gives but its dtype, as in `type_as`
     return layout.on(dim)
 
 
@@ -305,7 +335,7 @@ def raised(layout: Layout, out: Sequence[int], shape: Sequence[int]) -> Layout |
     if not isinstance(layout, Shard | Samples):
         return None
     dim = layout.dim + len(out) - len(shape)
-    return layout.on(dim) if out[dim] == shape[layout.dim] else None
+    return layout.on(dim) if dim >= 0 and out[dim] == shape[layout.dim] else None
 
 
 def kind_of(layout: Layout, num_dims: int, channel_dim: int = 1) -> Kind:

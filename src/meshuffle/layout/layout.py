@@ -145,7 +145,7 @@ Split = Shard | Samples
 
 def samples_owners(size: int, batch: int, world: int) -> Owners:
     """Return who holds which index of a dim of `size` that holds `batch` samples, as `Samples`."""
-    rows = size // batch
+    rows = size // max(1, batch)
     counts = [batch // world + (rank < batch % world) for rank in range(world)]
     return Shard.blocks(0, [rows * count for count in counts]).owners
 

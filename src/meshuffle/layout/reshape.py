@@ -57,7 +57,9 @@ def reshaped(layout: Shard, before: Sizes, after: Sizes) -> tuple[Shard, ...]:
     sizes_old, sizes_new = [before[d] for d in old], [after[d] for d in new]
     ids = torch.arange(math.prod(sizes_old))
     parts = [
-        ids.view(sizes_old).index_select(layout.dim - old.start, torch.tensor(part)).reshape(-1)
+        ids.view(sizes_old)
+        .index_select(layout.dim - old.start, torch.tensor(part, dtype=torch.int64))
+        .reshape(-1)
         for part in layout.owners
     ]
     found = (_as_blocks(parts, sizes_new, d) for d in range(len(new)))

@@ -1,4 +1,4 @@
-"""Models that other packages define: torchvision's, timm's, and the caller's own.
+"""Models that other packages define: torchvision's, timm's, transformers', the caller's own.
 
 Nothing here reaches the network: weights are always random.
 """
@@ -63,6 +63,41 @@ def create_timm(name: str, num_classes: int | None, knobs: Mapping[str, Any]) ->
         lambda **given: timm.create_model(name, pretrained=False, **given),
         arguments,
     )
+
+
+def create_transformers(name: str, num_classes: int | None, knobs: Mapping[str, Any]) -> nn.Module:
+    """Return the model of Hugging Face's type `name` (`gpt2`, `bert`, …), in its default size.
+
+    Built from the type's default configuration; knobs change its values (`num_hidden_layers=2`),
+    and `num_classes` gives it a classifier of sequences. Keeps no cache of keys and values.
+
+    Raises:
+        ModelError: transformers is not installed, an unknown type, or knobs that do not fit.
+    """
+    try:
+        from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
+        from transformers import AutoModelForSequenceClassification as Classifier
+    except ImportError as error:
+        raise ModelError(
+            f"transformers:{name} needs transformers: pip install 'meshuffle[hub]'"
+        ) from error
+    _require_known("transformers", name, sorted(CONFIG_MAPPING))
+    labels = {} if num_classes is None else {"num_labels": num_classes}
+    known = AutoConfig.for_model(name).to_dict()
+    for knob in knobs:  # a configuration would take any
+        if knob not in known:
+            raise ModelError(
+                f"transformers:{name} has no value `{knob}` (={knobs[knob]!r}) in its "
+                f"configuration{did_you_mean(knob, known)}"
+            )
+
+    def build(**given: Any) -> nn.Module:
+        config = AutoConfig.for_model(name, **given)
+        config.use_cache = False
+        made: nn.Module = (AutoModel if num_classes is None else Classifier).from_config(config)
+        return made.train()
+
+    return build_with(f"transformers:{name}", build, {**labels, **knobs})
 
 
 def create_from_factory(name: str, num_classes: int | None, knobs: Mapping[str, Any]) -> nn.Module:
@@ -150,6 +185,5 @@ def _require_known(package: str, name: str, known: list[str]) -> None:
     """Raise ModelError, with the nearest name, unless `name` is known."""
     if name not in known:
         raise ModelError(
-            f"{package} has no classification model {name!r} ({len(known)} are known)"
-            f"{did_you_mean(name, known)}"
+            f"{package} has no model {name!r} ({len(known)} are known){did_you_mean(name, known)}"
         )

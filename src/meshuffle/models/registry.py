@@ -21,6 +21,7 @@ from meshuffle.models.hub import (
     create_from_factory,
     create_timm,
     create_torchvision,
+    create_transformers,
 )
 from meshuffle.models.shufflenet_v1 import STAGE_CHANNELS, ShuffleNetV1
 from meshuffle.models.shufflenet_v2 import ShuffleNetV2
@@ -126,8 +127,8 @@ def create_model(
     """Return the model called `name`, with random weights, in training mode.
 
     Args:
-        name: one of ours (see `list_models`), `torchvision:NAME`, `timm:NAME`, or
-            `package.module:function`, which is imported.
+        name: one of ours (see `list_models`), `torchvision:NAME`, `timm:NAME`,
+            `transformers:TYPE`, or `package.module:function`, which is imported.
         num_classes: outputs of the classifier; None leaves the model's own default.
         seed: of the initialisation: the same seed gives the same weights, and the global
             random state stays as it was. None draws from the global state.
@@ -162,17 +163,20 @@ def _builder(name: str) -> Build:
     if name in _MODELS:
         return partial(_create_own, _MODELS[name])
     source, colon, rest = name.partition(":")
-    if source == "transformers" and colon:
-        raise ModelError(f"{name}: models of transformers are not supported in this version")
-    hubs = {"torchvision": create_torchvision, "timm": create_timm}
+    hubs = {
+        "torchvision": create_torchvision,
+        "timm": create_timm,
+        "transformers": create_transformers,
+    }
     if source in hubs and colon:
         return partial(hubs[source], rest)
     if FACTORY.fullmatch(name):
         return partial(create_from_factory, name)
     longer = [known for known in _MODELS if name and known.startswith(name)]
     raise ModelError(
-        f"unknown model {name!r}; `meshuffle models` lists ours, and torchvision:NAME, timm:NAME "
-        f"and package.module:function are taken too{did_you_mean(name, longer or _MODELS)}"
+        f"unknown model {name!r}; `meshuffle models` lists ours, and torchvision:NAME, timm:NAME, "
+        "transformers:TYPE and package.module:function are taken too"
+        f"{did_you_mean(name, longer or _MODELS)}"
     )
 
 

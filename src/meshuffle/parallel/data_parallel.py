@@ -8,8 +8,8 @@ order from the first step on, so a resumed run adds in the same order as an unin
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Collection, Iterable
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,13 +20,20 @@ _BUCKET_BYTES = 25 << 20
 
 
 class _Bucket:
-    """Some parameters whose gradients travel in one flat buffer."""
+    """Some parameters whose gradients travel in one flat buffer, in one group."""
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self.parameters = parameters
-        self.pending = len(parameters)
+    def __init__(self, group: dist.ProcessGroup, are_terms: bool) -> None:
+        self.group, self.are_terms = group, are_terms
+        self.parameters: list[nn.Parameter] = []
+        self.size_bytes = self.pending = 0
         self.flat: Tensor | None = None
         self.work: dist.Work | None = None
+
+    def add(self, parameter: nn.Parameter) -> None:
+        """Let one more parameter travel in it."""
+        self.parameters.append(parameter)
+        self.size_bytes += _num_bytes(parameter)
+        self.pending += 1
 
     def pack(self) -> Tensor:
         """Copy the gradients into one flat tensor; a missing one counts as zero."""
@@ -44,6 +51,8 @@ class _Bucket:
         for parameter, piece in zip(self.parameters, self.flat.split(sizes), strict=True):
             if parameter.grad is not None:
                 parameter.grad.copy_(piece.view_as(parameter))
+            elif self.are_terms:  # the others' terms are its gradient
+                parameter.grad = piece.view_as(parameter).clone()
         self.pending, self.flat, self.work = len(self.parameters), None, None
 
 
@@ -57,10 +66,15 @@ class DataParallel:
     Use it as: backward of each micro-batch, the last one after `expect_last_backward()`;
     `reduce_gradients()`; where `updates_here`, the optimiser's step; `share_update()`.
 
+    Where the model is split within its layers too, some parameters are used in another part by
+    each rank of a replica: their gradients are summed over all ranks.
+
     Args:
-        model: the same on all ranks; parameters that need no gradient are left out.
+        model: the same on all ranks of `group`; parameters that need no gradient are left out.
         group: the ranks that share a batch.
         mode: see above.
+        terms: names of the parameters of which each rank of `every` has a term of the gradient.
+        every: all ranks of all replicas; needed with `terms`.
     """
 
     def __init__(
@@ -69,13 +83,18 @@ class DataParallel:
         group: dist.ProcessGroup,
         mode: Mode = "replicate",
         bucket_bytes: int = _BUCKET_BYTES,
+        *,
+        terms: Collection[str] = (),
+        every: dist.ProcessGroup | None = None,
     ) -> None:
         self.group, self.mode = group, mode
         self.world = dist.get_world_size(group)
         self.updates_here = mode == "replicate" or dist.get_rank(group) == 0
-        trained = [p for p in model.parameters() if p.requires_grad]
-        self._trained = trained
-        self._buckets = _fill_buckets(reversed(trained), bucket_bytes) if self.world > 1 else []
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        groups = [(p, (every or group) if n in terms else group, n in terms) for n, p in named]
+        shared = [entry for entry in groups if dist.get_world_size(entry[1]) > 1]
+        self._buckets = _fill_buckets(shared[::-1], bucket_bytes)
         self._next, self._armed = 0, False
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._hook(bucket))
@@ -114,9 +133,9 @@ class DataParallel:
         # Strictly in order: the ranks' collectives must match even where a gradient is missing.
         flat = bucket.pack()
         if self.mode == "central":
-            bucket.work = dist.reduce(flat, group_dst=0, group=self.group, async_op=True)
+            bucket.work = dist.reduce(flat, group_dst=0, group=bucket.group, async_op=True)
         else:
-            bucket.work = dist.all_reduce(flat, group=self.group, async_op=True)
+            bucket.work = dist.all_reduce(flat, group=bucket.group, async_op=True)
         self._next += 1
 
     @torch.no_grad()
@@ -136,23 +155,30 @@ class DataParallel:
             hook.remove()
 
 
-def _fill_buckets(parameters: Iterable[nn.Parameter], limit_bytes: int) -> list[_Bucket]:
-    """Group parameters, in order, by dtype and device, into buckets of about `limit_bytes`."""
-    groups: list[list[nn.Parameter]] = []
-    size_bytes = 0
-    for parameter in parameters:
-        num_bytes = parameter.numel() * parameter.element_size()
-        same_kind = groups and _kind(groups[-1][0]) == _kind(parameter)
-        if not same_kind or size_bytes + num_bytes > limit_bytes:
-            groups.append([])
-            size_bytes = 0
-        groups[-1].append(parameter)
-        size_bytes += num_bytes
-    return [_Bucket(group) for group in groups]
+def _fill_buckets(
+    parameters: Iterable[tuple[nn.Parameter, dist.ProcessGroup, bool]], limit_bytes: int
+) -> list[_Bucket]:
+    """Put parameters, in order, into buckets of about `limit_bytes`.
+
+    A bucket has one dtype, device and group. Buckets come in the order of their last parameters.
+
+    Args:
+        parameters: each with its group, and whether its gradients there are terms of a sum.
+    """
+    filling: dict[Any, _Bucket] = {}
+    place: dict[_Bucket, int] = {}
+    for i, (parameter, group, are_terms) in enumerate(parameters):
+        kind = (parameter.dtype, parameter.device, group, are_terms)
+        bucket = filling.get(kind)
+        if bucket is None or bucket.size_bytes + _num_bytes(parameter) > limit_bytes:
+            bucket = filling[kind] = _Bucket(group, are_terms)
+        bucket.add(parameter)
+        place[bucket] = i
+    return sorted(place, key=lambda bucket: place[bucket])
 
 
-def _kind(parameter: nn.Parameter) -> tuple[torch.dtype, torch.device]:
-    return parameter.dtype, parameter.device
+def _num_bytes(parameter: nn.Parameter) -> int:
+    return parameter.numel() * parameter.element_size()
 
 
 @torch.no_grad()

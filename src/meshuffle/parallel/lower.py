@@ -32,16 +32,18 @@ from meshuffle.layout.layout import (
     Window,
 )
 from meshuffle.parallel import draws
-from meshuffle.parallel.moves import Move, name_of, num_samples, take, take_samples
+from meshuffle.parallel.moves import Move, name_of, num_samples, share_of, take, take_samples
 from meshuffle.parallel.storage import Storage
-from meshuffle.parallel.sync_norm import SyncNorm
+from meshuffle.parallel.sync_norm import SyncNorm, local_norm
 
 aten = torch.ops.aten
+
+_NORM = ("input", "weight", "bias", "running_mean", "running_var")
 
 
 @dataclass
 class Sent:
-    """What one collective of a step sends, in bytes, over all ranks of the `tp` axis."""
+    """What one collective of a step sends, in bytes, by all `tp` ranks of one replica together."""
 
     name: str
     value: str
@@ -111,6 +113,9 @@ class _Lowering(Emitter):
         self.env: dict[Node, dict[Layout, Any]] = {}
         self._numbers: dict[str, int] = {}
         self._sizes: dict[Any, Node] = {}
+        self._numbers_of: dict[Node, Node] = {}
+        in_place = (call.node for call in self.program.calls if is_in_place(call.node))
+        self._changing = self.program.pinned | {node.args[0].name for node in in_place}  # type: ignore[union-attr]
         self._storage = Storage(assignment, stored or {})
         self._batch: Node | None = None
 
@@ -164,7 +169,7 @@ class _Lowering(Emitter):
         for step in way:
             forms[step.target] = self._convert(node, value, step, forms[step.source])
         result = forms[layout]
-        if node.name not in self.program.pinned:
+        if node.name not in self._changing:
             self.env[node].update(forms)
         return result
 
@@ -212,7 +217,15 @@ class _Lowering(Emitter):
         value = node.meta.get("val")
         if isinstance(value, int | float | bool):
             return value
-        return self._sized(value.node.expr, None)  # type: ignore[union-attr]
+        symbol = self.program.graph.symbol
+        if isinstance(value, torch.SymInt) and (value.node.expr / symbol).is_Integer:
+            return self._sized(value.node.expr, None)
+        if node not in self._numbers_of:  # half of the batch, its root: as the program has it
+            args = pytree.tree_map(
+                lambda n: self._obtain(n, Replicate()) if isinstance(n, Node) else n, node.args
+            )
+            self._numbers_of[node] = self.code.graph.call_function(node.target, args)  # type: ignore[arg-type]
+        return self._numbers_of[node]
 
     def _sized(self, expression: Any, layout: Layout | None) -> Any:
         """Return a size, of the samples of this rank only where `layout` splits them."""
@@ -307,7 +320,8 @@ class _Lowering(Emitter):
             elif not exact and -1 not in sizes:
                 sizes.append(-1)
             else:
-                sizes.append(self._sized(size.node.expr, layout))
+                own = layout if getattr(layout, "dim", None) == dim else None
+                sizes.append(self._sized(size.node.expr, own))
         return sizes
 
     def share(self, layout: Split, size: int) -> Any:
@@ -315,7 +329,7 @@ class _Lowering(Emitter):
         if isinstance(layout, Shard):
             return len(layout.owners[self.rank]) / size
         count = self.code.graph.call_function(num_samples, (self.rank, self.world, self.batch))
-        return self.code.graph.call_function(operator.truediv, (count, self.batch))
+        return self.code.graph.call_function(share_of, (count, self.batch))
 
     def add_module(self, kind: str, module: nn.Module) -> str:
         """Keep a module under `kind` and a number; returns its name."""
@@ -338,15 +352,26 @@ class _Lowering(Emitter):
         layout = self.choice.output
         over_tp = self.choice.split is not None and getattr(layout, "dim", 1) != 1
         over_tp = over_tp or isinstance(layout, Samples)
-        if not call["training"] or not (over_tp or self.replicas > 1):
-            return None
         given = self.given
+        if not call["training"]:
+            return None
+        if not (over_tp or self.replicas > 1):
+            rest = ("momentum", "eps", "cudnn_enabled")
+            return self.call(local_norm, *(given[k] for k in (*_NORM, *rest)))
         norm = SyncNorm(over_tp, given["momentum"], given["eps"])
         name = self.add_module("batch_norm_sync", norm)
-        if over_tp:
-            self.code.sent.append(_norm_bytes(name, call, self.world))
-        rest = [given[k] for k in ("weight", "bias", "running_mean", "running_var")]
-        return self.code.graph.call_module(name, (given["input"], *rest))
+        self.code.sent.append(self._norm_bytes(name, call, over_tp))
+        return self.code.graph.call_module(name, tuple(given[k] for k in _NORM))
+
+    def _norm_bytes(self, name: str, call: Call, over_tp: bool) -> Sent:
+        """Count the exchange of one replica's ranks with all that they exchange with."""
+        channels, itemsize = call.shape(call["input"])[1], call["input"].meta["val"].itemsize
+        others = self.replicas * (self.world if over_tp else 1) - 1
+        in_parts = isinstance(self.choice.output, Shard) and not over_tp
+        total = channels if in_parts else channels * self.world  # those of all ranks
+        forward = others * (16 * total + 8 * self.world)
+        has_grad = int(self.program.has_grad(call.node))
+        return Sent(name, call.node.name, forward, has_grad * others * 2 * total * itemsize)
 
     def _draw(self, call: Call) -> Any:
         layout = self.choice.output
@@ -362,12 +387,6 @@ class _Lowering(Emitter):
             idle = node.op in ("call_function", "get_attr") and not node.users
             if idle and not (node.op == "call_function" and is_in_place(node)):
                 self.code.graph.erase_node(node)
-
-
-def _norm_bytes(name: str, call: Call, world: int) -> Sent:
-    channels, itemsize = call.shape(call["input"])[1], call["input"].meta["val"].itemsize
-    pairs = world * (world - 1)
-    return Sent(name, call.node.name, pairs * (16 * channels + 8), pairs * 2 * channels * itemsize)
 
 
 def _is_several(node: Node) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from meshuffle.parallel.batch_norm import exchange_handle
 from meshuffle.parallel.draws import Draw
 from meshuffle.parallel.lower import Code, lower
 from meshuffle.parallel.moves import Move
+from meshuffle.parallel.parts import cut_part, join_parts
 from meshuffle.parallel.ranks import Ranks
 from meshuffle.parallel.sync_norm import SyncNorm
 
@@ -56,8 +58,8 @@ class Parallel(nn.Module):
         super().__init__()
         self._tp, self._rank, self._prefer, self._dp = tp, rank, prefer, dp
         self._device = device or torch.device("cpu")
-        self._example = tuple(x.to("meta") for x in example)
-        self._skeleton = [copy.deepcopy(model).to("meta")]  # in a list: not a submodule
+        self._example = tuple(torch.empty_like(x, device="cpu") for x in example)
+        self._skeleton = [_without_values(model)]  # in a list: not a submodule
         self._forwards: dict[bool, Any] = {}
         self._ranks: Ranks | None = None
         training = model.training
@@ -66,7 +68,8 @@ class Parallel(nn.Module):
         code = lower(assignment, rank, replicas=dp, device=self._device)
         self.shards: dict[str, Shard] = dict(code.stored)
         self._register(model, graph)
-        self.partial = frozenset(code.partial)
+        terms = {id(p) for n, p in self._all_parameters() if n in code.partial}
+        self.partial = frozenset(n for n, p in self._all_parameters() if id(p) in terms)
         self._install(graph, assignment, code, training)
         self.train(training)
 
@@ -79,6 +82,10 @@ class Parallel(nn.Module):
         for name, tensor in [*parameters, *buffers]:
             if id(tensor) not in made or name in known:
                 made[id(tensor)] = self._part(name, tensor)
+        names = {id(tensor): name for name, tensor in [*parameters, *buffers] if name in known}
+        for name, tensor in [*parameters, *buffers]:  # a tied tensor has several names
+            if (shard := self.shards.get(names.get(id(tensor), ""))) is not None:
+                self.shards[name] = shard
         persistent = set(model.state_dict(keep_vars=True))
         for name, tensor in parameters:
             self._home_of(name).register_parameter(name.rpartition(".")[2], made[id(tensor)])  # type: ignore[arg-type]
@@ -90,6 +97,10 @@ class Parallel(nn.Module):
             tied = [n for n, t in [*parameters, *buffers] if n == name]
             if not tied:
                 self._constant(name, graph)
+
+    def _all_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Return (name, parameter), a tied one under each of its names."""
+        return list(self.named_parameters(remove_duplicate=False))
 
     def _constant(self, name: str, graph: Graph) -> None:
         value = graph.program.constants[name]
@@ -112,12 +123,24 @@ class Parallel(nn.Module):
         return part.clone() if part is tensor else part
 
     def cut(self, name: str, whole: Tensor) -> Tensor:
-        """Return this rank's part of a whole tensor that has the layout of `name`."""
+        """Return this rank's part of a whole tensor that has the layout of `name`.
+
+        Raises:
+            RuntimeError: it has another size.
+        """
+        shard = self.shards.get(name)
+        return whole if shard is None else cut_part(whole, shard, self._rank)
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """Return the whole tensor of which each rank has the part that `cut` gives.
+
+        All ranks of the `tp` axis call it; it sends where `name` is split.
+        """
         shard = self.shards.get(name)
         if shard is None:
-            return whole
-        index = torch.tensor(shard.owners[self._rank], device=whole.device)
-        return whole.index_select(shard.dim, index)
+            return part
+        assert self._ranks is not None
+        return join_parts(part.detach(), shard, self._ranks.tp)
 
     def _home_of(self, name: str) -> nn.Module:
         home: nn.Module = self
@@ -157,23 +180,42 @@ class Parallel(nn.Module):
                 module.state = ranks.draws
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Parallel:
+        """Return a module with parameters and buffers of its own, and the same code and ranks."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        for key, value in vars(self).items():
+            copied.__dict__[key] = value.copy() if isinstance(value, dict) else value
+        for key in ("_parameters", "_buffers"):
+            copied.__dict__[key] = copy.deepcopy(vars(self)[key], memo)
+        shared = (_HOME, f"{_HOME}_eval")
+        copied._modules = {
+            name: part if name in shared else copy.deepcopy(part, memo)
+            for name, part in self._modules.items()
+        }
+        return copied
+
     def train(self, mode: bool = True) -> Parallel:
         """Switch between the code of train and of eval mode; the other is made when first asked."""
         super().train(mode)
         if mode not in self._forwards:
-            graph = capture(self._skeleton[0], self._example, train=mode)
-            batch = self._example[0].shape[0]
-            options = {"batch": batch, "prefer": self._prefer, "stored": self.shards}
-            assignment = assign(graph, self._tp, **options)  # type: ignore[arg-type]
-            code = lower(
-                assignment,
-                self._rank,
-                replicas=self._dp,
-                device=self._device,
-                stored=dict(self.shards),
-            )
-            self._install(graph, assignment, code, mode)
+            with torch.inference_mode(False):
+                self._add_mode(mode)
         return self
+
+    def _add_mode(self, mode: bool) -> None:
+        graph = capture(self._skeleton[0], self._example, train=mode)
+        batch = self._example[0].shape[0]
+        options = {"batch": batch, "prefer": self._prefer, "stored": self.shards}
+        assignment = assign(graph, self._tp, **options)  # type: ignore[arg-type]
+        code = lower(
+            assignment,
+            self._rank,
+            replicas=self._dp,
+            device=self._device,
+            stored=dict(self.shards),
+        )
+        self._install(graph, assignment, code, mode)
 
     def forward(self, *inputs: Tensor) -> Any:
         """Return what the model returns, whole on every rank."""
@@ -193,6 +235,28 @@ class Parallel(nn.Module):
         return found
 
     @property
+    def is_main(self) -> bool:
+        """True on the one rank that should print and write."""
+        return self._ranks is None or self._ranks.mesh.get_rank() == 0
+
+    def summary(self) -> str:
+        """Return what is split, and what a step sends, in a few lines."""
+        assignment, code = self.assignment, self.lowered
+        whole = sum(p.numel() for p in self._skeleton[0].parameters())
+        here = sum(p.numel() for p in self.parameters())
+        sent = sum(s.forward + s.backward for s in code.sent)
+        lines = [
+            f"tp={self._tp}: {100 * assignment.sharded_fraction():.1f} % of the FLOPs are split, "
+            f"{100 * here / max(1, whole):.1f} % of the parameters are on this rank, a step sends "
+            f"{_size(sent)} for values and {_size(code.reduced_bytes)} for gradients"
+        ]
+        alone = assignment.whole_flops()
+        if alone:
+            names = ", ".join(f"{name} ({100 * share:.1f} %)" for name, share in alone[:4])
+            lines.append(f"on every rank: {names}{' …' if len(alone) > 4 else ''}")
+        return "\n".join(lines)
+
+    @property
     def graph_module(self) -> fx.GraphModule:
         """The current mode's code as torch.fx knows it; it shares this module's parameters."""
         found: fx.GraphModule = self._forwards[self.training][0]
@@ -200,8 +264,14 @@ class Parallel(nn.Module):
 
     @property
     def code(self) -> str:
-        """The current mode's code, a line per call."""
-        return str(self.graph_module.code)
+        """The current mode's code, a line per call; conversions say from what to what."""
+        text = re.sub(r";  [\w =]+ = None", "", str(self.graph_module.code))
+        lines = []
+        for line in text.strip().splitlines():
+            called = re.search(rf"self\.({_HOME}(?:_eval)?\.\w+)\(", line)
+            note = f"  # {self.get_submodule(called[1]).extra_repr()}" if called else ""
+            lines.append(line.rstrip() + note)
+        return "\n".join(lines)
 
     def load_whole(self, tensors: Mapping[str, Tensor]) -> None:
         """Load this rank's parts of a state dict of the plain model.
@@ -210,3 +280,24 @@ class Parallel(nn.Module):
             RuntimeError: as `load_state_dict`.
         """
         self.load_state_dict({name: self.cut(name, whole) for name, whole in tensors.items()})
+
+
+def _size(num_bytes: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.1f} {unit}"
+    return f"{num_bytes} B"
+
+
+def _without_values(model: nn.Module) -> nn.Module:
+    """Return a copy whose parameters and buffers are never filled, and so take no memory.
+
+    On the CPU and not on `meta`, where constants that the model makes have no values.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        empty = torch.empty_like(tensor, device="cpu")
+        if isinstance(tensor, nn.Parameter):
+            empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = empty
+    return copy.deepcopy(model, memo)

@@ -137,7 +137,7 @@ def name_of(step: Step) -> str:
 
 def take_samples(x: Tensor, dim: int, rank: int, world: int, batch: int) -> Tensor:
     """Return a rank's samples of a whole tensor."""
-    rows = x.shape[dim] // batch
+    rows = x.shape[dim] // max(1, batch)
     first = rank * (batch // world) + min(rank, batch % world)
     return x.narrow(dim, first * rows, num_samples(rank, world, batch) * rows)
 
@@ -145,6 +145,11 @@ def take_samples(x: Tensor, dim: int, rank: int, world: int, batch: int) -> Tens
 def num_samples(rank: int, world: int, batch: int) -> int:
     """Return how many of `batch` samples a rank has."""
     return batch // world + int(rank < batch % world)
+
+
+def share_of(count: int, batch: int) -> float:
+    """Return `count` as a fraction of `batch`, which may be empty."""
+    return count / max(1, batch)
 
 
 def take(x: Tensor, dim: int, index: tuple[int, ...]) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from meshuffle.dist.exchange import GroupExchange
+from meshuffle.dist.exchange import Exchange, GroupExchange
 from meshuffle.errors import PlanError
 from meshuffle.parallel.draws import DrawState
 from meshuffle.planner.plan import Plan
@@ -23,9 +24,16 @@ class Ranks:
         mesh: DeviceMesh with the axes `dp` and `tp`.
         tp, dp, every: process groups of an axis, and of both.
         draws: what random numbers depend on.
+        over_tp, over_dp: what batch norm joins statistics by: over both axes, and over `dp`.
+        in_replica: for small vectors over `tp` alone.
+
+    Args:
+        exchange: makes an exchange of a group; where bytes are counted, one that is seen at c10d.
     """
 
-    def __init__(self, mesh: DeviceMesh) -> None:
+    def __init__(
+        self, mesh: DeviceMesh, exchange: Callable[[dist.ProcessGroup], Exchange] = GroupExchange
+    ) -> None:
         self.mesh = mesh
         self.tp, self.dp = mesh.get_group("tp"), mesh.get_group("dp")
         every = dist.group.WORLD
@@ -33,7 +41,8 @@ class Ranks:
         self.every = every
         self.tp_rank, self.tp_world = dist.get_rank(self.tp), dist.get_world_size(self.tp)
         self.dp_rank, self.dp_world = dist.get_rank(self.dp), dist.get_world_size(self.dp)
-        self.over_tp, self.over_dp = GroupExchange(self.every), GroupExchange(self.dp)
+        self.over_tp, self.over_dp = exchange(self.every), exchange(self.dp)
+        self.in_replica = exchange(self.tp)
         self.draws = DrawState()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
@@ -41,8 +50,15 @@ class Ranks:
         return self
 
 
-def join(plan: Plan, device: torch.device) -> Ranks:
+def join(
+    plan: Plan,
+    device: torch.device,
+    exchange: Callable[[dist.ProcessGroup], Exchange] = GroupExchange,
+) -> Ranks:
     """Return the ranks of `plan`, in the process group that is open.
+
+    Args:
+        exchange: see `Ranks`.
 
     Raises:
         PlanError: the group has another number of ranks.
@@ -54,4 +70,4 @@ def join(plan: Plan, device: torch.device) -> Ranks:
             f"use torchrun --nproc-per-node {plan.dp * plan.tp}"
         )
     mesh = init_device_mesh(device.type, (plan.dp, plan.tp), mesh_dim_names=("dp", "tp"))
-    return Ranks(mesh)
+    return Ranks(mesh, exchange)

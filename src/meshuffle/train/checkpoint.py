@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.optim import Optimizer
 
 from meshuffle.errors import RunError
+from meshuffle.parallel.module import Parallel
 from meshuffle.train.files import disk_errors, sync, write_json
 
 _KEPT = 2
@@ -147,14 +148,50 @@ class _SafeReader(dcp.FileSystemReader):
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the optimiser's state as `optim.PARAMETER.KEY`."""
-    names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
+    """Return the optimiser's state as `optim.PARAMETER.KEY`, this rank's part of it."""
     return {
-        f"optim.{names[parameter]}.{key}": value
-        for parameter, values in optimizer.state.items()
-        for key, value in values.items()
+        f"optim.{name}.{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }
+
+
+def whole_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of a checkpoint whole, of which a split model has parts.
+
+    All ranks of the `tp` axis call it with the same names.
+    """
+    if not isinstance(model, Parallel):
+        return dict(tensors)
+    return {
+        name: model.whole(_owner(name), part) if part.ndim else part
+        for name, part in tensors.items()
+    }
+
+
+def own_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return this rank's parts of whole tensors of a checkpoint.
+
+    Raises:
+        RuntimeError: one does not have the size of the model's.
+    """
+    if not isinstance(model, Parallel):
+        return dict(tensors)
+    return {
+        name: model.cut(_owner(name), whole) if whole.ndim else whole
+        for name, whole in tensors.items()
+    }
+
+
+def _owner(name: str) -> str:
+    """Return the parameter or buffer that a checkpoint's tensor belongs to.
+
+    >>> _owner("ema.module.fc.weight"), _owner("optim.fc.weight.exp_avg")
+    ('fc.weight', 'fc.weight')
+    """
+    kind, _, rest = name.partition(".")
+    return rest.rpartition(".")[0] if kind == "optim" else rest.removeprefix("module.")
 
 
 def load_optimizer(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:

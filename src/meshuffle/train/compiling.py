@@ -53,6 +53,7 @@ class CompileChoice:
         self.note = f"--compile auto: {missing}, so this run is eager" if missing else ""
         self.decided = False if missing or (config.deterministic and wanted is None) else wanted
         self._trying = False
+        self._model: nn.Module | None = None
         self._compiled: Callable[[Tensor], Tensor] | None = None
         self._usual: int | None = None
         self._seconds: list[float] = []
@@ -60,7 +61,10 @@ class CompileChoice:
         self._watch: Watch | None = None
 
     def forward(self, model: nn.Module, num: int, watch: Watch) -> Callable[[Tensor], Tensor]:
-        """Return what to call on this rank's batch of `num` samples."""
+        """Return what to call on a step of `num` samples, over all ranks.
+
+        All ranks call the same: compiled code may exchange in another order than eager code.
+        """
         self._watch = watch
         if self.note:
             watch.event(self.note)
@@ -68,8 +72,8 @@ class CompileChoice:
         self._usual = self._usual or num
         if not (self.decided or self._trying) or num != self._usual:
             return model
-        if self._compiled is None:
-            self._compiled = compiled(model)
+        if self._compiled is None or self._model is not model:
+            self._model, self._compiled = model, compiled(model)
         return self._compiled
 
     def timed(self, seconds: float, steps_left: int, control: Exchange) -> None:

@@ -74,6 +74,7 @@ def evaluate(
     device: torch.device,
     *,
     group: dist.ProcessGroup | None = None,
+    speaks: bool = True,
     channels_last: bool = True,
     label_smoothing: float = 0.0,
     progress: Callable[[int], None] | None = None,
@@ -85,6 +86,7 @@ def evaluate(
     Args:
         batches: what `eval_loader` yields.
         group: the ranks that share the split; None is this one alone.
+        speaks: False where another rank has the same batches, and reports them.
         label_smoothing: of the training, for `objective`.
         progress: called with the number of samples of each finished batch.
     """
@@ -102,7 +104,7 @@ def evaluate(
         if progress:
             progress(len(batch))
     model.train(was_training)
-    return _gather(pieces, skipped, classes, group)
+    return _gather(pieces if speaks else [], skipped, classes, group)
 
 
 def _logits(

@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,42 @@ from meshuffle.data import (
     eval_loader,
     train_loader,
 )
-from meshuffle.dist.device import is_out_of_memory, synchronize
+from meshuffle.dist.device import is_out_of_memory
 from meshuffle.dist.exchange import Exchange
 from meshuffle.dist.group import RankEnv
-from meshuffle.errors import Interrupted, MeshuffleError
+from meshuffle.errors import Interrupted
+from meshuffle.parallel.draws import draw_key
 from meshuffle.train.compiling import CompileChoice
 from meshuffle.train.config import save_interval
 from meshuffle.train.evaluate import Evaluation, evaluate
 from meshuffle.train.memory import out_of_memory
+from meshuffle.train.meter import Meter
 from meshuffle.train.optim import hold_frozen, learning_rate
+from meshuffle.train.place import common_positions
 from meshuffle.train.signals import StopRequest
 from meshuffle.train.state import TrainState
-from meshuffle.train.step import sum_over_ranks
+from meshuffle.train.step import gather_over_ranks, select, sum_over_ranks
 from meshuffle.train.task import seed_step
 from meshuffle.train.watch import Watch
 
-_SHOW_EVERY_S = 0.5
+
+@dataclass(frozen=True)
+class _Agreed:
+    """What the ranks know of a step before they do it.
+
+    Attributes:
+        counts: valid samples of each micro-batch, over all replicas.
+        firsts: of these, how many belong to the replicas before this one.
+        stop, save, lost: whether any rank is asked to stop, wants to save, has lost its loader.
+        may_differ: whether ranks of a replica may have read different samples.
+    """
+
+    counts: list[int]
+    firsts: list[int]
+    stop: int
+    save: int
+    lost: int
+    may_differ: bool
 
 
 class Loop:
@@ -67,8 +88,8 @@ class Loop:
         self.sampler = EpochSampler(
             len(data.splits["train"]),
             config.batch,
-            rank=env.rank,
-            world=env.world,
+            rank=state.place.dp_rank,
+            world=state.place.dp,
             seed=config.seed,
             repeats=state.step.augment.repeats,
             unit=2 if state.step.augment.mixes else 1,
@@ -98,8 +119,9 @@ class Loop:
             progress.epoch + 1, self.num_epochs, sampler.steps_per_epoch, progress.epoch_step
         )
         self.state.model.train()
-        hold_frozen(self.state.model, self.state.frozen)
-        self._meter = _Meter(self.state, self.watch)
+        if self.state.step.ranks is None:
+            hold_frozen(self.state.model, self.state.frozen)
+        self._meter = Meter(self.state, self.watch)
         loader = train_loader(
             self.data.splits["train"],
             self.transform,
@@ -136,17 +158,25 @@ class Loop:
         progress, step = self.state.progress, self.state.step
         began = time.perf_counter()
         micro_batches = [] if batch is None else step.micro_batches(batch)
-        counts, stop, save, lost = self._agree(micro_batches, batch is None)
-        if batch is None or lost:
-            self._pause(stop)
+        agreed = self._agree(micro_batches, batch)
+        if batch is None or agreed.lost:
+            self._pause(agreed.stop)
             return
+        if agreed.may_differ:
+            nominal = len(batch) + len(batch.skipped)
+            batch = self._common(batch)
+            micro_batches = step.micro_batches(batch, nominal)
+            agreed = self._agree(micro_batches, batch)
         for message in self.skips.note(batch.skipped):
             self.watch.event(f"skipped: {message}")
-        seed_step(self.state.config.seed, progress.step, self.env.rank)
+        place, seed = self.state.place, self.state.config.seed
+        seed_step(seed, progress.step, place.dp_rank)
+        counts = agreed.counts
+        draws = [(draw_key(seed, progress.step, i), n) for i, n in enumerate(agreed.firsts)]
         lr = learning_rate(self.state.config, progress.step, self.sampler.steps_per_epoch)
         try:
-            step.forward = self.compile.forward(self.state.model, len(batch), self.watch)
-            sums = step.run(micro_batches, counts, lr)
+            step.forward = self.compile.forward(self.state.model, sum(counts), self.watch)
+            sums = step.run(micro_batches, counts, lr, draws)
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise out_of_memory(step, batch, self.env.world) from None
@@ -158,17 +188,34 @@ class Loop:
         self._meter.add(sums, lr, self.exchange)
         self.compile.timed(time.perf_counter() - began, self._steps_left(), self.exchange)
         progress.compiled = self.compile.decided
-        if stop or save:
-            self._pause(stop)
+        if agreed.stop or agreed.save:
+            self._pause(agreed.stop)
 
-    def _agree(self, micro_batches: list[Batch], lost: bool) -> tuple[list[int], int, int, int]:
-        """Return the same (samples per micro-batch, stop, save, lost) on all ranks."""
+    def _agree(self, micro_batches: list[Batch], batch: Batch | None) -> _Agreed:
+        """Tell the other ranks what this one has; returns the same on all ranks of a replica."""
+        place, num = self.state.place, self.state.step.num_micro_batches
         own = [float(len(micro)) for micro in micro_batches]
-        own += [0.0] * (self.state.step.num_micro_batches - len(own))
+        own += [0.0] * (num - len(own))
         save = self.env.is_main and self._save_due()
-        values = [*own, float(self.stop.number), float(save), float(lost)]
-        *counts, stop, saves, losses = map(round, sum_over_ranks(values, self.exchange))
-        return counts, stop, saves, losses
+        skipped = 0 if batch is None else len(batch.skipped)
+        values = [*own, *map(float, (self.stop.number, save, batch is None, skipped))]
+        rows = gather_over_ranks(values, self.exchange)
+        replicas = [list(map(round, row[:num])) for row in rows[:: place.tp]]
+        columns = list(zip(*rows, strict=True))
+        stop, saves, lost, skips = (round(sum(column)) for column in columns[num:])
+        return _Agreed(
+            counts=[sum(column) for column in zip(*replicas, strict=True)],
+            firsts=[sum(row[i] for row in replicas[: place.dp_rank]) for i in range(num)],
+            stop=stop,
+            save=saves,
+            lost=lost,
+            may_differ=place.tp > 1 and skips > 0,
+        )
+
+    def _common(self, batch: Batch) -> Batch:
+        """Return the samples that all ranks of this replica have."""
+        kept = common_positions(batch.positions, self.state.place, self.control)
+        return select(batch, kept)
 
     def _steps_left(self) -> int:
         return self.num_epochs * self.sampler.steps_per_epoch - self.state.progress.step
@@ -190,8 +237,8 @@ class Loop:
 
     def _save(self) -> None:
         self._collect_skipped()
-        if self.env.is_main:
-            self.state.save(self.run)
+        if self.state.place.dp_rank == 0:
+            self.state.save(self.run, write=self.env.is_main)
         self._saved_at = time.monotonic()
         dist.barrier(self.control)
 
@@ -245,9 +292,9 @@ class Loop:
         if better:
             progress.best_top1, progress.best_loss = top1, loss
             progress.best_epoch = progress.epoch
-            if self.env.is_main:
+            if self.state.place.dp_rank == 0:
                 path = self.run / "weights" / "best.safetensors"
-                self.state.save_weights(path, metrics)
+                self.state.save_weights(path, metrics, write=self.env.is_main)
         return better
 
     def evaluate(self, split: str) -> Evaluation:
@@ -262,8 +309,8 @@ class Loop:
             source,
             state.card.preprocess,
             batch_size=-(-state.config.batch // state.config.accumulate),  # what training can hold
-            rank=self.env.rank,
-            world=self.env.world,
+            rank=state.place.dp_rank,
+            world=state.place.dp,
             num_workers=self.num_workers,
         )
         num_lost = 0
@@ -271,10 +318,11 @@ class Loop:
         def until_lost() -> Iterator[Batch]:
             nonlocal num_lost
             for batch in self._batches(loader):
-                if batch is not None:
-                    yield batch
-                else:
+                agreed = self._agree([], batch) if state.place.tp > 1 else None
+                if batch is None or (agreed and agreed.lost):
                     num_lost = 1
+                    return
+                yield self._common(batch) if agreed and agreed.may_differ else batch
 
         evaluation = evaluate(
             state.judged,
@@ -283,6 +331,7 @@ class Loop:
             state.card.preprocess,
             state.step.device,
             group=self.control,
+            speaks=state.place.speaks,
             channels_last=state.config.channels_last,
             label_smoothing=state.config.label_smoothing,
         )
@@ -324,60 +373,6 @@ def is_chance(top1: float, highest: float, num: int) -> bool:
     standard_error = 100 * math.sqrt(share * (1 - share) / max(1, num))
     one_image = 100.5 / max(1, num)  # and a little, for rounding
     return highest - top1 <= max(standard_error, one_image)
-
-
-class _Meter:
-    """Sums of an epoch; shown now and then, over all ranks."""
-
-    def __init__(self, state: TrainState, watch: Watch) -> None:
-        self._state, self._watch = state, watch
-        self._pending: Any = None
-        self._num_pending, self._lr = 0, 0.0
-        self._shown = time.perf_counter()
-        self._every = 1
-        self.wait_s = self.seconds = 0.0
-
-    def add(self, sums: Any, lr: float, exchange: Exchange) -> None:
-        """Add a step's sums; every so many steps, show what has come together."""
-        self._pending = sums if self._pending is None else self._pending + sums
-        self._num_pending, self._lr = self._num_pending + 1, lr
-        if self._num_pending >= self._every:
-            self.show(exchange)
-
-    def show(self, exchange: Exchange) -> None:
-        """Sum over the ranks, add to the run's progress, and tell the watch."""
-        if not self._num_pending:
-            return
-        synchronize(self._state.step.device)
-        now = time.perf_counter()
-        seconds, self._shown = now - self._shown, now
-        main_seconds = seconds if exchange.rank == 0 else 0.0
-        *sums, seconds = sum_over_ranks([*self._pending.tolist(), main_seconds], exchange)
-        progress = self._state.progress
-        if not math.isfinite(sums[0]):
-            raise MeshuffleError(
-                f"the loss is {sums[0]} at step {progress.step}: start again with a lower --lr "
-                f"(now {self._lr:.3g}), a longer --warmup-epochs, or --clip-norm 1"
-            )
-        progress.sums = [a + b for a, b in zip(progress.sums, sums, strict=True)]
-        progress.seconds += seconds
-        progress.epoch_seconds += seconds
-        self.seconds += seconds
-        step_ms = 1000 * seconds / self._num_pending
-        progress.step_ms = [*progress.step_ms[-199:], round(step_ms, 3)]
-        self._watch.step(
-            {
-                "step": progress.step,
-                "epoch": progress.epoch + 1,
-                "loss": sums[0] / max(1.0, sums[2]),
-                "top1": 100 * sums[1] / max(1.0, sums[2]),
-                "lr": self._lr,
-                "images_per_s": round(sums[2] / max(seconds, 1e-9), 2),
-            },
-            self._num_pending,
-        )
-        self._every = max(1, round(1000 * _SHOW_EVERY_S / max(step_ms, 1e-3)))
-        self._pending, self._num_pending = None, 0
 
 
 def median_step_ms(state: TrainState) -> float | None:

@@ -16,8 +16,15 @@ from meshuffle.train.step import Step
 def out_of_memory(step: Step, batch: Batch, world: int) -> OutOfMemory:
     """Return the error that names the largest global batch that fits, found by trying.
 
-    Called on the rank whose step failed; nothing here talks to other ranks.
+    Called on the rank whose step failed; nothing here talks to other ranks, so that of a model
+    that is split within its layers nothing is tried.
     """
+    size = f"{len(batch)} images of {batch.images.shape[2]}×{batch.images.shape[3]} per rank"
+    if step.ranks is not None:
+        return OutOfMemory(
+            f"out of memory with {size.replace('per rank', 'per replica')}; use a smaller --batch, "
+            "--accumulate 2, or a larger tp"
+        )
     rank = dist.get_rank()
     alone = new_group([rank], local=True)
     synchronise_batch_norm(step.model, GroupExchange(alone))
@@ -28,7 +35,6 @@ def out_of_memory(step: Step, batch: Batch, world: int) -> OutOfMemory:
             fits = middle
         else:
             fails = middle
-    size = f"{len(batch)} images of {batch.images.shape[2]}×{batch.images.shape[3]} per rank"
     if not fits:
         return OutOfMemory(f"out of memory with {size}: not even 1 image fits; use a smaller model")
     return OutOfMemory(

@@ -12,6 +12,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from meshuffle.errors import ConfigError, did_you_mean
 from meshuffle.models import classifier_of, layer_names
+from meshuffle.parallel.module import Parallel
+from meshuffle.parallel.ranks import Ranks
 from meshuffle.train.config import TrainConfig
 
 
@@ -106,6 +108,17 @@ def hold_frozen(model: nn.Module, frozen: list[str]) -> None:
         _part(model, name).eval()
 
 
+def keep_frozen(model: nn.Module, frozen: list[str]) -> None:
+    """Put frozen modules into eval mode for good, whatever mode `model` is put into later."""
+    for name in frozen:
+        part = _part(model, name).eval()
+        part.train = _no_change.__get__(part)  # type: ignore[method-assign]
+
+
+def _no_change(module: nn.Module, mode: bool = True) -> nn.Module:
+    return module
+
+
 def average(model: nn.Module, decay: float) -> AveragedModel:
     """Return the exponential moving average of `model`, buffers too.
 
@@ -114,9 +127,27 @@ def average(model: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> Tensor | None:
-    """Scale all gradients so that their global norm is at most `max_norm`; 0 does nothing."""
+def clip_gradients(model: nn.Module, max_norm: float, ranks: Ranks | None = None) -> Tensor | None:
+    """Scale all gradients so that their global norm is at most `max_norm`; 0 does nothing.
+
+    Returns the norm that they had. Of a split model, all ranks call it: a whole gradient counts
+    once, one in parts with all of them.
+    """
     if not max_norm:
         return None
-    trained = [p for p in model.parameters() if p.grad is not None]
-    return torch.nn.utils.clip_grad_norm_(trained, max_norm)
+    named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
+    if ranks is None or not isinstance(model, Parallel):
+        return torch.nn.utils.clip_grad_norm_([p for _, p in named], max_norm)
+    counted = [p for name, p in named if name in model.shards or ranks.tp_rank == 0]
+    norm = ranks.in_replica.all_sum(_square(counted, ranks)).sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1)
+    for _, parameter in named:
+        parameter.grad.mul_(scale.to(parameter.grad))  # type: ignore[union-attr]
+    return norm
+
+
+def _square(parameters: list[nn.Parameter], ranks: Ranks) -> Tensor:
+    """Return the squared norm of the parameters' gradients, float64 (1,)."""
+    squares = [torch.linalg.vector_norm(p.grad, dtype=torch.float64).square() for p in parameters]
+    zero = torch.zeros(1, dtype=torch.float64, device=ranks.draws.key.device)
+    return sum(squares, zero)

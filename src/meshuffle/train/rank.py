@@ -20,11 +20,13 @@ from meshuffle.dist.exchange import make_exchange
 from meshuffle.dist.group import RankEnv, new_group, process_group, rank_env
 from meshuffle.dist.launch import end_with_parent, report_failure
 from meshuffle.errors import Interrupted
+from meshuffle.parallel.module import Parallel
 from meshuffle.planner.plan import read_plan
 from meshuffle.train.checkpoint import locked
 from meshuffle.train.config import TrainConfig, read_config
 from meshuffle.train.files import write_json
 from meshuffle.train.loop import Loop, median_step_ms
+from meshuffle.train.place import describe_split
 from meshuffle.train.run import threads_per_rank
 from meshuffle.train.signals import stop_requests
 from meshuffle.train.state import TrainState, build_state, make_card
@@ -68,6 +70,8 @@ def train_rank(run: Path) -> dict[str, Any]:
             done = "all epochs are done; evaluating again and writing the report"
             lines = [done if state.progress.finished else f"resumed at {where}"]
         watch = stack.enter_context(_watch(run, state, env))
+        if isinstance(state.model, Parallel):
+            lines = [describe_split(state.model, config, plan), *lines]
         for line in lines:
             watch.event(line)
         loop = Loop(run, state, data, env, control, exchange, watch, stop, workers)
@@ -87,7 +91,7 @@ def _finish(run: Path, loop: Loop, env: RankEnv) -> dict[str, Any]:
     """Evaluate the best weights on val and test, write `result.json` and the report."""
     state = loop.state
     best, card = load_model(run, model=state.config.model)
-    state.judged.load_state_dict(best.state_dict())
+    state.judge(best.state_dict())
     evaluations = {s: loop.evaluate(s) for s in ("val", "test") if s in loop.data.splits}
     result = {
         "splits": {split: e.metrics for split, e in evaluations.items()},

@@ -11,6 +11,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from meshuffle.data import Data, EpochSampler, augmentation_for, open_data
 from meshuffle.dist.device import check_device, num_accelerators, num_cores
 from meshuffle.dist.group import RankEnv
@@ -21,6 +24,7 @@ from meshuffle.train.candidates import fastest_plan
 from meshuffle.train.compiling import CompileChoice
 from meshuffle.train.config import Origin, TrainConfig, read_config, resolve, to_toml
 from meshuffle.train.files import write_json, write_text
+from meshuffle.train.place import split_model
 from meshuffle.train.state import augment_config, augment_values, build_model, make_card
 from meshuffle.train.watch import environment
 from meshuffle.train.weights import Card, require_repeated
@@ -52,8 +56,10 @@ def prepare(
     data = open_data(config.data, need=("train", "val"))
     resolved = resolve_for(config, data)
     card = make_card(resolved, data)
-    _rehearse(resolved, card, len(data.splits["train"]))
+    model, frozen = _rehearse(resolved, card, len(data.splits["train"]))
     plan, lines = _choose_plan(resolved, len(card.classes), env)
+    if plan.tp > 1:
+        split_model(model, frozen, resolved, plan, torch.device("cpu"))
     origins = {
         name: origins.get(name, "chosen" if getattr(config, name) != value else "default")
         for name, value in vars(resolved).items()
@@ -67,13 +73,16 @@ def prepare(
     return Prepared(run, plan, tuple(lines))
 
 
-def _rehearse(config: TrainConfig, card: Card, num_train: int) -> None:
-    """Build what every rank will build, so that a wrong value leaves no run folder behind."""
+def _rehearse(config: TrainConfig, card: Card, num_train: int) -> tuple[nn.Module, list[str]]:
+    """Build what every rank will build, so that a wrong value leaves no run folder behind.
+
+    Returns the model, and the names that are frozen.
+    """
     check_device(config.device)
     CompileChoice(config, None)
     repeats = augment_config(config).repeats
     EpochSampler(num_train, config.batch or 1, repeats=repeats)
-    build_model(config, card)
+    return build_model(config, card)[:2]
 
 
 def absolute_data(spec: str) -> str:
@@ -142,10 +151,12 @@ def _choose_plan(
 
 def _check_plan(plan: Plan, config: TrainConfig, env: RankEnv | None) -> None:
     """Refuse what a later version will do, and what this batch or these ranks cannot."""
-    if plan.tp > 1 or plan.pp > 1 or plan.mb:
-        raise PlanError(f"plan {plan}: tensor and pipeline parallel do not exist yet; use dp=N")
+    if plan.pp > 1 or plan.mb:
+        raise PlanError(f"plan {plan}: pipeline parallel does not exist yet; use dp=N and tp=N")
     if plan.dp_kind == "shard":
         raise PlanError(f"plan {plan}: sharded states do not exist yet; use dp={plan.dp}")
+    if plan.dp_kind == "central" and plan.tp > 1:
+        raise PlanError(f"plan {plan}: central updates know no tp; use dp={plan.dp},tp={plan.tp}")
     if plan.num_ranks > 1 and platform.system() != "Linux":
         raise PlanError(f"plan {plan}: {platform.system()} runs a single rank; use dp=1")
     if plan.dp > (config.batch or 1):

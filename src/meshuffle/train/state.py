@@ -20,9 +20,14 @@ from meshuffle.errors import ConfigError, RunError
 from meshuffle.models import create_model
 from meshuffle.parallel.batch_norm import synchronise_batch_norm
 from meshuffle.parallel.data_parallel import DataParallel, Mode, broadcast_from_main
+from meshuffle.parallel.draws import DrawState
+from meshuffle.parallel.keyed import key_dropout
+from meshuffle.parallel.module import Parallel
+from meshuffle.parallel.ranks import Ranks
 from meshuffle.planner.plan import Plan
 from meshuffle.train import checkpoint, optim, weights
 from meshuffle.train.config import TrainConfig, parse_knobs
+from meshuffle.train.place import Place, join_ranks, place_of, split_model
 from meshuffle.train.step import Step
 from meshuffle.train.task import Classify
 
@@ -89,6 +94,7 @@ class TrainState:
     step: Step
     group: dist.ProcessGroup
     plan: Plan
+    place: Place = field(default_factory=Place)
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -98,50 +104,85 @@ class TrainState:
 
     def unfreeze(self) -> None:
         """Train every parameter from now on; the optimiser keeps what it knows."""
-        known = checkpoint.optimizer_tensors(self.model, self.step.optimizer)
-        self.frozen = optim.freeze(self.model, "none")
-        self._rebuild_training()
-        checkpoint.load_optimizer(self.model, self.step.optimizer, known)
+        known = self.tensors()
+        self._train_everything()
+        self._load(known)
 
-    def _rebuild_training(self) -> None:
+    def _train_everything(self) -> None:
         self.step.parallel.close()
+        if self.step.ranks is None:
+            self.frozen = optim.freeze(self.model, "none")
+        else:  # the code of a split model depends on what is trained
+            self.frozen = []
+            model = new_model(self.config, self.card)
+            self._split(model, self.step.ranks)
         self.step.optimizer = optim.build_optimizer(self.model, self.config)
-        self.step.parallel = _data_parallel(self.model, self.group, self.plan)
+        self.step.parallel = _data_parallel(self.model, self.group, self.plan, self.step.ranks)
 
-    def save(self, folder: Path) -> None:
-        """Write the checkpoint and `weights/last.safetensors`; only for the main rank."""
+    def _split(self, model: nn.Module, ranks: Ranks) -> None:
+        """Replace this rank's part of the model, and of the average, by that of `model`."""
+        device = self.step.device
+        self.model = _own_part(model, self.frozen, self.config, self.plan, ranks, device)
+        self.step.model = self.step.forward = self.model
+        if self.average is not None:
+            self.average = optim.average(self.model, self.config.ema)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors of a checkpoint, whole; each rank of a replica calls it."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= checkpoint.optimizer_tensors(self.model, self.step.optimizer)
         if self.average is not None:
             tensors |= {f"ema.{k}": v for k, v in self.average.state_dict().items()}
-        meta = dataclasses.asdict(self.progress)
-        checkpoint.save_checkpoint(folder / "state", self.progress.step, tensors, meta)
-        self.save_weights(folder / "weights" / "last.safetensors", {})
+        return checkpoint.whole_tensors(self.model, tensors)
 
-    def save_weights(self, path: Path, metrics: Mapping[str, float]) -> None:
-        """Write the judged model's weights with their card."""
-        epoch = self.progress.epoch
-        card = dataclasses.replace(self.card, epoch=epoch, metrics=dict(metrics))
-        weights.save_weights(path, self.judged.state_dict(), card)
+    def save(self, folder: Path, *, write: bool) -> None:
+        """Write the checkpoint and `weights/last.safetensors`.
+
+        Args:
+            write: True on the main rank. The other ranks of its replica call this too.
+        """
+        tensors = self.tensors()
+        meta = dataclasses.asdict(self.progress)
+        if write:
+            checkpoint.save_checkpoint(folder / "state", self.progress.step, tensors, meta)
+        del tensors
+        self.save_weights(folder / "weights" / "last.safetensors", {}, write=write)
+
+    def save_weights(self, path: Path, metrics: Mapping[str, float], *, write: bool) -> None:
+        """Write the judged model's weights with their card; `write` as of `save`."""
+        judged = {f"model.{k}": v for k, v in self.judged.state_dict().items()}
+        tensors = _under(checkpoint.whole_tensors(self.model, judged), "model.")
+        card = dataclasses.replace(self.card, epoch=self.progress.epoch, metrics=dict(metrics))
+        if write:
+            weights.save_weights(path, tensors, card)
+
+    def judge(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load the weights of a plain model into the judged one."""
+        whole = {f"model.{k}": v for k, v in tensors.items()}
+        own = _under(checkpoint.own_tensors(self.model, whole), "model.")
+        self.judged.load_state_dict(own)
 
     def restore(self, folder: Path) -> None:
-        """Continue from the newest checkpoint of the run folder."""
+        """Continue from the newest checkpoint of the run folder, whatever plan wrote it."""
         tensors, meta = checkpoint.latest_checkpoint(folder / "state")
         known = {f.name for f in dataclasses.fields(Progress)}
         self.progress = Progress(**{k: v for k, v in meta.items() if k in known})
         if self.config.unfreeze_epoch and self.progress.epoch >= self.config.unfreeze_epoch - 1:
-            self.frozen = optim.freeze(self.model, "none")
-            self._rebuild_training()
+            self._train_everything()
         try:
-            self.model.load_state_dict(_under(tensors, "model."))
-            if self.average is not None:
-                self.average.load_state_dict(_under(tensors, "ema."))
+            self._load(tensors)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise RunError(
                 f"{folder}: its checkpoint does not fit the model of its config.toml; "
                 f"was that edited? ({reason})"
             ) from None
+
+    def _load(self, whole: Mapping[str, Tensor]) -> None:
+        tensors = checkpoint.own_tensors(self.model, whole)
+        self.model.load_state_dict(_under(tensors, "model."))
+        if self.average is not None:
+            self.average.load_state_dict(_under(tensors, "ema."))
         if self.step.parallel.updates_here:
             checkpoint.load_optimizer(self.model, self.step.optimizer, tensors)
 
@@ -186,9 +227,14 @@ def _inherited(config: TrainConfig, preprocess: Preprocess) -> Preprocess:
 
 def build_model(config: TrainConfig, card: weights.Card) -> tuple[nn.Module, list[str], list[str]]:
     """Return the model as training starts, the names that are frozen, and lines to tell."""
-    model = create_model(card.model, num_classes=len(card.classes), seed=config.seed, **card.knobs)
+    model = new_model(config, card)
     lines = _start_from(model, config.from_) if config.from_ else []
     return model, optim.freeze(model, config.freeze), lines
+
+
+def new_model(config: TrainConfig, card: weights.Card) -> nn.Module:
+    """Return the model with random weights, all of it to be trained."""
+    return create_model(card.model, num_classes=len(card.classes), seed=config.seed, **card.knobs)
 
 
 def build_state(
@@ -207,15 +253,22 @@ def build_state(
     model.to(device)
     if config.channels_last:
         _to_channels_last(model)
-    average = optim.average(model, config.ema) if config.ema else None
-    one_host = env.local_world >= env.world
-    synchronise_batch_norm(model, make_exchange(group, device, one_host))
     broadcast_from_main(model, group)
+    ranks = join_ranks(plan, env, device)
+    if ranks is not None:
+        model = _own_part(model, frozen, config, plan, ranks, device)
+    average = optim.average(model, config.ema) if config.ema else None
+    draw_state = DrawState() if ranks is None else ranks.draws
+    draw_state.to(device)
+    if ranks is None:
+        one_host = env.local_world >= env.world
+        synchronise_batch_norm(model, make_exchange(group, device, one_host))
+        key_dropout(model, draw_state)
     step = Step(
         model=model,
         forward=model,
         optimizer=optim.build_optimizer(model, config),
-        parallel=_data_parallel(model, group, plan),
+        parallel=_data_parallel(model, group, plan, ranks),
         task=Classify(len(card.classes), config.label_smoothing),
         preprocess=card.preprocess,
         augment=augment_config(config),
@@ -224,13 +277,36 @@ def build_state(
         channels_last=config.channels_last,
         num_micro_batches=config.accumulate,
         clip_norm=config.clip_norm or 0.0,
+        ranks=ranks,
+        draw_state=draw_state,
     )
-    return TrainState(config, card, model, average, frozen, step, group, plan), lines
+    state = TrainState(config, card, model, average, frozen, step, group, plan)
+    state.place = place_of(plan, env)
+    return state, lines
 
 
-def _data_parallel(model: nn.Module, group: dist.ProcessGroup, plan: Plan) -> DataParallel:
+def _own_part(
+    model: nn.Module,
+    frozen: list[str],
+    config: TrainConfig,
+    plan: Plan,
+    ranks: Ranks,
+    device: torch.device,
+) -> Parallel:
+    """Return this rank's part of a whole model."""
+    split = split_model(model, frozen, config, plan, device, ranks.tp_rank).bind(ranks)
+    if config.channels_last:
+        _to_channels_last(split)
+    return split
+
+
+def _data_parallel(
+    model: nn.Module, group: dist.ProcessGroup, plan: Plan, ranks: Ranks | None
+) -> DataParallel:
     mode: Mode = "central" if plan.dp_kind == "central" else "replicate"
-    return DataParallel(model, group, mode)
+    if ranks is None or not isinstance(model, Parallel):
+        return DataParallel(model, group, mode)
+    return DataParallel(model, ranks.dp, terms=model.partial, every=ranks.every)
 
 
 def _to_channels_last(model: nn.Module) -> None:

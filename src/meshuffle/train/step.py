@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from meshuffle.data import AugmentConfig, Batch, Preprocess, mix_batch, shard_bo
 from meshuffle.dist.device import Precision, autocast
 from meshuffle.dist.exchange import Exchange
 from meshuffle.parallel.data_parallel import DataParallel
+from meshuffle.parallel.draws import DrawState
+from meshuffle.parallel.ranks import Ranks
 from meshuffle.train.optim import clip_gradients
 from meshuffle.train.task import Classify
 
@@ -37,23 +39,38 @@ class Step:
     channels_last: bool = True
     num_micro_batches: int = 1
     clip_norm: float = 0.0
+    ranks: Ranks | None = None
+    """Of a model that is split within its layers."""
+    draw_state: DrawState | None = None
+    """What the model's random numbers depend on."""
 
-    def micro_batches(self, batch: Batch) -> list[Batch]:
-        """Cut this rank's batch by position; a broken image shortens its own micro-batch only."""
+    def micro_batches(self, batch: Batch, nominal: int | None = None) -> list[Batch]:
+        """Cut this rank's batch by position; a broken image shortens its own micro-batch only.
+
+        Args:
+            nominal: its samples before any has left; None counts those in `batch.skipped`.
+        """
         if self.num_micro_batches == 1:
             return [batch]
-        nominal = len(batch) + len(batch.skipped)
+        nominal = len(batch) + len(batch.skipped) if nominal is None else nominal
         unit = 2 if self.augment.mixes else 1
         bounds = shard_bounds(nominal, self.num_micro_batches, unit)
-        return [_select(batch, start, stop) for start, stop in bounds]
+        return [_between(batch, start, stop) for start, stop in bounds]
 
-    def run(self, micro_batches: list[Batch], counts: list[int], lr: float) -> Tensor:
+    def run(
+        self,
+        micro_batches: list[Batch],
+        counts: list[int],
+        lr: float,
+        draws: Sequence[tuple[int, int]] = (),
+    ) -> Tensor:
         """Do one step; returns [loss sum, correct, samples] of this rank, float64 (3,).
 
         Args:
             micro_batches: this rank's, possibly empty ones.
             counts: valid samples of each micro-batch over all ranks.
             lr: learning rate.
+            draws: of each micro-batch, its key and this rank's first sample; see `DrawState`.
         """
         total, sums = sum(counts), torch.zeros(3, dtype=self._sum_dtype, device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
@@ -61,6 +78,8 @@ class Step:
         for i in used:
             if i == used[-1]:
                 self.parallel.expect_last_backward()
+            if self.draw_state is not None and draws:
+                self.draw_state.set(*draws[i], len(micro_batches[i]))
             sums += self._forward_backward(micro_batches[i], total)
         if used:
             self.parallel.reduce_gradients()
@@ -71,7 +90,7 @@ class Step:
         if self.parallel.updates_here:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            clip_gradients(self.model, self.clip_norm)
+            clip_gradients(self.model, self.clip_norm, self.ranks)
             self.optimizer.step()
         self.parallel.share_update()
 
@@ -106,19 +125,32 @@ class Step:
         return torch.float32 if self.device.type == "mps" else torch.float64
 
 
-def _select(batch: Batch, start: int, stop: int) -> Batch:
+def _between(batch: Batch, start: int, stop: int) -> Batch:
     """Return the samples whose position is in start … stop − 1, their positions from 0 on."""
-    inside = (batch.positions >= start) & (batch.positions < stop)
+    part = select(batch, (batch.positions >= start) & (batch.positions < stop))
+    part.positions, part.skipped = part.positions - start, []
+    return part
+
+
+def select(batch: Batch, kept: Tensor) -> Batch:
+    """Return the samples for which the mask `kept` is True."""
     return Batch(
-        images=batch.images[inside],
-        labels=batch.labels[inside],
-        indices=batch.indices[inside],
-        draws=batch.draws[inside],
-        positions=batch.positions[inside] - start,
-        skipped=[],
+        images=batch.images[kept],
+        labels=batch.labels[kept],
+        indices=batch.indices[kept],
+        draws=batch.draws[kept],
+        positions=batch.positions[kept],
+        skipped=batch.skipped,
     )
 
 
 def sum_over_ranks(values: list[float], control: Exchange) -> list[float]:
     """Return the element-wise sums of small host values over all ranks."""
     return control.all_sum(torch.tensor(values, dtype=torch.float64)).tolist()
+
+
+def gather_over_ranks(values: list[float], control: Exchange) -> list[list[float]]:
+    """Return small host values of every rank, in the order of the ranks."""
+    if control.world == 1:
+        return [values]
+    return control.all_gather(torch.tensor(values, dtype=torch.float64)).tolist()

@@ -26,8 +26,9 @@ class Classify:
 
         `targets`: labels int64 (N,), or soft labels (N, C) after mixup or cutmix.
         """
+        logits_NC = logits_NC if logits_NC.dtype == torch.float64 else logits_NC.float()
         return F.cross_entropy(
-            logits_NC.float(), targets, reduction="sum", label_smoothing=self.label_smoothing
+            logits_NC, targets, reduction="sum", label_smoothing=self.label_smoothing
         )
 
     @staticmethod

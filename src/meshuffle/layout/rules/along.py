@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from meshuffle.layout.call import Call, Choice, Emitter, rule, splits
 from meshuffle.layout.layout import Layout, Partial, Replicate, Samples, Shard, Split, Varying
+from meshuffle.layout.rules.pointwise import pointwise
 
 aten = torch.ops.aten
 Arriving = Sequence[Sequence[Layout]]
@@ -72,7 +73,8 @@ _REDUCING = (
 @rule(*_REDUCING)
 def reduce(call: Call, wanted: Sequence[Any], arriving: Arriving) -> Iterator[Choice]:
     """Split a dim that stays; of a sum or a mean also one that goes: each rank has a term."""
-    if len(call.inputs) != 1:
+    if "other" in call.given:  # the larger of two tensors
+        yield from pointwise(call, wanted, arriving)
         return
     (x,) = call.inputs
     num = len(call.shape(x))

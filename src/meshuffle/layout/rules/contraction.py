@@ -63,7 +63,8 @@ def _ways(
             if text.index(label) == layout.dim:
                 found.append(layout.on(0))
         if call.program.samples_dim(node) == text.index(label):
-            yield Samples(0)
+            if call.has_samples:
+                yield Samples(0)
             return
     sizes = {call.shape(node)[text.index(label)] for node, text in holders}
     size = max(sizes)
@@ -155,15 +156,16 @@ def einsum(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iterator
 def attention(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iterator[Choice]:
     """q (…, L, E), k (…, S, E), v (…, S, F): samples, heads, or queries."""
     q, k, v, mask = call["query"], call["key"], call["value"], call["attn_mask"]
-    if call["enable_gqa"] or call["dropout_p"]:
+    if call["enable_gqa"]:
         return
     lead = string.ascii_lowercase[: len(call.out) - 2]
-    spelt = {q: "LE", k: "SE", v: "SF", mask: "LS"}
-    nodes = [node for node in (q, k, v, mask) if node is not None]
-    operands = [(n, lead[len(lead) + 2 - len(call.shape(n)) :] + spelt[n]) for n in nodes]
-    if len({id(n) for n in nodes}) < len(nodes):
-        return
-    fixed = "SE" + ("L" if call["is_causal"] else "")
+    spelt = [(q, "LE"), (k, "SE"), (v, "SF"), (mask, "LS")]
+    operands = [
+        (node, lead[len(lead) + 2 - len(call.shape(node)) :] + text)
+        for node, text in spelt
+        if node is not None
+    ]
+    fixed = "SE" + ("L" if call["is_causal"] else "") + ("F" if call["dropout_p"] else "")
     product = Product(operands, lead + "LF", [], fixed=fixed, channels=lead + "F")
     yield from choices(call, product, wanted, arriving)
 

@@ -25,6 +25,8 @@ Arriving = Sequence[Sequence[Layout]]
 def reshape(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iterator[Choice]:
     """The parts of the ranks must be blocks of one dim, before and after."""
     (x, *_) = call.inputs
+    if call.node.target == aten.view.dtype:
+        return
     before, after = call.shape(x), call.out
     back = [
         _as_layout(call, x, found)
@@ -35,7 +37,7 @@ def reshape(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iterato
         for found in reshaped(_as_shard(call, x, layout), before, after):
             result = _as_layout(call, call.node, found)
             if result is not None and isinstance(result, Samples) == isinstance(layout, Samples):
-                yield Choice(call.lie({x: layout}, layout), result, result, local=_to_sizes)
+                yield Choice(call.lie({x: layout}, result), result, result, local=_to_sizes)
 
 
 def _to_sizes(emit: Emitter) -> Node:
@@ -92,7 +94,8 @@ def expand(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iterator
 
 
 def _expand(emit: Emitter) -> Node:
-    return emit.call(aten.expand.default, emit.given["self"], emit.sizes())
+    # Its −1 would keep the size 1 of what is spread over the batch.
+    return emit.call(aten.expand.default, emit.given["self"], emit.sizes(exact=True))
 
 
 @rule(reorder)
@@ -237,10 +240,10 @@ def slice_rule(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iter
     for layout in splits([*wanted, *arriving[0], call.samples(x)]):
         if layout.dim != dim or size == call.out[dim]:
             yield Choice((layout,), layout, layout)
-    if not isinstance(call["start"], int | None) or call.node.target != aten.slice.Tensor:
+    bounds = [call.given.get(name) for name in ("start", "end", "step")]
+    if call.node.target != aten.slice.Tensor or not all(isinstance(b, int | None) for b in bounds):
         return
-    start, stop, step = slice(call["start"], call["end"], call["step"]).indices(size)
-    kept = range(start, stop, step)
+    kept = range(size)[slice(*bounds)]
     back = [_completed(owners, kept, size) for owners in _owners_along(wanted, dim)]
     for owners in dict.fromkeys([*back, *_owners_along(arriving[0], dim)]):
         place = {i: j for j, i in enumerate(kept)}

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from meshuffle.layout.call import Call, Choice, broadcast, raised, rule, splits, unique
-from meshuffle.layout.layout import Layout, Partial, Replicate
+from meshuffle.layout.layout import Layout, Partial, Replicate, Varying
 
 aten = torch.ops.aten
 
@@ -15,7 +15,7 @@ POINTWISE = (
     *(aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.neg, aten.abs, aten.pow, aten.sqrt),
     *(aten.rsqrt, aten.reciprocal, aten.exp, aten.log, aten.log1p, aten.expm1, aten.sin, aten.cos),
     *(aten.tanh, aten.sigmoid, aten.erf, aten.relu, aten.relu6, aten.leaky_relu, aten.elu),
-    *(aten.prelu, aten.silu, aten.gelu, aten.mish, aten.selu, aten.celu, aten.softplus),
+    *(aten.silu, aten.gelu, aten.mish, aten.selu, aten.celu, aten.softplus),
     *(aten.hardtanh, aten.hardswish, aten.hardsigmoid, aten.hardshrink, aten.threshold),
     *(aten.log_sigmoid, aten.rrelu, aten.square, aten.sign),
     *(aten.clamp, aten.clamp_min, aten.clamp_max, aten.minimum, aten.maximum, aten.where),
@@ -25,8 +25,8 @@ POINTWISE = (
     *(aten.to, aten._to_copy, aten.type_as, aten.addcmul, aten.addcdiv, aten.lerp),
     *(aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.fill, aten.zero),
     *(aten.dropout, aten.feature_dropout, aten.bernoulli, aten.isnan, aten.isfinite, aten.atan2),
-    *(aten.nan_to_num, aten.copy, aten.div_, aten.softshrink, aten.hypot, aten.__and__),
-    *(aten.__or__, aten.__xor__, aten.pad_sequence, aten.detach, aten.alias, aten.clone),
+    *(aten.nan_to_num, aten.copy, aten.softshrink, aten.hypot, aten.__and__),
+    *(aten.__or__, aten.__xor__, aten.detach, aten.alias, aten.clone),
     *(aten.contiguous, aten.lift_fresh_copy, aten.true_divide, aten.tan, aten.atan, aten.acos),
 )
 
@@ -44,6 +44,22 @@ def pointwise(
     for layout in splits(unique([*wanted, *found, call.samples()])):
         inputs = tuple(broadcast(layout, call.out, call.shape(node)) for node in call.inputs)
         yield Choice(inputs, layout, layout)
+
+
+@rule(aten.prelu)
+def prelu(
+    call: Call, wanted: Sequence[Layout], arriving: Sequence[Sequence[Layout]]
+) -> Iterator[Choice]:
+    """input (N, C, …), weight (C) or (1): it spreads over the others, and lies as dim 1."""
+    x, weight = call["self"], call["weight"]
+    arrived = arriving[call.inputs.index(x)]
+    for layout in splits([*wanted, *arrived, call.samples()]):
+        along = layout.dim == 1 and call.shape(weight) != (1,)
+        yield Choice(
+            call.lie({x: layout, weight: layout.on(0) if along else None}, Varying()),
+            layout,
+            layout,
+        )
 
 
 @rule(aten.add, aten.sub)

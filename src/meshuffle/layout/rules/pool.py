@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -92,25 +93,28 @@ class _Rows:
     *(aten.upsample_nearest2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d),
     *(aten.upsample_nearest1d, aten.upsample_linear1d, aten.upsample_nearest3d),
 )
-def adaptive(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iterator[Choice]:
+def adaptive(call: Call, wanted: Sequence[Any], arriving: Arriving) -> Iterator[Choice]:
     """Samples and channels; space where every output has windows of its own, or there is one."""
-    x = call.inputs[0]
-    if not hasattr(call.node.meta["val"], "shape"):
-        return
-    for layout in splits([*wanted, *arriving[0], call.samples(x)]):
-        if layout.dim < 2 or call.shape(x)[layout.dim] == call.out[layout.dim] == 1:
-            yield Choice((layout,), layout, layout)
+    (x,) = call.inputs
     packet = str(call.node.target)
+    lead = len(call.shape(x)) - int(packet[packet.index("d.") - 1])  # 1 without a batch
+    several = not hasattr(call.node.meta["val"], "shape")  # values and where they are
+    flat = [layout for want in wanted for layout in (want if several else [want])]
+    for layout in splits([*flat, *arriving[0], call.samples(x)]):
+        if layout.dim < lead:
+            yield Choice((layout,), (layout,) * 2 if several else layout, layout)
+    if several:
+        return
     for layout in splits(arriving[0] if "adaptive_avg" in packet else []):
-        if layout.dim < 2 or not isinstance(layout, Shard):
-            continue
-        if call.out[layout.dim] == 1:
+        if layout.dim >= lead and isinstance(layout, Shard) and call.out[layout.dim] == 1:
             yield Choice((layout,), Partial(), layout, local=_Term(layout))
-    for dim in range(2, len(call.out)) if "adaptive" in packet else ():
-        yield from _uniform(call, x, dim, wanted)
+    for dim in range(lead, len(call.out)) if "adaptive" in packet else ():
+        yield from _uniform(call, x, dim, lead, wanted)
 
 
-def _uniform(call: Call, x: Node, dim: int, wanted: Sequence[Layout]) -> Iterator[Choice]:
+def _uniform(
+    call: Call, x: Node, dim: int, lead: int, wanted: Sequence[Layout]
+) -> Iterator[Choice]:
     """Yield choices along a dim whose windows have one size and do not overlap."""
     width, rest = divmod(call.shape(x)[dim], call.out[dim])
     if rest:
@@ -119,7 +123,8 @@ def _uniform(call: Call, x: Node, dim: int, wanted: Sequence[Layout]) -> Iterato
         if isinstance(layout, Shard) and layout.dim == dim and is_contiguous(layout):
             needed = window(layout, Kernel(call.shape(x)[dim], width, width))
             assert needed is not None
-            yield Choice((needed[0],), layout, layout, local=_Own(layout, list(call.out[2:])))
+            local = _Own(layout, lead, call.out[lead:])
+            yield Choice((needed[0],), layout, layout, local=local)
 
 
 class _Term:
@@ -135,10 +140,10 @@ class _Term:
 class _Own:
     """Pools to a rank's number of outputs."""
 
-    def __init__(self, layout: Shard, outs: list[int]) -> None:
-        self.layout, self.outs = layout, outs
+    def __init__(self, layout: Shard, lead: int, outs: Sequence[int]) -> None:
+        self.layout, self.lead, self.outs = layout, lead, outs
 
     def __call__(self, emit: Emitter) -> Node:
         outs = list(self.outs)
-        outs[self.layout.dim - 2] = len(self.layout.owners[emit.rank])
+        outs[self.layout.dim - self.lead] = len(self.layout.owners[emit.rank])
         return emit.again(output_size=outs)

@@ -1,0 +1,270 @@
+"""Every torchvision classifier under five plans: does it compute what one device computes?
+
+    python benchmarks/verify_zoo.py [NAME…] [--plan tp=2:channel] [--again]
+
+Writes results/verify_zoo.csv, a row per model and plan, as they come; rows that passed are not run
+again, unless --again is given. Inputs are small and the check is that of DESIGN section 4.1 in
+float64. The share of FLOPs that runs split, the busiest rank's FLOPs over the mean, and the
+parameters that a rank keeps are of the model's native input, where nothing needs to be computed.
+
+Ranks are forks of this process, which has captured the model already: on two cores that halves the
+time. Transformers of a fixed input are built for a smaller one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import os
+import pickle
+import signal
+import socket
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch.nn import Parameter
+
+import small_vit
+from meshuffle.dist.device import num_cores
+from meshuffle.errors import MeshuffleError, RankFailed, in_words
+from meshuffle.graph import Graph, capture
+from meshuffle.layout import assign
+from meshuffle.models import create_model
+from meshuffle.parallel import module as parallel_module
+from meshuffle.parallel.lower import lower
+from meshuffle.planner.plan import parse_plan
+from meshuffle.verify import api, reference
+from meshuffle.verify.api import verify
+from meshuffle.verify.job import build_model, make_inputs
+from meshuffle.verify.rank import Run, work_through
+from meshuffle.verify.trace import trace
+
+PLANS = ("tp=2:channel", "tp=2:spatial", "tp=2:batch", "tp=3:channel", "dp=2,tp=2")
+BATCH, SMALL = 4, 64
+NATIVE = {"inception_v3": 299, "vit_h_14": 224}
+FIXED = ("maxvit",)  # its windows need 224
+RESULTS = Path(__file__).parents[1] / "results" / "verify_zoo.csv"
+COLUMNS = (
+    *("model", "plan", "input", "passed", "worst_relative_error", "worst_tensor"),
+    *("num_floor_tensors", "sent_bytes_predicted", "sent_bytes_measured", "first_diverging"),
+    *("sharded_flops", "busiest_over_mean", "parameters_on_a_rank", "native_input"),
+    *("seconds", "torch", "torchvision", "error"),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--plan", action="append")
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--at-once", type=int, default=6, help="models per launch of ranks")
+    options = parser.parse_args()
+    names = options.names or by_size()
+    rows = read_rows()
+    wanted = [(name, plan) for name in names for plan in options.plan or PLANS]
+    if not options.again:
+        wanted = [key for key in wanted if rows.get(key, {}).get("passed") != "True"]
+    todo = list(dict.fromkeys(name for name, _ in wanted))
+    for first in range(0, len(todo), options.at_once):
+        some = todo[first : first + options.at_once]
+        cases = [key for key in wanted if key[0] in some]
+        for row in check(cases):
+            rows[row["model"], row["plan"]] = row
+            told = "passed" if row["passed"] else f"FAILED {row['error'] or row['first_diverging']}"
+            print(f"{row['model']:<20} {row['plan']:<14} {told}", flush=True)
+        write_rows(rows.values())
+        _captured.clear()
+    passed = [str(row["passed"]) == "True" for row in rows.values()]
+    print(f"{sum(passed)} of {len(passed)} passed; {RESULTS.name} has them")
+    return int(not all(passed))
+
+
+def fork_ranks(_: str, arguments: Sequence[str], num_ranks: int, **__: Any) -> None:
+    """Do what `dist.launch.torchrun` does for verify, in forks of this process."""
+    folder, work = Path(arguments[0]), {"check": Run.check, "trace": trace}[arguments[1]]
+    children = []
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    for rank in range(num_ranks):
+        child = os.fork()
+        if child == 0:
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+            try:
+                torch.set_num_threads(1)
+                work_through(folder, work)
+            except BaseException as error:  # noqa: BLE001  # the parent reads it
+                (folder / f"failed.{rank}").write_text(in_words(error))
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    left = set(children)
+    while left:
+        child, status = os.wait()
+        left.discard(child)
+        if status:
+            time.sleep(2)  # for the others' own words
+            for other in left:
+                os.kill(other, signal.SIGKILL)
+    told = sorted(folder.glob("failed.*"))
+    if told:
+        raise RankFailed(told[0].read_text())
+
+
+_captured: dict[Any, Graph] = {}
+
+
+def capture_once(model: torch.nn.Module, example: Any, *, train: bool = True) -> Graph:
+    """Capture, or return what was captured of the same model: its graph has any batch."""
+    inputs = [example] if isinstance(example, torch.Tensor) else list(example)
+    sizes = tuple((name, tuple(p.shape), p.dtype) for name, p in model.named_parameters())
+    key = (train, hash(sizes), tuple(tuple(x.shape[1:]) for x in inputs))
+    if key not in _captured:
+        _captured[key] = capture(model, example, train=train)
+    return _captured[key]
+
+
+def in_fork(function: Any) -> Any:
+    """Return `function` so that a fork computes it: behind a backward pass none can be forked."""
+
+    def run(*arguments: Any) -> Any:
+        with tempfile.NamedTemporaryFile() as file:
+            child = os.fork()
+            if child == 0:
+                try:
+                    torch.set_num_threads(num_cores())
+                    result: Any = function(*arguments)
+                except BaseException as error:  # noqa: BLE001  # raised again by the parent
+                    result = error
+                Path(file.name).write_bytes(pickle.dumps(result))
+                os._exit(0)
+            os.waitpid(child, 0)
+            result = pickle.loads(Path(file.name).read_bytes())
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    return run
+
+
+def make_reference(job: Any, path: Path) -> Any:
+    model = build_model(job, job.torch_dtype)
+    capture_once(model, make_inputs(job, model, job.torch_dtype))  # here, for the ranks
+    del model
+    return in_fork(reference.make_reference)(job, path)
+
+
+api.torchrun = fork_ranks
+api.make_reference = make_reference
+api.own_difference = in_fork(reference.own_difference)
+api.make_trace = in_fork(api.make_trace)
+reference.capture = capture_once
+parallel_module.capture = capture_once
+
+
+def by_size() -> list[str]:
+    """Return all classifiers, those with the fewest parameters first."""
+    names = torchvision.models.list_models(module=torchvision.models)
+    sizes = {
+        name: torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"]
+        for name in names
+    }
+    return sorted(names, key=sizes.__getitem__)
+
+
+def small_input(name: str) -> int:
+    if name in small_vit.SIZE:
+        return small_vit.SIZE[name]
+    return 224 if name.startswith(FIXED) else 96 if name == "inception_v3" else SMALL
+
+
+def model_name(name: str) -> str:
+    return f"small_vit:{name}" if name in small_vit.SIZE else f"torchvision:{name}"
+
+
+def check(cases: Sequence[tuple[str, str]]) -> Iterable[dict[str, Any]]:
+    """Verify some cases in as few launches as there are numbers of ranks; yield their rows."""
+    inputs = {name: f"3x{small_input(name)}x{small_input(name)}" for name, _ in cases}
+    verdicts = verify(
+        [(model_name(name), plan, inputs[name]) for name, plan in cases],
+        dtype="float64",
+        batch=BATCH,
+        timeout_s=600,
+    )
+    graphs: dict[str, Graph] = {}
+    for (name, plan), verdict in zip(cases, verdicts, strict=True):
+        if name not in graphs:
+            graphs.clear()
+            gc.collect()
+            graphs[name] = native_graph(name)
+        values = verdict.to_dict()
+        row = {"model": name, "input": inputs[name], **native_facts(graphs[name], plan)}
+        row |= {key: values[key] for key in COLUMNS if key in values and key not in row}
+        row |= {"torch": torch.__version__, "torchvision": torchvision.__version__}
+        yield row | {"plan": plan, "seconds": round(verdict.seconds, 1)}
+
+
+def native_graph(name: str) -> Graph:
+    size = NATIVE.get(name, 224)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = create_model(f"torchvision:{name}").train()
+        return capture(model.to("meta"), torch.empty(BATCH, 3, size, size, device="meta"))
+
+
+def native_facts(graph: Graph, text: str) -> dict[str, Any]:
+    """Return what a plan splits at the native input; lowering is pure and needs no ranks."""
+    plan = parse_plan(text)
+    size = graph.shape(next(graph.inputs()))[-1]
+    try:
+        assignment = assign(graph, plan.tp, batch=BATCH // plan.dp, prefer=plan.tp_kind)
+    except MeshuffleError as error:
+        return {"native_input": size, "error": str(error)}
+    stored = lower(assignment, 0).stored
+    whole = {n: p.numel() for n, p in graph.program.state_dict.items() if isinstance(p, Parameter)}
+    largest = max(
+        sum(
+            count * len(stored[name].owners[rank]) / stored[name].size if name in stored else count
+            for name, count in whole.items()
+        )
+        for rank in range(plan.tp)
+    )
+    return {
+        "native_input": size,
+        "sharded_flops": round(assignment.sharded_fraction(), 4),
+        "busiest_over_mean": round(assignment.imbalance(), 4),
+        "parameters_on_a_rank": round(largest / sum(whole.values()), 4),
+    }
+
+
+def read_rows() -> dict[tuple[str, str], dict[str, Any]]:
+    if not RESULTS.exists():
+        return {}
+    with RESULTS.open(newline="") as file:
+        return {(row["model"], row["plan"]): dict(row) for row in csv.DictReader(file)}
+
+
+def write_rows(rows: Iterable[dict[str, Any]]) -> None:
+    order = {plan: i for i, plan in enumerate(PLANS)}
+    temporary = RESULTS.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=lambda row: (row["model"], order.get(row["plan"], 9))))
+    temporary.replace(RESULTS)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # what is to be forked must not have started threads
+    began = time.perf_counter()
+    code = main()
+    print(f"{time.perf_counter() - began:.0f} s")
+    raise SystemExit(code)

@@ -1,0 +1,90 @@
+"""`meshuffle verify`: does a parallel run compute what one device computes?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import App, Parameter
+
+from meshuffle.cli import Answer
+from meshuffle.cli.options import Debug, Json
+from meshuffle.errors import MeshuffleError
+
+if TYPE_CHECKING:
+    from meshuffle.verify.api import Verdict
+
+
+def register(app: App) -> None:
+    """Add the verb to `app`."""
+    app.command(verify)
+
+
+def verify(
+    *,
+    model: Annotated[
+        str, Parameter(help="One of ours, torchvision:NAME, package.module:function.")
+    ],
+    plan: Annotated[str, Parameter(help="For example tp=2, tp=2:channel or dp=2,tp=2.")],
+    input: Annotated[
+        str, Parameter(help="One sample: 3x64x64 an image, 16000 a waveform, 128:int tokens.")
+    ] = "3x64x64",
+    batch: Annotated[int, Parameter(help="Samples of a step, over all ranks.")] = 8,
+    dtype: Literal["float64", "float32"] = "float64",
+    seed: Annotated[int, Parameter(help="Of weights, inputs and random masks.")] = 0,
+    json: Json = False,
+    debug: Debug = False,
+) -> Answer:
+    """Train three steps under a plan and on one device, and compare every tensor."""
+    from meshuffle.verify.api import verify as run_verification
+
+    (verdict,) = run_verification([(model, plan, input)], dtype=dtype, batch=batch, seed=seed)
+    if verdict.error is not None:
+        error = MeshuffleError(verdict.error)
+        error.exit_code = verdict.exit_code
+        raise error
+    text = "" if json else _text(verdict)
+    return Answer(verdict.to_dict(), text, exit_code=verdict.exit_code)
+
+
+def _text(verdict: Verdict) -> str:
+    """Return the summary, the worst tensors, and the ops that are not split."""
+    sent, measured = verdict.sent_bytes_predicted or 0, verdict.sent_bytes_measured or 0
+    lines = [
+        f"{'equal' if verdict.passed else 'NOT EQUAL'}: {verdict.model} under {verdict.plan} "
+        f"and on one device, {verdict.dtype}",
+        f"{verdict.sharded_flops_fraction or 0:.1%} of FLOPs in split ops; the busiest rank has "
+        f"{verdict.busiest_over_mean:.2f} of the mean, and "
+        f"{verdict.parameter_bytes_fraction or 0:.1%} of the parameters",
+        f"sent by all ranks in a forward and backward: {measured:,} bytes, predicted {sent:,}",
+        f"{verdict.num_floor_tensors} tensors judged by the floor or the reference's own noise",
+    ]
+    if verdict.median_ratio is not None:
+        lines.append(
+            f"error over that of one device: median {verdict.median_ratio:.2f}, "
+            f"worst {verdict.worst_ratio:.2f}"
+        )
+    if verdict.first_diverging:
+        lines.append(f"first differs at {verdict.first_diverging}")
+    lines.append(_worst_table(verdict))
+    if verdict.whole_ops:
+        lines.append(f"{verdict.num_whole_ops} ops run whole on every rank:")
+        lines += [f"  {share:.1%} {op} in {module}" for module, op, share in verdict.whole_ops]
+    return "\n".join(lines)
+
+
+def _worst_table(verdict: Verdict) -> str:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE)
+    table.add_column("worst tensors", overflow="fold")
+    table.add_column("relative error", justify="right")
+    table.add_column("")
+    for name, error in verdict.worst_tensors:
+        failed = "failed" if name in verdict.failed_tensors else ""
+        table.add_row(name, f"{error:.1e}", failed)
+    console = Console()
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get().strip("\n")

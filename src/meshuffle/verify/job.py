@@ -1,0 +1,195 @@
+"""One check: its model, inputs and loss, made alike in the reference and on every rank.
+
+All of it follows from plain data: weights and inputs are drawn in float32 by the seed and then
+cast, so that every dtype sees the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from meshuffle.data.sampler import shard_bounds
+from meshuffle.errors import ConfigError, ModelError, PlanError
+from meshuffle.models import create_model
+from meshuffle.planner.plan import Plan, parse_plan
+
+Model = str | Callable[[], nn.Module]
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+NUM_STEPS, MOMENTUM, RELATIVE_STEP = 3, 0.9, 0.01
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be checked.
+
+    Attributes:
+        model: a name that `create_model` takes.
+        plan: a plan text.
+        input: sizes of one sample: `3x64x64`, `16000`, `128:int`; several with commas between.
+        batch: samples of a step, over all replicas.
+        dtype: `float64` or `float32`.
+        seed: of weights, inputs, labels and random masks.
+    """
+
+    model: str
+    plan: str
+    input: str
+    batch: int
+    dtype: str
+    seed: int
+
+    @property
+    def reference_key(self) -> tuple[Any, ...]:
+        """What the reference depends on: all but the plan."""
+        return (self.model, self.input, self.batch, self.dtype, self.seed)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of the parallel run."""
+        return DTYPES[self.dtype]
+
+
+def checked_plan(job: Job) -> Plan:
+    """Return the plan of `job`.
+
+    Raises:
+        PlanError: it does not parse, has parts that cannot be verified, or does not fit the batch.
+    """
+    plan = parse_plan(job.plan)
+    if plan.pp > 1 or (plan.mb or 1) > 1:
+        raise PlanError(f"plan '{job.plan}': verify checks dp and tp; pp and mb are not there yet")
+    if plan.dp_kind:
+        raise PlanError(f"plan '{job.plan}': verify checks dp=N without ':{plan.dp_kind}'")
+    least = job.batch // plan.dp
+    if least < 2:
+        raise PlanError(
+            f"plan '{job.plan}': a batch of {job.batch} leaves a replica {least} samples; each of "
+            f"the {plan.dp} needs 2 (--batch {2 * plan.dp})"
+        )
+    if plan.tp_kind == "batch" and least < plan.tp:
+        raise PlanError(
+            f"plan '{job.plan}': {least} samples of a replica cannot be split over {plan.tp} ranks "
+            f"(--batch {plan.dp * plan.tp})"
+        )
+    return plan
+
+
+def name_of(model: Model) -> str:
+    """Return the name by which ranks make `model`.
+
+    Raises:
+        ModelError: a function that cannot be imported by its name.
+    """
+    if isinstance(model, str):
+        return model
+    name = getattr(model, "__qualname__", repr(model))
+    if not name.isidentifier():
+        raise ModelError(f"ranks cannot import {name}; define the factory at a module's top level")
+    return f"{model.__module__}:{name}"
+
+
+def build_model(job: Job, dtype: torch.dtype) -> nn.Module:
+    """Return the model in train mode, with the weights of the seed."""
+    model = create_model(job.model, seed=job.seed).train()
+    return model.double() if dtype == torch.float64 else model.float()
+
+
+def make_inputs(job: Job, model: nn.Module, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return the whole batch: normal random numbers, or token ids below the vocabulary.
+
+    Raises:
+        ConfigError: the text cannot be read.
+        ModelError: token ids for a model that has no vocabulary.
+    """
+    draws = torch.Generator().manual_seed(job.seed + 1)
+    return tuple(_input(text, job.batch, model, dtype, draws) for text in job.input.split(","))
+
+
+def _input(
+    text: str, batch: int, model: nn.Module, dtype: torch.dtype, draws: torch.Generator
+) -> Tensor:
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*(:int)?", text):
+        raise ConfigError(
+            f"input '{text}': write 3x64x64 for an image, 16000 for a waveform, 128:int for tokens"
+        )
+    sizes, is_int, _ = text.partition(":int")
+    shape = (batch, *map(int, sizes.split("x")))
+    if is_int:
+        return torch.randint(_vocabulary(model), shape, generator=draws)
+    return torch.randn(shape, generator=draws).to(dtype)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    config = getattr(model, "config", None)
+    known = getattr(config, "vocab_size", None)
+    tables = (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
+    size = known if isinstance(known, int) else next(tables, None)
+    if size is None:
+        raise ModelError("token ids are asked for, but the model has no nn.Embedding; see --input")
+    return size
+
+
+def samples_of(job: Job, plan: Plan, replica: int) -> Tensor:
+    """Return the indices of a replica's samples in the whole batch, consecutive."""
+    return torch.arange(*shard_bounds(job.batch, plan.dp)[replica])
+
+
+def tensors_of(outputs: Any) -> list[Tensor]:
+    """Return the tensors that a model returned, in order."""
+    return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
+
+
+def rows_of(whole: Tensor, dim: int | None, samples: Tensor, batch: int) -> Tensor:
+    """Return the rows that belong to some samples; all of it where `dim` is None.
+
+    Args:
+        whole: with `batch` samples along `dim`, each of one or several consecutive rows.
+        samples: indices.
+    """
+    if dim is None:
+        return whole
+    rows = whole.shape[dim] // batch
+    index = (samples[:, None] * rows + torch.arange(rows)).flatten()
+    return whole.index_select(dim, index)
+
+
+def loss_of(
+    outputs: Sequence[Tensor], dims: Sequence[int | None], samples: Tensor, job: Job
+) -> Tensor:
+    """Return these samples' part of the loss, which is a mean over the whole batch.
+
+    Cross-entropy on random labels where the model returns one (N, classes), otherwise a random
+    projection of every floating output.
+
+    Args:
+        outputs: for `samples`.
+        dims: of each output, the dim that holds the batch.
+        samples: indices in the whole batch.
+    """
+    draws = torch.Generator().manual_seed(job.seed + 2)
+    floating = [(x, dim) for x, dim in zip(outputs, dims, strict=True) if x.is_floating_point()]
+    if not floating:
+        raise ModelError("the model returns no floating tensor, so there is nothing to train")
+    if len(outputs) == 1 and outputs[0].ndim == 2 and dims[0] == 0 and outputs[0].shape[1] > 1:
+        labels = torch.randint(outputs[0].shape[1], (job.batch,), generator=draws)
+        if len(outputs[0]) == len(samples):
+            return F.cross_entropy(outputs[0], labels[samples], reduction="sum") / job.batch
+    total = outputs[0].new_zeros(())
+    for x, dim in floating:
+        shape = list(x.shape)
+        if dim is not None:
+            shape[dim] = shape[dim] // len(samples) * job.batch
+        factors = torch.randn(shape, generator=draws).to(x.dtype)
+        weight = len(samples) / job.batch if dim is None else 1.0
+        projected = (x * rows_of(factors, dim, samples, job.batch)).sum()
+        total = total + weight * projected / math.sqrt(math.prod(shape) * job.batch)
+    return total

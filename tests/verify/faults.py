@@ -1,0 +1,178 @@
+"""Ranks that break one thing per case: `python -m tests.verify.faults FOLDER WORK`.
+
+The model of a case is `tests.verify.faults:NAME`; its name says which fault. Each fault leaves a
+file in the folder MESHUFFLE_TEST_FIRED when it changes something.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from torch import Tensor
+
+from meshuffle.dist import collectives
+from meshuffle.layout.layout import Window
+from meshuffle.parallel import batch_norm, gradients, moves
+from meshuffle.parallel.draws import Draw
+from meshuffle.verify import rank, trace
+from meshuffle.verify.__main__ import main
+from meshuffle.verify.job import Job
+from tests.verify import models
+
+Patches = list[Any]
+CASES = {
+    "skip_an_all_reduce": (models.tokens, "tp=2:channel", "6:int"),
+    "skip_an_all_reduce_backward": (models.tokens, "tp=2:channel", "6:int"),
+    "mean_for_sum": (models.wide, "tp=2:channel", "3x16x16"),
+    "drop_a_shuffle": (models.wide, "tp=2:channel", "3x16x16"),
+    "forget_a_halo_row": (models.net, "tp=2:spatial", "3x16x16"),
+    "stale_buffer": (models.net, "tp=2:batch", "3x16x16"),
+    "double_count_of_the_last_batch": (models.net, "dp=2", "3x16x16"),
+    "one_ranks_mask": (models.net, "tp=2:batch", "3x16x16"),
+    "skip_the_gradients": (models.net, "dp=2", "3x16x16"),
+    "a_rank_raises": (models.wide, "tp=2:channel", "3x16x16"),
+    "a_rank_does_not_come": (models.wide, "tp=2:channel", "3x16x16"),
+    "nothing": (models.wide, "tp=2:channel", "3x16x16"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in CASES:
+        return CASES[name][0]
+    raise AttributeError(name)
+
+
+class Fault:
+    """Ways to break a rank; `fired` is called where something really changes."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.rank = name, int(os.environ["RANK"])
+
+    def fired(self) -> None:
+        (Path(os.environ["MESHUFFLE_TEST_FIRED"]) / self.name).touch()
+
+    def patches(self) -> Patches:
+        return getattr(self, self.name)()
+
+    def _all_reduce(self, change: Callable[[Tensor, Tensor], Tensor], function: str) -> Patches:
+        whole, owner = collectives.all_reduce, getattr(collectives, function)
+
+        def changed(x: Tensor, group: Any) -> Tensor:
+            self.fired()
+            return change(x, whole(x, group))
+
+        side = "forward" if function == "_Psum" else "backward"
+        inner = getattr(owner, side)
+
+        def method(*arguments: Any) -> Any:
+            with mock.patch.object(collectives, "all_reduce", changed):
+                return inner(*arguments)
+
+        return [mock.patch.object(owner, side, staticmethod(method))]
+
+    def skip_an_all_reduce(self) -> Patches:
+        return self._all_reduce(lambda x, total: x.clone(), "_Psum")
+
+    def skip_an_all_reduce_backward(self) -> Patches:
+        return self._all_reduce(lambda x, total: x.clone(), "_Pvary")
+
+    def mean_for_sum(self) -> Patches:
+        return self._all_reduce(lambda x, total: total / 2, "_Psum")
+
+    def drop_a_shuffle(self) -> Patches:
+        def stays(x: Tensor, *_: Any) -> Tensor:
+            self.fired()
+            return x.clone()
+
+        return [mock.patch.object(collectives, "all_to_all", stays)]
+
+    def forget_a_halo_row(self) -> Patches:
+        prepare = moves.Move._prepare
+
+        def without(move: moves.Move, batch: int) -> Any:
+            run = prepare(move, batch)
+            if not isinstance(move.step.target, Window) or self.rank != 0:
+                return run
+
+            def forgetful(x: Tensor, group: Any) -> Tensor:
+                self.fired()
+                y = run(x, group).clone()
+                y.select(move.step.target.dim, -1).zero_()
+                return y
+
+            return forgetful
+
+        return [mock.patch.object(moves.Move, "_prepare", without)]
+
+    def stale_buffer(self) -> Patches:
+        return [mock.patch.object(batch_norm, "update_running", lambda *_: self.fired())]
+
+    def double_count_of_the_last_batch(self) -> Patches:
+        loss_of = rank.loss_of
+
+        def doubled(outputs: Any, dims: Any, samples: Tensor, job: Job) -> Tensor:
+            loss = loss_of(outputs, dims, samples, job)
+            if int(samples[-1]) < job.batch - 1:
+                return loss
+            self.fired()
+            return 2 * loss
+
+        return [mock.patch.object(module, "loss_of", doubled) for module in (rank, trace)]
+
+    def one_ranks_mask(self) -> Patches:
+        bits = Draw.bits
+
+        def other(draw: Draw, shape: Any, batch: int) -> Tensor:
+            if self.rank == 1:
+                self.fired()
+                return bits(draw, shape, batch) ^ (1 << 52)
+            return bits(draw, shape, batch)
+
+        return [mock.patch.object(Draw, "bits", other)]
+
+    def skip_the_gradients(self) -> Patches:
+        return [mock.patch.object(gradients, "_sum", lambda *_: self.fired())]
+
+    def a_rank_raises(self) -> Patches:
+        def broken(x: Tensor, group: Any) -> Tensor:
+            if self.rank == 1:
+                self.fired()
+                raise RuntimeError("planted")
+            return whole(x, group)
+
+        whole = collectives.psum
+        return [mock.patch.object(collectives, "psum", broken)]
+
+    def a_rank_does_not_come(self) -> Patches:
+        def absent(x: Tensor, group: Any) -> Tensor:
+            if self.rank == 1:
+                self.fired()
+                time.sleep(60)
+            return whole(x, group)
+
+        whole = collectives.psum
+        return [mock.patch.object(collectives, "psum", absent)]
+
+    def nothing(self) -> Patches:
+        return []
+
+
+def run(team: rank.Team, job: Job, *rest: Any) -> Any:
+    """Do a job with its fault planted."""
+    with contextlib.ExitStack() as stack:
+        for patch in Fault(job.model.partition(":")[2]).patches():
+            stack.enter_context(patch)
+        return _run(team, job, *rest)
+
+
+if __name__ == "__main__":
+    _run = rank.Team.run
+    rank.Team.run = run  # type: ignore[method-assign]
+    sys.exit(main())
