@@ -109,7 +109,8 @@ class Parallel(nn.Module):
                 f"the model makes the constant {name} on the meta device; build it on the CPU"
             )
         home = self._home_of(name)
-        home.register_buffer(name.rpartition(".")[2], value.to(self._device), persistent=False)
+        own = self.cut(name, value).to(self._device)
+        home.register_buffer(name.rpartition(".")[2], own, persistent=False)
 
     def _part(self, name: str, tensor: Tensor) -> Tensor:
         part = tensor.detach()

@@ -1,0 +1,159 @@
+"""A split model is an ordinary module: it trains, accumulates, evaluates, compiles and copies."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from meshuffle import parallelize
+from meshuffle.errors import ModelError, PlanError
+from meshuffle.parallel.module import Parallel
+from tests.ranks import run_ranks
+
+BATCH = 6
+
+
+class Net(nn.Module):
+    """Convolutions with batch norm, a shared weight, dropout, a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12))
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.second.weight = self.first.weight
+        self.dropout = nn.Dropout(0.3)
+        self.head = nn.Linear(12, 5)
+        self.scale = torch.linspace(0.5, 1.5, 12, dtype=torch.float64)  # no parameter, no buffer
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.depthwise(self.stem(x).relu_()).mean((2, 3)) * self.scale
+        return self.head(self.dropout(self.second(self.first(x).tanh())))
+
+
+def make() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = Net().double()
+    draws = torch.Generator().manual_seed(1)
+    x = torch.randn(BATCH, 3, 8, 8, dtype=torch.float64, generator=draws)
+    return model, x, torch.randint(5, (BATCH,), generator=draws)
+
+
+def gradients(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Accumulate two backward passes; the loss is a mean over x."""
+    model.zero_grad()
+    for part_x, part_y in ((x, y), (2 * x, y)):
+        nn.functional.cross_entropy(model(part_x), part_y).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    model.dropout.p = 0.0  # type: ignore[union-attr]
+    return model
+
+
+def use_as_a_module(group: dist.ProcessGroup, plan: str) -> list[str]:
+    """Return what went wrong."""
+    wrong: list[str] = []
+
+    def same(what: str, found: Tensor, expected: Tensor) -> None:
+        if found.shape != expected.shape or not torch.allclose(found, expected, atol=1e-11):
+            wrong.append(what)
+
+    plain, x, y = make()
+    without_dropout(plain)
+    model = parallelize(without_dropout(make()[0]), example=x, plan=plan)
+    if set(model.state_dict()) != set(plain.state_dict()):
+        wrong.append(f"names {set(model.state_dict()) ^ set(plain.state_dict())}")
+    expected = gradients(plain, x, y)
+    for name, grad in gradients(model, x, y).items():
+        same(f"gradient of {name}", grad, model.cut(name, expected[name]))
+    for name, buffer in plain.named_buffers():
+        same(f"buffer {name}", dict(model.named_buffers())[name], model.cut(name, buffer))
+    same("another batch size", model(x[:3]), plain(x[:3]))
+    plain.eval(), model.eval()
+    same("eval", model(x), plain(x))
+    copied = copy.deepcopy(model)
+    for p in copied.parameters():
+        p.data.zero_()
+    same("a copy shares nothing", model(x), plain(x))
+    plain.train(), model.train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    same("compiled", compiled(x), plain(x))
+    if "self.tp." not in model.code or model.summary().count("FLOPs") != 1:
+        wrong.append("printout")
+    return wrong
+
+
+@pytest.mark.parametrize("plan", ["tp=2:channel", "tp=2:spatial", "tp=2:batch"])
+def test_a_split_model_is_a_module(plan: str) -> None:
+    assert run_ranks(use_as_a_module, 2, plan) == [[], []]
+
+
+def average_over_replicas(group: dist.ProcessGroup) -> list[str]:
+    plain, x, y = make()
+    expected = gradients(without_dropout(plain), x, y)
+    rank = dist.get_rank(group) // 2
+    half = slice(3 * rank, 3 * rank + 3)
+    model = parallelize(without_dropout(make()[0]), example=x[:3], plan="dp=2,tp=2:channel")
+    found = gradients(model, x[half], y[half])
+    return [
+        name
+        for name, grad in found.items()
+        if not torch.allclose(grad, model.cut(name, expected[name]), atol=1e-11)
+    ]
+
+
+def test_gradients_are_averaged_over_replicas() -> None:
+    assert run_ranks(average_over_replicas, 4) == [[]] * 4
+
+
+class Unsplittable(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(0).cumsum(1)
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def bad_input(group: dist.ProcessGroup) -> list[str]:
+    x = torch.randn(4, 3)
+    told = []
+    for model, plan, kind in (
+        (nn.Linear(3, 3), "tp=3", PlanError),
+        (nn.Linear(3, 3), "tp=2,pp=2", PlanError),
+        (nn.Linear(3, 3), "tp=2:width", PlanError),
+        (Unsplittable(), "tp=2", PlanError),
+        (Branching(), "tp=2", ModelError),
+    ):
+        try:
+            parallelize(model, example=x, plan=plan)
+            told.append("nothing")
+        except kind as error:
+            told.append(str(error))
+    return told
+
+
+def test_what_cannot_be_split_says_why() -> None:
+    first, second = run_ranks(bad_input, 2)
+    assert first == second
+    launched, pipeline, width, nothing, branch = first
+    assert "2 ranks were launched" in launched and "dp=N and tp=N only" in pipeline
+    assert "channel, spatial, batch" in width and "no op of this model can be split" in nothing
+    assert "torch.export cannot capture Branching" in branch
+
+
+def test_lowering_needs_no_ranks() -> None:
+    model, x, _ = make()
+    parts = [Parallel(model, (x,), 3, rank, prefer="channel") for rank in range(3)]
+    sizes = [sum(p.numel() for p in part.parameters()) for part in parts]
+    whole = sum(p.numel() for p in model.parameters())
+    assert whole <= sum(sizes) <= 1.2 * whole and max(sizes) < 0.5 * whole
+    sent = [[(s.name, s.forward, s.backward) for s in part.lowered.sent] for part in parts]
+    assert sent[0] == sent[1] == sent[2]
