@@ -80,7 +80,7 @@ def main() -> int:
             told = "passed" if row["passed"] else f"FAILED {row['error'] or row['first_diverging']}"
             print(f"{row['model']:<20} {row['plan']:<14} {told}", flush=True)
         write_rows(rows.values())
-        _captured.clear()
+        forget()
     passed = [str(row["passed"]) == "True" for row in rows.values()]
     print(f"{sum(passed)} of {len(passed)} passed; {RESULTS.name} has them")
     return int(not all(passed))
@@ -160,6 +160,11 @@ def make_reference(job: Any, path: Path) -> Any:
     capture_once(model, make_inputs(job, model, job.torch_dtype))  # here, for the ranks
     del model
     return in_fork(reference.make_reference)(job, path)
+
+
+def forget() -> None:
+    """Forget what was captured."""
+    _captured.clear()
 
 
 api.torchrun = fork_ranks

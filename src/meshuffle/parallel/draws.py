@@ -143,7 +143,9 @@ class Draw(nn.Module):
         super().__init__()
         self.number, self.sizes, self.samples_dim = number, list(sizes), samples_dim
         self.rows, self.part = rows, part
-        self.own = {dim: torch.tensor(index) for dim, index in (own or {}).items()}
+        self.own = {
+            dim: torch.tensor(index, dtype=torch.int64) for dim, index in (own or {}).items()
+        }
 
     def bits(self, shape: Sequence[int], batch: int) -> Tensor:
         """Return the bits of a part of `shape`, of a step of `batch` samples."""

@@ -154,6 +154,7 @@ def share_of(count: int, batch: int) -> float:
 
 def take(x: Tensor, dim: int, index: tuple[int, ...]) -> Tensor:
     """Return some indices of a dim."""
-    if index == tuple(range(index[0], index[0] + len(index))):
-        return x.narrow(dim, index[0], len(index))
+    first = index[0] if index else 0
+    if index == tuple(range(first, first + len(index))):
+        return x.narrow(dim, first, len(index))
     return x.index_select(dim, torch.tensor(index, device=x.device))

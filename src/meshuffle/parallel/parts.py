@@ -17,7 +17,8 @@ def cut_part(whole: Tensor, shard: Shard, rank: int) -> Tensor:
     """
     if whole.ndim <= shard.dim or whole.shape[shard.dim] != shard.size:
         raise RuntimeError(f"dim {shard.dim} of {tuple(whole.shape)} must be {shard.size}")
-    return whole.index_select(shard.dim, torch.tensor(shard.owners[rank], device=whole.device))
+    index = torch.tensor(shard.owners[rank], dtype=torch.int64, device=whole.device)
+    return whole.index_select(shard.dim, index)
 
 
 def join_parts(part: Tensor, shard: Shard, group: dist.ProcessGroup) -> Tensor:
