@@ -130,7 +130,7 @@ def test_knobs_override_what_the_name_says():
         ("shufflenet_v1_x1_0_g3", {"branches": 2}, "no knob `branches`"),
         ("shufflenet_v1_x1_0_g3", {"groups": "3"}, "cannot be made with groups='3'"),
         ("shufflenet_v2_x1_0", {"depths": 4}, "cannot be made with depths=4"),
-        ("transformers:bart2", {}, "transformers has no model 'bart2'.*did you mean 'bart'"),
+        ("transformers:bart2", {}, "transformers has no model type 'bart2'.*did you mean 'bart'"),
         (
             "transformers:bert",
             {"hidden_sizes": 1},

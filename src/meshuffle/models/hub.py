@@ -81,7 +81,7 @@ def create_transformers(name: str, num_classes: int | None, knobs: Mapping[str, 
         raise ModelError(
             f"transformers:{name} needs transformers: pip install 'meshuffle[hub]'"
         ) from error
-    _require_known("transformers", name, sorted(CONFIG_MAPPING))
+    _require_known("transformers", name, sorted(CONFIG_MAPPING), "model type")
     labels = {} if num_classes is None else {"num_labels": num_classes}
     known = AutoConfig.for_model(name).to_dict()
     for knob in knobs:  # a configuration would take any
@@ -181,9 +181,11 @@ def _without_none(num_classes: int | None) -> dict[str, int]:
     return {} if num_classes is None else {"num_classes": num_classes}
 
 
-def _require_known(package: str, name: str, known: list[str]) -> None:
+def _require_known(
+    package: str, name: str, known: list[str], what: str = "classification model"
+) -> None:
     """Raise ModelError, with the nearest name, unless `name` is known."""
     if name not in known:
         raise ModelError(
-            f"{package} has no model {name!r} ({len(known)} are known){did_you_mean(name, known)}"
+            f"{package} has no {what} {name!r} ({len(known)} are known){did_you_mean(name, known)}"
         )
