@@ -60,7 +60,7 @@ def by_hand(batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
     step = make_step()
     x = step.preprocess.normalise(batch.images).double()
     logits = step.model(x)
-    loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=0.1)
+    loss = F.cross_entropy(logits, batch.labels, label_smoothing=0.1)
     loss.backward()
     with torch.no_grad():
         for parameter in step.model.parameters():
