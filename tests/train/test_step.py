@@ -73,7 +73,8 @@ def by_hand(batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-6, atol=1e-8)
+        # Images are normalised in float32, whose last bit depends on how a batch is cut.
+        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
