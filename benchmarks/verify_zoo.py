@@ -135,13 +135,13 @@ def capture_once(model: torch.nn.Module, example: Any, *, train: bool = True) ->
 def in_fork(function: Any) -> Any:
     """Return `function` so that a fork computes it: behind a backward pass none can be forked."""
 
-    def run(*arguments: Any) -> Any:
+    def run(*arguments: Any, **keywords: Any) -> Any:
         with tempfile.NamedTemporaryFile() as file:
             child = os.fork()
             if child == 0:
                 try:
                     torch.set_num_threads(num_cores())
-                    result: Any = function(*arguments)
+                    result: Any = function(*arguments, **keywords)
                 except BaseException as error:  # noqa: BLE001  # raised again by the parent
                     result = error
                 Path(file.name).write_bytes(pickle.dumps(result))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from meshuffle.verify import api
+from meshuffle.verify.job import Job
+from meshuffle.verify.reference import Reference
 from tests.verify.faults import CASES
 
 pytestmark = pytest.mark.xdist_group("verify-faults")
@@ -25,7 +28,7 @@ _NAMED = {
 }
 
 
-def run(names: list[str], folder: Path, timeout_s: float = 60) -> dict[str, api.Verdict]:
+def run(names: Sequence[str], folder: Path, **options: Any) -> dict[str, api.Verdict]:
     root = Path(__file__).parents[2]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (
@@ -38,7 +41,8 @@ def run(names: list[str], folder: Path, timeout_s: float = 60) -> dict[str, api.
             patch.setenv(name, value)
         patch.setattr(api, "_RANK_MODULE", "tests.verify.faults")
         cases = [(f"tests.verify.faults:{name}", *CASES[name][1:]) for name in names]
-        return dict(zip(names, api.verify(cases, timeout_s=timeout_s), strict=True))
+        verdicts = api.verify(cases, **({"timeout_s": 60} | options))
+        return dict(zip(names, verdicts, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +76,27 @@ def test_a_rank_that_raises_is_named_and_the_next_case_runs(
 ) -> None:
     assert verdicts["a_rank_raises"].error == "rank 1 of 2 at tp.psum: planted"
     assert verdicts["nothing"].passed
+
+
+def test_the_error_of_rounded_weights_excuses_no_fault_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def own_difference(job: Job, reference: Reference, *, num_rounded: int = 0) -> dict[str, float]:
+        asked.append((job.model.rpartition(":")[2], num_rounded))
+        return reference_own_difference(job, reference, num_rounded=num_rounded)
+
+    reference_own_difference = api.own_difference
+    monkeypatch.setattr(api, "own_difference", own_difference)
+    small = ("skip_an_all_reduce_backward", "forget_a_halo_row", "stale_buffer", "one_ranks_mask")
+    found = run([*small, "nothing"], tmp_path, dtype="float32")
+    assert found.pop("nothing").passed and ("nothing", 0) in asked and ("nothing", 8) not in asked
+    for name, verdict in found.items():
+        assert (tmp_path / name).exists(), "the fault did not fire"
+        assert (name, 8) in asked
+        assert verdict.error is None and not verdict.passed and verdict.exit_code == 1
+        assert _NAMED[name] in str(verdict.first_diverging)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -73,6 +73,16 @@ class Assignment:
     def shares(self, name: str) -> list[Fraction]:
         """Return each rank's part of the work of an op; 1 each where all do all of it."""
         return _shares(self.choices[name], self.program.batch, self.program.world)
+
+    def resized(self, batch: int) -> Assignment:
+        """Return the same choices for another number of samples; `flops` stay as they are."""
+        program = Program(self.program.graph, batch, self.program.world)
+        values = {
+            node.name: replace(self.values[node.name], shape=program.shape(node), batch=batch)
+            for node in program.fx.nodes
+            if node.name in self.values
+        }
+        return Assignment(program, self.choices, values, self.flops)
 
 
 def _shares(choice: Choice, batch: int, world: int) -> list[Fraction]:

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from meshuffle.dist.launch import torchrun
-from meshuffle.errors import InputError, Interrupted, RankFailed, in_words
-from meshuffle.verify.compare import (
-    Judgement,
-    RankReport,
-    judge,
-    judge_float32,
-    kind_of,
-    merge,
-)
-from meshuffle.verify.job import DTYPES, Job, Model, checked_plan, name_of
+from meshuffle.errors import InputError, RankFailed, in_words
+from meshuffle.verify.compare import Judgement, Report, judge, judge_float32, kind_of, merge
+from meshuffle.verify.job import DTYPES, Job, Model, name_of
 from meshuffle.verify.reference import Reference, make_reference, own_difference
-from meshuffle.verify.trace import first_diverging, make_trace, trace_path
+from meshuffle.verify.trace import first_diverging, make_trace
 
 _MOST_REFERENCE_BYTES = 8 << 30
 _NUM_WORST, _NUM_WHOLE_OPS = 5, 5
+_NUM_ROUNDED = 8
+_MOST_NOISE = 1e-2  # in float64: what is further off is not rounding
 _RANK_MODULE = "meshuffle.verify"
 
 Case = tuple[Model, str, str] | tuple[Model, str, str, int]
@@ -117,174 +113,132 @@ def verify(
     if dtype not in DTYPES:
         raise InputError(f"dtype '{dtype}': verify takes {' and '.join(DTYPES)}")
     with tempfile.TemporaryDirectory(prefix="meshuffle-verify-") as folder:
-        session = _Session(Path(folder), timeout_s)
-        for model, plan, text, *own in cases:
-            session.add(model, plan, text, dtype, own[0] if own else batch, seed)
-        return session.run()
+        entries = [
+            _entry(model, Job(str(model), plan, text, own[0] if own else batch, dtype, seed))
+            for model, plan, text, *own in cases
+        ]
+        _Session(Path(folder), timeout_s).run([entry for entry in entries if entry.world])
+        return [entry.verdict for entry in entries]
 
 
 @dataclass
 class _Entry:
-    """A case on its way to its verdict."""
+    """A case on its way to its verdict; `world` is 0 where it cannot be launched."""
 
-    number: int
     job: Job
-    verdict: Verdict | None = None
     world: int = 0
+    reference: Reference = field(init=False)
+    verdict: Verdict = field(init=False)
+
+    def fail(self, error: str, exit_code: int) -> None:
+        job = self.job
+        self.verdict = Verdict(False, job.model, job.plan, job.dtype)
+        self.verdict.error, self.verdict.exit_code = error, exit_code
+
+
+def _entry(model: Model, job: Job) -> _Entry:
+    entry = _Entry(job)
+    try:
+        entry.job = replace(job, model=name_of(model))
+        entry.world = job.checked_plan().num_ranks
+    except InputError as error:
+        entry.fail(in_words(error), error.exit_code)
+    return entry
 
 
 class _Session:
-    """The cases of one call of `verify`, and the files that ranks read and write."""
+    """What the cases of one call of `verify` share: references, and the files of launches."""
 
     def __init__(self, folder: Path, timeout_s: float) -> None:
         self.folder, self.timeout_s = folder, timeout_s
-        self.entries: list[_Entry] = []
-        self._references: dict[Any, Reference | Exception] = {}
+        self.references: dict[Any, Reference | Exception] = {}
 
-    def add(self, model: Model, plan: str, text: str, dtype: str, batch: int, seed: int) -> None:
-        """Take in a case."""
-        job = Job(model if isinstance(model, str) else repr(model), plan, text, batch, dtype, seed)
-        entry = _Entry(len(self.entries), job)
-        self.entries.append(entry)
-        try:
-            entry.job = Job(name_of(model), plan, text, batch, dtype, seed)
-            entry.world = checked_plan(entry.job).num_ranks
-        except InputError as error:
-            entry.verdict = _failed(job, error)
-
-    def run(self) -> list[Verdict]:
-        """Launch, judge, and look closer at what failed."""
-        for world in sorted({entry.world for entry in self.entries if entry.verdict is None}):
-            todo = [e for e in self.entries if e.world == world and e.verdict is None]
-            while todo:
-                todo = self._some(world, todo)
-        return [entry.verdict for entry in self.entries if entry.verdict is not None]
-
-    def _some(self, world: int, todo: Sequence[_Entry]) -> list[_Entry]:
-        """Make references until they fill the disk's share, run their cases; return the rest."""
-        ready = []
-        for entry in todo:
-            used = sum(r.path.stat().st_size for r in self._kept())
-            if used > _MOST_REFERENCE_BYTES and entry.job.reference_key not in self._references:
-                continue
-            reference = self._reference(entry.job)
-            if isinstance(reference, Reference):
-                ready.append(entry)
-            else:
-                entry.verdict = _failed(entry.job, reference)
-        for number, reports in self._launch("check", world, ready).items():
-            entry = self.entries[number]
-            entry.verdict = self._judge(entry.job, reports)
-        self._trace(world, [e for e in ready if e.verdict and _diverged(e.verdict)])
-        rest = [entry for entry in todo if entry.verdict is None]
-        if rest:
-            self._forget()
-        return rest
-
-    def _kept(self) -> list[Reference]:
-        return [r for r in self._references.values() if isinstance(r, Reference)]
-
-    def _forget(self) -> None:
-        for reference in self._kept():
-            reference.path.unlink()
-            trace_path(reference).unlink(missing_ok=True)
-        self._references.clear()
+    def run(self, entries: Iterable[_Entry]) -> None:
+        """Launch the cases of each number of ranks, as many as their references fit on the disk."""
+        ordered = sorted(entries, key=lambda entry: (entry.world, entry.job.reference_key))
+        for _, same in itertools.groupby(ordered, key=lambda entry: entry.world):
+            ready: list[_Entry] = []
+            for entry in same:
+                files = list(self.folder.glob("reference-*.safetensors"))
+                used = sum(file.stat().st_size for file in files)
+                if used > _MOST_REFERENCE_BYTES and entry.job.reference_key not in self.references:
+                    self._check(ready)
+                    ready = []
+                    self.references.clear()
+                    for file in self.folder.glob("reference-*"):
+                        file.unlink()
+                reference = self._reference(entry.job)
+                if isinstance(reference, Reference):
+                    entry.reference = reference
+                    ready.append(entry)
+                else:
+                    entry.fail(in_words(reference), getattr(reference, "exit_code", 1))
+            self._check(ready)
 
     def _reference(self, job: Job) -> Reference | Exception:
         key = job.reference_key
-        if key not in self._references:
-            path = self.folder / f"reference-{len(self._references)}.safetensors"
+        if key not in self.references:
+            path = self.folder / f"reference-{len(self.references)}.safetensors"
             try:
-                self._references[key] = make_reference(job, path)
+                self.references[key] = make_reference(job, path)
             except Exception as error:  # noqa: BLE001  # of one case; the others go on
-                self._references[key] = error
-        return self._references[key]
+                self.references[key] = error
+        return self.references[key]
 
-    def _launch(
-        self, work: str, world: int, entries: Sequence[_Entry]
-    ) -> dict[int, list[dict[str, Any]]]:
-        """Run jobs on `world` ranks; return the ranks' reports of each, by its number.
+    def _check(self, entries: Sequence[_Entry]) -> None:
+        """Run and judge cases of one number of ranks, and look closer at those that differ."""
+        for entry, reports in zip(entries, self._launch("check", entries), strict=True):
+            if "error" in reports[0]:
+                entry.fail(reports[0]["error"], reports[0]["exit_code"])
+            else:
+                found = [Report(**report) for report in reports]
+                entry.verdict = _verdict(entry.job, entry.reference, found)
+        differing = [entry for entry in entries if entry.verdict.failed_tensors]
+        for entry in differing:
+            if not entry.reference.trace_path.exists():
+                make_trace(entry.job, entry.reference)
+        for entry, reports in zip(differing, self._launch("trace", differing), strict=True):
+            first = entry.verdict.failed_tensors[0]
+            if "error" in reports[0]:
+                first += f" (no closer look: {reports[0]['error']})"
+            else:
+                first = first_diverging(reports) or first
+            entry.verdict.first_diverging = first
+
+    def _launch(self, work: str, entries: Sequence[_Entry]) -> list[list[dict[str, Any]]]:
+        """Do the jobs on ranks; return what the ranks told of each.
 
         A job in which a rank fails gets one report that says so; the jobs behind it are launched
         again.
         """
-        found: dict[int, list[dict[str, Any]]] = {}
-        left = list(entries)
-        while left:
-            folder = Path(tempfile.mkdtemp(dir=self.folder))
-            paths = [self._references[e.job.reference_key].path for e in left]  # type: ignore[union-attr]
-            jobs = [
-                (e.number, asdict(e.job), str(path)) for e, path in zip(left, paths, strict=True)
-            ]
+        found: list[list[dict[str, Any]]] = []
+        while left := entries[len(found) :]:
+            folder, world = Path(tempfile.mkdtemp(dir=self.folder)), left[0].world
+            jobs = [(asdict(entry.job), str(entry.reference.path)) for entry in left]
             told = {"timeout_s": self.timeout_s, "jobs": jobs, "path": sys.path}
             (folder / "jobs.json").write_text(json.dumps(told))
             failure: RankFailed | None = None
             try:
                 torchrun(_RANK_MODULE, [str(folder), work], world, threads=1)
-            except Interrupted:
-                raise
             except RankFailed as error:
                 failure = error
-            for entry in list(left):
-                files = [folder / f"{entry.number}.{rank}.json" for rank in range(world)]
+            for number in range(len(left)):
+                files = [folder / f"{number}.{rank}.json" for rank in range(world)]
                 if not all(file.exists() for file in files):
+                    assert failure is not None
+                    found.append([{"error": in_words(failure), "exit_code": 1}])
                     break
-                found[entry.number] = [json.loads(file.read_text()) for file in files]
-                left.remove(entry)
-            if left:
-                assert failure is not None
-                error_report = {"error": in_words(failure), "exit_code": 1}
-                found[left.pop(0).number] = [error_report]
+                found.append([json.loads(file.read_text()) for file in files])
         return found
 
-    def _judge(self, job: Job, reports: Sequence[dict[str, Any]]) -> Verdict:
-        broken = next((r for r in reports if r.get("error")), None)
-        if broken is not None:
-            error, exit_code = broken["error"], broken["exit_code"]
-            return Verdict(False, job.model, job.plan, job.dtype, error=error, exit_code=exit_code)
-        reference = self._references[job.reference_key]
-        assert isinstance(reference, Reference)
-        differences = merge(
-            RankReport(r["replica"], r["squared"], frozenset(r["over_tp"]), frozenset(r["over_dp"]))
-            for r in reports
-        )
-        return _verdict(job, reports, _judgement(job, reference, differences))
 
-    def _trace(self, world: int, entries: Sequence[_Entry]) -> None:
-        """Find out where runs that failed first differ."""
-        for entry in entries:
-            reference = self._references[entry.job.reference_key]
-            assert isinstance(reference, Reference)
-            if not trace_path(reference).exists():
-                make_trace(entry.job, reference)
-        for number, reports in self._launch("trace", world, entries).items():
-            verdict = self.entries[number].verdict
-            assert verdict is not None
-            try:
-                verdict.first_diverging = first_diverging(reports) or verdict.failed_tensors[0]
-            except RankFailed as error:
-                known = verdict.failed_tensors[0]
-                verdict.first_diverging = f"{known} (no closer look: {error})"
-
-
-def _judgement(job: Job, reference: Reference, differences: dict[str, float]) -> Judgement:
-    norms = reference.norms
-    if job.dtype == "float32":
-        return judge_float32(differences, norms, own_difference(job, reference))
-    first = judge(differences, norms)
-    worst = max(first.errors.values(), default=0.0)
-    if first.passed or worst > 1e-4:  # rounding is not what that is
-        return first
-    return judge(differences, norms, own_difference(job, reference))
-
-
-def _verdict(job: Job, reports: Sequence[dict[str, Any]], judgement: Judgement) -> Verdict:
-    predicted = sum(r["sent_bytes_predicted"] for r in reports if r["rank"] == 0)
-    measured = sum((Fraction(r["sent_bytes_measured"]) for r in reports), Fraction(0))
-    one = reports[0]
+def _verdict(job: Job, reference: Reference, reports: Sequence[Report]) -> Verdict:
+    judgement = _judgement(job, reference, merge(reports))
+    predicted = sum(report.sent_bytes_predicted for report in reports)
+    measured = sum((Fraction(report.sent_bytes_measured) for report in reports), Fraction(0))
     worst = judgement.worst(_NUM_WORST)
     passed = judgement.passed and predicted == measured
-    near = judgement.by_floor + judgement.by_noise
+    one = reports[0]
     return Verdict(
         passed=passed,
         model=job.model,
@@ -292,23 +246,37 @@ def _verdict(job: Job, reports: Sequence[dict[str, Any]], judgement: Judgement) 
         dtype=job.dtype,
         worst_relative_error=worst[0][1],
         worst_tensor=worst[0][0],
-        num_floor_tensors=len(near),
-        sharded_flops_fraction=one["sharded_fraction"],
+        num_floor_tensors=len(judgement.near),
+        sharded_flops_fraction=one.sharded_fraction,
         sent_bytes_predicted=predicted,
         sent_bytes_measured=int(measured) if measured.denominator == 1 else float(measured),
-        busiest_over_mean=one["imbalance"],
-        parameter_bytes_fraction=max(r["parameter_bytes"][0] for r in reports)
-        / max(1, one["parameter_bytes"][1]),
+        busiest_over_mean=one.imbalance,
+        parameter_bytes_fraction=max(report.parameter_bytes_fraction for report in reports),
         worst_tensors=worst,
         failed_tensors=sorted(judgement.failed, key=_by_computation),
-        floor_tensors=near,
-        whole_ops=[tuple(op) for op in one["whole_ops"][:_NUM_WHOLE_OPS]],
-        num_whole_ops=len(one["whole_ops"]),
+        floor_tensors=judgement.near,
+        whole_ops=[(module, op, share) for module, op, share in one.whole_ops[:_NUM_WHOLE_OPS]],
+        num_whole_ops=len(one.whole_ops),
         median_ratio=judgement.median_ratio,
         worst_ratio=judgement.worst_ratio,
-        seconds=max(r["seconds"] for r in reports),
+        seconds=max(report.seconds for report in reports),
         exit_code=0 if passed else 1,
     )
+
+
+def _judgement(job: Job, reference: Reference, differences: dict[str, float]) -> Judgement:
+    """Judge; where that fails, measure what one device's own rounding does, and judge again."""
+    if job.dtype == "float64":
+        found = judge(differences, reference.norms)
+        if found.passed or max(found.errors.values(), default=0.0) > _MOST_NOISE:
+            return found
+    for num_rounded in (0, _NUM_ROUNDED):
+        own = own_difference(job, reference, num_rounded=num_rounded)
+        judged = judge if job.dtype == "float64" else judge_float32
+        found = judged(differences, reference.norms, own)
+        if found.passed:
+            break
+    return found
 
 
 _ORDER = ("outputs", "loss", "loss/1", "gradients", "loss/2", "loss/3", "buffers", "parameters")
@@ -316,14 +284,3 @@ _ORDER = ("outputs", "loss", "loss/1", "gradients", "loss/2", "loss/3", "buffers
 
 def _by_computation(key: str) -> tuple[int, str]:
     return _ORDER.index(key if key in _ORDER else kind_of(key)), key
-
-
-def _failed(job: Job, error: Exception) -> Verdict:
-    exit_code = getattr(error, "exit_code", 1)
-    return Verdict(
-        False, job.model, job.plan, job.dtype, error=in_words(error), exit_code=exit_code
-    )
-
-
-def _diverged(verdict: Verdict) -> bool:
-    return verdict.error is None and bool(verdict.failed_tensors)

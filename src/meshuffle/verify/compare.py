@@ -3,7 +3,7 @@
     a parallel, b reference, S root mean square of all elements of a kind (gradients, …), ε = 1e-9
 
     float64    ‖a − b‖ ≤ ε·‖b‖ + 0.01·ε·S·√numel, or ‖a − b‖ ≤ 4·(the reference's own difference
-               under another order of summation)
+               under another order of summation, or with its weights rounded to a neighbour)
     float32    ‖a − b‖ over the same of one device in float32, b in float64: median ≤ 1.5 and
                worst ≤ 4 over tensors above the floor ‖b‖ > 0.01·S·√numel
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 RELATIVE, FLOOR = 1e-9, 0.01
@@ -28,36 +28,42 @@ class Norm:
     """A tensor of the reference.
 
     Attributes:
-        squared: ‖b‖².
+        value: ‖b‖.
         numel: elements.
-        exact: whole numbers, or truth values.
+        exact: whole numbers, truth values, or a buffer that nothing changes.
     """
 
-    squared: float
+    value: float
     numel: int
     exact: bool = False
 
-    @property
-    def value(self) -> float:
-        """‖b‖."""
-        return math.sqrt(self.squared)
 
-
-@dataclass(frozen=True)
-class RankReport:
-    """What one rank found: ‖a − b‖² of its part of each tensor, by `kind/name`.
+@dataclass
+class Report:
+    """What one rank found; plain data.
 
     Attributes:
         replica: place on the `dp` axis.
-        squared: by tensor.
-        over_tp: tensors of which each `tp` rank has a part of its own.
-        over_dp: tensors of which each replica has a part of its own.
+        squared: ‖a − b‖² of its part of each tensor, by `kind/name`.
+        over_tp, over_dp: tensors of which each `tp` rank, each replica has a part of its own.
+        sent_bytes_predicted: in one forward and backward, of a replica; by its first rank.
+        sent_bytes_measured: of this rank, as a fraction.
+        sharded_fraction, imbalance: see `Assignment`.
+        whole_ops: (module, op, share of all FLOPs) of ops that every rank does all of.
+        parameter_bytes_fraction: what this rank keeps.
     """
 
     replica: int
     squared: Mapping[str, float]
-    over_tp: frozenset[str] = frozenset()
-    over_dp: frozenset[str] = frozenset()
+    over_tp: Collection[str] = ()
+    over_dp: Collection[str] = ()
+    sent_bytes_predicted: int = 0
+    sent_bytes_measured: str = "0"
+    sharded_fraction: float = 0.0
+    imbalance: float = 1.0
+    whole_ops: Sequence[tuple[str, str, float]] = ()
+    parameter_bytes_fraction: float = 1.0
+    seconds: float = 0.0
 
 
 @dataclass
@@ -65,21 +71,23 @@ class Judgement:
     """What the criteria say.
 
     Attributes:
-        passed: all tensors are equal as defined.
         errors: ‖a − b‖ / (‖b‖ + 0.01·S·√numel) of each tensor.
         failed: tensors that are not equal.
-        by_floor: tensors that are equal only by the floor, or below it.
-        by_noise: tensors that are equal only by the reference's own noise.
+        near: tensors that are equal only by the floor or by the reference's own noise; of float32
+            those below the floor.
         median_ratio, worst_ratio: of float32.
     """
 
-    passed: bool = True
     errors: dict[str, float] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
-    by_floor: list[str] = field(default_factory=list)
-    by_noise: list[str] = field(default_factory=list)
+    near: list[str] = field(default_factory=list)
     median_ratio: float | None = None
     worst_ratio: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        """All tensors are equal as defined."""
+        return not self.failed and (self.median_ratio or 0.0) <= MEDIAN_RATIO
 
     def worst(self, num: int = 1) -> list[tuple[str, float]]:
         """Return the tensors with the largest errors, those that failed first."""
@@ -92,28 +100,23 @@ def kind_of(key: str) -> str:
     return key.partition("/")[0]
 
 
-def merge(reports: Iterable[RankReport]) -> dict[str, float]:
-    """Return ‖a − b‖ of whole tensors; where several ranks have the same, that of the worst."""
-    tensors: dict[str, dict[int, float]] = {}
-    over_dp: set[str] = set()
-    for report in reports:
-        over_dp |= report.over_dp
-        for key, squared in report.squared.items():
-            replicas = tensors.setdefault(key, {})
-            known = replicas.get(report.replica, 0.0)
-            is_part = key in report.over_tp
-            replicas[report.replica] = known + squared if is_part else _worse(known, squared)
-    found = {}
-    for key, replicas in tensors.items():
-        total = 0.0
-        for squared in replicas.values():
-            total = total + squared if key in over_dp else _worse(total, squared)
-        found[key] = math.sqrt(total) if math.isfinite(total) else math.inf
+def merge(reports: Sequence[Report]) -> dict[str, float]:
+    """Return ‖a − b‖ of whole tensors; where several ranks have the same, that of the worst.
+
+    Args:
+        reports: of all ranks, each with all tensors.
+    """
+    found, replicas = {}, {report.replica for report in reports}
+    for key in reports[0].squared:
+        over_tp = sum if key in reports[0].over_tp else max
+        over_dp = sum if key in reports[0].over_dp else max
+        total = over_dp(
+            over_tp(report.squared[key] for report in reports if report.replica == replica)
+            for replica in replicas
+        )
+        is_finite = all(math.isfinite(report.squared[key]) for report in reports)
+        found[key] = math.sqrt(total) if is_finite else math.inf
     return found
-
-
-def _worse(a: float, b: float) -> float:
-    return math.inf if math.isnan(a) or math.isnan(b) else max(a, b)
 
 
 def scales(norms: Mapping[str, Norm]) -> dict[str, float]:
@@ -122,7 +125,7 @@ def scales(norms: Mapping[str, Norm]) -> dict[str, float]:
     for kind in {kind_of(key) for key in norms}:
         same = [n for key, n in norms.items() if kind_of(key) == kind and not n.exact]
         numel = sum(n.numel for n in same)
-        found[kind] = math.sqrt(sum(n.squared for n in same) / numel) if numel else 0.0
+        found[kind] = math.sqrt(sum(n.value**2 for n in same) / numel) if numel else 0.0
     return found
 
 
@@ -138,18 +141,13 @@ def judge(
         norms: of the reference.
         noise: the reference's own difference; None where it has not been measured.
     """
-    result, floors = _with_errors(differences, norms)
-    for key, norm in norms.items():
-        difference = differences.get(key, math.inf)
-        if norm.exact or difference <= RELATIVE * norm.value:
-            continue
-        if difference <= RELATIVE * (norm.value + floors[key]):
-            result.by_floor.append(key)
-        elif difference <= NOISE_FACTOR * (noise or {}).get(key, 0.0):
-            result.by_noise.append(key)
-        else:
+    result, rows = _begin(differences, norms)
+    for key, difference, size, floor in rows:
+        excused = max(RELATIVE * (size + floor), NOISE_FACTOR * (noise or {}).get(key, 0.0))
+        if not difference <= excused:
             result.failed.append(key)
-    result.passed = not result.failed
+        elif difference > RELATIVE * size:
+            result.near.append(key)
     return result
 
 
@@ -164,46 +162,38 @@ def judge_float32(
         own: ‖c − b‖ with c of one device in float32, the largest over orders of summation;
             what is below half a unit in the last place of ‖b‖ counts as that.
     """
-    result, floors = _with_errors(differences, norms)
+    result, rows = _begin(differences, norms)
     ratios: dict[str, float] = {}
-    for key, norm in norms.items():
-        if norm.exact:
-            continue
-        difference = differences.get(key, math.inf)
-        error = max(own[key], EPSILON_32 / 2 * norm.value)
-        if norm.value > floors[key]:
+    for key, difference, size, floor in rows:
+        error = max(own[key], EPSILON_32 / 2 * size)
+        if size > floor:
             ratios[key] = difference / error if error else 0.0 if not difference else math.inf
         else:
-            result.by_floor.append(key)
-            if not difference <= WORST_RATIO * error + floors[key]:
+            result.near.append(key)
+            if not difference <= WORST_RATIO * error + floor:
                 result.failed.append(key)
     result.failed += [key for key, ratio in ratios.items() if not ratio <= WORST_RATIO]
     if ratios:
         result.median_ratio = statistics.median(ratios.values())
         result.worst_ratio = max(ratios.values())
-    result.passed = not result.failed and (result.median_ratio or 0.0) <= MEDIAN_RATIO
     return result
 
 
-def _with_errors(
+def _begin(
     differences: Mapping[str, float], norms: Mapping[str, Norm]
-) -> tuple[Judgement, dict[str, float]]:
-    """Return a judgement with the errors, and whole numbers judged; and 0.01·S·√numel of each."""
-    size = scales(norms)
-    floors = {key: FLOOR * size[kind_of(key)] * math.sqrt(n.numel) for key, n in norms.items()}
-    result = Judgement()
+) -> tuple[Judgement, list[tuple[str, float, float, float]]]:
+    """Return a judgement with the errors, and whole numbers judged; of the rest, what to judge.
+
+    That is (key, ‖a − b‖, ‖b‖, 0.01·S·√numel).
+    """
+    result, rows, size = Judgement(), [], scales(norms)
     for key, norm in norms.items():
         difference = differences.get(key, math.inf)
-        if norm.exact:
-            result.errors[key] = difference and math.inf
-            if difference:
-                result.failed.append(key)
-            continue
-        scale = norm.value + floors[key]
+        floor = 0.0 if norm.exact else FLOOR * size[kind_of(key)] * math.sqrt(norm.numel)
+        scale = 0.0 if norm.exact else norm.value + floor
         result.errors[key] = difference / scale if scale else difference and math.inf
-    return result, floors
-
-
-def largest(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return each tensor's largest difference over several runs."""
-    return {key: max(run.get(key, 0.0) for run in runs) for key in {k for r in runs for k in r}}
+        if not norm.exact:
+            rows.append((key, difference, norm.value, floor))
+        elif difference:
+            result.failed.append(key)
+    return result, rows

@@ -17,27 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from meshuffle.data.sampler import shard_bounds
 from meshuffle.errors import ConfigError, ModelError, PlanError
 from meshuffle.models import create_model
 from meshuffle.planner.plan import Plan, parse_plan
 
 Model = str | Callable[[], nn.Module]
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
-NUM_STEPS, MOMENTUM, RELATIVE_STEP = 3, 0.9, 0.01
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be checked.
+    """What is to be checked; see `api.verify`.
 
     Attributes:
         model: a name that `create_model` takes.
-        plan: a plan text.
-        input: sizes of one sample: `3x64x64`, `16000`, `128:int`; several with commas between.
-        batch: samples of a step, over all replicas.
-        dtype: `float64` or `float32`.
-        seed: of weights, inputs, labels and random masks.
     """
 
     model: str
@@ -57,30 +50,29 @@ class Job:
         """The dtype of the parallel run."""
         return DTYPES[self.dtype]
 
+    def checked_plan(self) -> Plan:
+        """Return the parsed plan.
 
-def checked_plan(job: Job) -> Plan:
-    """Return the plan of `job`.
-
-    Raises:
-        PlanError: it does not parse, has parts that cannot be verified, or does not fit the batch.
-    """
-    plan = parse_plan(job.plan)
-    if plan.pp > 1 or (plan.mb or 1) > 1:
-        raise PlanError(f"plan '{job.plan}': verify checks dp and tp; pp and mb are not there yet")
-    if plan.dp_kind:
-        raise PlanError(f"plan '{job.plan}': verify checks dp=N without ':{plan.dp_kind}'")
-    least = job.batch // plan.dp
-    if least < 2:
-        raise PlanError(
-            f"plan '{job.plan}': a batch of {job.batch} leaves a replica {least} samples; each of "
-            f"the {plan.dp} needs 2 (--batch {2 * plan.dp})"
-        )
-    if plan.tp_kind == "batch" and least < plan.tp:
-        raise PlanError(
-            f"plan '{job.plan}': {least} samples of a replica cannot be split over {plan.tp} ranks "
-            f"(--batch {plan.dp * plan.tp})"
-        )
-    return plan
+        Raises:
+            PlanError: it does not parse, has parts that cannot be verified, or does not fit.
+        """
+        plan, where = parse_plan(self.plan), f"plan '{self.plan}'"
+        if plan.pp > 1 or (plan.mb or 1) > 1:
+            raise PlanError(f"{where}: verify checks dp and tp; pp and mb are not there yet")
+        if plan.dp_kind:
+            raise PlanError(f"{where}: verify checks dp=N without ':{plan.dp_kind}'")
+        least = self.batch // plan.dp
+        if least < 2:
+            raise PlanError(
+                f"{where}: a batch of {self.batch} leaves a replica {least} samples; each of the "
+                f"{plan.dp} needs 2 (--batch {2 * plan.dp})"
+            )
+        if plan.tp_kind == "batch" and least < plan.tp:
+            raise PlanError(
+                f"{where}: {least} samples of a replica cannot be split over {plan.tp} ranks "
+                f"(--batch {plan.dp * plan.tp})"
+            )
+        return plan
 
 
 def name_of(model: Model) -> str:
@@ -110,22 +102,21 @@ def make_inputs(job: Job, model: nn.Module, dtype: torch.dtype) -> tuple[Tensor,
         ConfigError: the text cannot be read.
         ModelError: token ids for a model that has no vocabulary.
     """
-    draws = torch.Generator().manual_seed(job.seed + 1)
-    return tuple(_input(text, job.batch, model, dtype, draws) for text in job.input.split(","))
-
-
-def _input(
-    text: str, batch: int, model: nn.Module, dtype: torch.dtype, draws: torch.Generator
-) -> Tensor:
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*(:int)?", text):
-        raise ConfigError(
-            f"input '{text}': write 3x64x64 for an image, 16000 for a waveform, 128:int for tokens"
+    draws, made = torch.Generator().manual_seed(job.seed + 1), []
+    for text in job.input.split(","):
+        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*(:int)?", text):
+            raise ConfigError(
+                f"input '{text}': write 3x64x64 for an image, 16000 for a waveform, 128:int for "
+                "tokens"
+            )
+        sizes, is_int, _ = text.partition(":int")
+        shape = (job.batch, *map(int, sizes.split("x")))
+        made.append(
+            torch.randint(_vocabulary(model), shape, generator=draws)
+            if is_int
+            else torch.randn(shape, generator=draws).to(dtype)
         )
-    sizes, is_int, _ = text.partition(":int")
-    shape = (batch, *map(int, sizes.split("x")))
-    if is_int:
-        return torch.randint(_vocabulary(model), shape, generator=draws)
-    return torch.randn(shape, generator=draws).to(dtype)
+    return tuple(made)
 
 
 def _vocabulary(model: nn.Module) -> int:
@@ -136,11 +127,6 @@ def _vocabulary(model: nn.Module) -> int:
     if size is None:
         raise ModelError("token ids are asked for, but the model has no nn.Embedding; see --input")
     return size
-
-
-def samples_of(job: Job, plan: Plan, replica: int) -> Tensor:
-    """Return the indices of a replica's samples in the whole batch, consecutive."""
-    return torch.arange(*shard_bounds(job.batch, plan.dp)[replica])
 
 
 def tensors_of(outputs: Any) -> list[Tensor]:

@@ -11,7 +11,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,18 +27,10 @@ from meshuffle.graph import Graph, capture
 from meshuffle.graph.draws import number_draws
 from meshuffle.layout.call import Program
 from meshuffle.parallel.draws import ReferenceDraws, draw_key
-from meshuffle.verify.compare import Norm, largest
-from meshuffle.verify.job import (
-    MOMENTUM,
-    NUM_STEPS,
-    RELATIVE_STEP,
-    Job,
-    build_model,
-    loss_of,
-    make_inputs,
-    rows_of,
-    tensors_of,
-)
+from meshuffle.verify.compare import Norm
+from meshuffle.verify.job import Job, build_model, loss_of, make_inputs, rows_of, tensors_of
+
+NUM_STEPS, MOMENTUM, RELATIVE_STEP = 3, 0.9, 0.01
 
 Tensors = dict[str, Tensor]
 
@@ -55,7 +47,7 @@ class Facts:
 
     output_dims: list[int | None]
     draw_dims: list[int | None]
-    learning_rate: float = 0.0
+    learning_rate: float | None = None
 
 
 class Reference:
@@ -63,13 +55,13 @@ class Reference:
 
     Args:
         path: of a safetensors file with `kind/name` tensors; kinds are `initial`, `outputs`,
-            `loss`, `gradients`, `parameters` and `buffers`.
+            `loss`, `gradients`, `parameters` and `buffers`. A trace lies beside it.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.trace_path = path, path.with_suffix(".trace")
         with safe_open(path, "pt") as file:
-            self.keys = frozenset(file.keys())
+            self.keys = list(file.keys())
             told = file.metadata()
         self.facts = Facts(**json.loads(told["facts"]))
         self.norms = {key: Norm(**norm) for key, norm in json.loads(told["norms"]).items()}
@@ -78,6 +70,10 @@ class Reference:
         with safe_open(self.path, "pt") as file:
             tensor: Tensor = file.get_tensor(key)
             return tensor
+
+    def names(self, kind: str) -> list[str]:
+        """Return the names of a kind's tensors."""
+        return [key.partition("/")[2] for key in self.keys if key.startswith(f"{kind}/")]
 
 
 def make_reference(job: Job, path: Path) -> Reference:
@@ -89,43 +85,66 @@ def make_reference(job: Job, path: Path) -> Reference:
     model = build_model(job, torch.float64)
     inputs = make_inputs(job, model, torch.float64)
     facts = _facts(_captured(model, inputs), job.batch)
+    initial = {f"initial/{name}": x.clone() for name, x in model.state_dict().items()}
     before = {name: x.clone() for name, x in model.named_buffers()}
-    found, rate = _run(job, model, inputs, facts)
+    found, rate = _run(job, model, inputs, facts, torch.arange(job.batch))
     still = {f"buffers/{n}" for n, x in model.named_buffers() if torch.equal(x, before[n])}
-    facts = Facts(facts.output_dims, facts.draw_dims, rate)
-    norms = {key: _norm(x) for key, x in found.items() if not key.startswith("initial/")}
-    norms |= {key: replace(norms[key], exact=True) for key in still & set(norms)}
+    norms = {key: _norm(x, key in still) for key, x in found.items()}
     told = {
-        "facts": json.dumps(asdict(facts)),
+        "facts": json.dumps(asdict(replace(facts, learning_rate=rate))),
         "norms": json.dumps({key: asdict(norm) for key, norm in norms.items()}),
     }
-    save_file({k: x.contiguous().clone() for k, x in found.items()}, path, metadata=told)
+    kept = {key: x.contiguous().clone() for key, x in (initial | found).items()}
+    save_file(kept, path, metadata=told)
     return Reference(path)
 
 
-def own_difference(job: Job, reference: Reference) -> dict[str, float]:
+def own_difference(job: Job, reference: Reference, *, num_rounded: int = 0) -> dict[str, float]:
     """Return ‖a − b‖ of what one device computes in the dtype of `job` in other ways.
 
     These are: channels-last; a permuted batch where nothing is random; and the same again where
     the dtype is not the reference's.
+
+    Args:
+        num_rounded: further runs, each with weights that are rounded at random to a neighbour:
+            a ReLU whose input is as small as that switches in some of them.
     """
     facts, dtype = reference.facts, job.torch_dtype
     identity = torch.arange(job.batch)
     runs: list[tuple[Tensor, bool]] = [] if dtype == torch.float64 else [(identity, False)]
-    model = build_model(job, dtype)
-    inputs = make_inputs(job, model, dtype)
+    inputs = make_inputs(job, build_model(job, dtype), dtype)
     if any(x.ndim == 4 for x in inputs):
         runs.append((identity, True))
     if not facts.draw_dims and all(dim is not None for dim in facts.output_dims):
         permuted = torch.randperm(job.batch, generator=torch.Generator().manual_seed(job.seed + 3))
         runs.append((permuted, False))
-    found = []
-    for order, channels_last in runs:
-        model = build_model(job, dtype)
-        tensors, _ = _run(job, model, inputs, facts, order, channels_last)
-        squares = {k: squared_difference(tensors[k], reference[k]) for k in reference.norms}
-        found.append({key: math.sqrt(squared) for key, squared in squares.items()})
-    return largest(found)
+    runs += [(identity, False)] * num_rounded
+    draws = torch.Generator().manual_seed(job.seed + 4)
+    found: dict[str, float] = {}
+    for i, (order, channels_last) in enumerate(runs):
+        model, given = build_model(job, dtype), [x[order] for x in inputs]
+        if channels_last:
+            model = model.to(memory_format=torch.channels_last)
+            given = [_channels_last(x) for x in given]
+        if i >= len(runs) - num_rounded:
+            _round_at_random(model, draws)
+        tensors, _ = _run(job, model, given, facts, order)
+        for key in reference.norms:
+            difference = math.sqrt(squared_difference(tensors[key], reference[key]))
+            found[key] = max(found.get(key, 0.0), difference)
+    return found
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+@torch.no_grad()
+def _round_at_random(model: nn.Module, draws: torch.Generator) -> None:
+    for parameter in model.parameters():
+        up = torch.rand(parameter.shape, generator=draws) < 0.5
+        far = torch.where(up, torch.inf, -torch.inf).to(parameter.dtype)
+        parameter.copy_(torch.nextafter(parameter, far))
 
 
 def squared_difference(a: Tensor, b: Tensor) -> float:
@@ -160,66 +179,65 @@ def _facts(graph: Graph, batch: int) -> Facts:
 
 
 def _run(
-    job: Job,
-    model: nn.Module,
-    inputs: Sequence[Tensor],
-    facts: Facts,
-    order: Tensor | None = None,
-    channels_last: bool = False,
+    job: Job, model: nn.Module, inputs: Sequence[Tensor], facts: Facts, order: Tensor
 ) -> tuple[Tensors, float]:
     """Train for three steps; return the tensors, and the learning rate.
 
     Args:
-        order: of the samples; results are put back in order.
-        channels_last: lay 4-d tensors out in memory so.
+        order: in which `inputs` have the samples; results are put back in order.
     """
-    order = torch.arange(job.batch) if order is None else order
-    inputs = [x[order] for x in inputs]
-    found = {f"initial/{name}": x.detach().clone() for name, x in model.state_dict().items()}
-    if channels_last:
-        model = model.to(memory_format=torch.channels_last)
-        inputs = [
-            x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in inputs
-        ]
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.SGD(trained.values(), facts.learning_rate, momentum=MOMENTUM)
-    losses = []
-    for step in range(NUM_STEPS):
-        optimizer.zero_grad(set_to_none=False)
+
+    def run_step(step: int) -> tuple[list[Tensor], Tensor]:
         with reference_draws(job, facts, step):
             outputs = tensors_of(model(*inputs))
         loss = loss_of(outputs, facts.output_dims, order, job)
         loss.backward()
-        losses.append(loss.detach())
-        if step == 0:
-            found |= _first_step(outputs, trained, facts, order)
-            rate = facts.learning_rate or _learning_rate(trained)
-            optimizer.param_groups[0]["lr"] = rate
-        optimizer.step()
-    found |= {f"loss/{i}": x for i, x in enumerate(losses, 1)}
+        return outputs, loss
+
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found, rate = train(trained, run_step, facts.learning_rate)
+    for i, dim in enumerate(facts.output_dims):
+        key = f"outputs/{i}"
+        found[key] = rows_of(found[key], dim, torch.argsort(order), job.batch)
     found |= {f"parameters/{name}": p.detach() for name, p in trained.items()}
     found |= {f"buffers/{name}": x for name, x in model.named_buffers()}
     return found, rate
 
 
-def reference_draws(
-    job: Job, facts: Facts, step: int
-) -> contextlib.AbstractContextManager[ReferenceDraws]:
+def reference_draws(job: Job, facts: Facts, step: int) -> ReferenceDraws:
     """Return what makes a model draw the numbers of a step."""
     return ReferenceDraws(draw_key(job.seed, step), facts.draw_dims)
 
 
-def _first_step(
-    outputs: Sequence[Tensor], trained: dict[str, nn.Parameter], facts: Facts, order: Tensor
-) -> Tensors:
+def train(
+    trained: dict[str, nn.Parameter],
+    run_step: Callable[[int], tuple[list[Tensor], Tensor]],
+    rate: float | None,
+) -> tuple[Tensors, float]:
+    """Train for three steps; return `outputs`, `gradients` and `loss`, and the learning rate.
+
+    Args:
+        trained: parameters by name.
+        run_step: returns the outputs and the loss of a step; gradients are then complete.
+        rate: the learning rate, or None to choose it by the first step.
+    """
+    optimizer = torch.optim.SGD(trained.values(), 0.0, momentum=MOMENTUM)
     found: Tensors = {}
-    back = torch.argsort(order)
-    for i, (x, dim) in enumerate(zip(outputs, facts.output_dims, strict=True)):
-        found[f"outputs/{i}"] = rows_of(x.detach(), dim, back, len(order)).clone()
-    for name, p in trained.items():
-        grad = torch.zeros_like(p) if p.grad is None else p.grad
-        found[f"gradients/{name}"] = grad.detach().clone()
-    return found
+    losses: Tensors = {}
+    for step in range(NUM_STEPS):
+        optimizer.zero_grad(set_to_none=False)
+        outputs, loss = run_step(step)
+        losses[f"loss/{step + 1}"] = loss.detach()
+        if step == 0:
+            found |= {f"outputs/{i}": x.detach().clone() for i, x in enumerate(outputs)}
+            for name, p in trained.items():
+                grad = torch.zeros_like(p) if p.grad is None else p.grad
+                found[f"gradients/{name}"] = grad.detach().clone()
+            rate = _learning_rate(trained) if rate is None else rate
+            optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+    assert rate is not None
+    return found | losses, rate
 
 
 def _learning_rate(trained: dict[str, nn.Parameter]) -> float:
@@ -231,8 +249,9 @@ def _learning_rate(trained: dict[str, nn.Parameter]) -> float:
     return RELATIVE_STEP * size / slope if slope else RELATIVE_STEP
 
 
-def _norm(x: Tensor) -> Norm:
+def _norm(x: Tensor, is_constant: bool) -> Norm:
     """Return the norm of the finite elements: masks may hold infinities."""
     wide = x.detach().to(torch.complex128 if x.is_complex() else torch.float64)
     squared = float(torch.where(wide.isfinite(), wide, 0).abs().square().sum())
-    return Norm(squared, x.numel(), not (x.is_floating_point() or x.is_complex()))
+    whole_numbers = not (x.is_floating_point() or x.is_complex())
+    return Norm(math.sqrt(squared), x.numel(), is_constant or whole_numbers)
