@@ -18,6 +18,7 @@ from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.parts import cut_part, join_parts
 from meshuffle.parallel.ranks import Ranks, join
 from meshuffle.planner.plan import parse_plan
+from meshuffle.train import compiling
 
 from ..ranks import run_ranks
 
@@ -95,6 +96,35 @@ def test_a_copy_has_parameters_of_its_own(prefer: str) -> None:
         for name, tensor in model.state_dict().items():
             assert torch.equal(found["whole"][name], tensor)
         assert not torch.allclose(found["again"], model(found["output"]))
+
+
+def compile_it(group: dist.ProcessGroup, prefer: str) -> dict[str, float]:
+    """Return how far a compiled step is from an eager one."""
+    ranks = join(parse_plan("tp=2"), torch.device("cpu"))
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3)]
+    model = nn.Sequential(*layers, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(6 * 4 * 4, 4))
+    x = torch.randn(4, 3, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    eager = Parallel(model.double().train(), (x,), 2, ranks.tp_rank, prefer=prefer).bind(ranks)
+    other = copy.deepcopy(eager)
+    compiled = compiling.compiled(other)
+    outputs = eager(x), compiled(x)
+    errors = {"output": float((outputs[0] - outputs[1]).detach().abs().max())}
+    for output in outputs:
+        output.square().sum().backward()
+    for (name, a), b in zip(eager.named_parameters(), other.parameters(), strict=True):
+        errors[name] = float((a.grad - b.grad).norm() / (a.grad.norm() + 1e-3))  # type: ignore[operator, union-attr]
+    for (name, a), b in zip(eager.named_buffers(), other.buffers(), strict=True):
+        errors[name] = float((a - b).abs().max()) if a.numel() else 0.0
+    return errors
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(compiling.compiler_missing()), reason=compiling.compiler_missing())
+@pytest.mark.parametrize("prefer", ["channel", "spatial"])
+def test_a_compiled_split_model_computes_what_eager_does(prefer: str) -> None:
+    for found in run_ranks(compile_it, 2, prefer):
+        assert max(found.values()) < 1e-9
 
 
 def sum_terms(group: dist.ProcessGroup) -> list[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from meshuffle.data import Preprocess
+from meshuffle.data import Preprocess, folder
+from meshuffle.errors import ImageError
 from meshuffle.planner.plan import parse_plan
 from meshuffle.train import rank, report, state
 from meshuffle.train.checkpoint import latest_checkpoint
@@ -54,8 +55,12 @@ QUICK_WAYS = [
 ]
 
 
-def train_all(group: dist.ProcessGroup, runs: list[str]) -> None:
-    """Train each run folder as one rank, in float64."""
+def train_all(group: dist.ProcessGroup, runs: list[str], blind: Sequence[int] = ()) -> None:
+    """Train each run folder as one rank, in float64; images 3 and 20 cannot be read by some.
+
+    Args:
+        blind: the ranks that cannot.
+    """
     own, world = str(dist.get_rank(group)), str(dist.get_world_size(group))
     os.environ |= {"RANK": own, "WORLD_SIZE": world, "LOCAL_RANK": own, "LOCAL_WORLD_SIZE": world}
     os.environ["MESHUFFLE_QUIET_STDOUT"] = "1"
@@ -63,8 +68,19 @@ def train_all(group: dist.ProcessGroup, runs: list[str]) -> None:
     state.create_model = lambda *a, **k: create(*a, **k).double()  # type: ignore[attr-defined]
     Preprocess.normalise = lambda self, x: normalise(self, x).double()  # type: ignore[method-assign]
     report.write_report = lambda *_, **__: None  # type: ignore[assignment]  # seconds each
+    if dist.get_rank(group) in blind:
+        folder.FolderSource.image = unreadable(folder.FolderSource.image)  # type: ignore[method-assign]
     for run in runs:
         rank.train_rank(Path(run))
+
+
+def unreadable(image: Callable[..., Any]) -> Callable[..., Any]:
+    def read(self: Any, index: int) -> Any:
+        if index in (3, 20):
+            raise ImageError(f"image {index}: gone")
+        return image(self, index)
+
+    return read
 
 
 def train(runs: dict[Path, str]) -> None:
@@ -79,26 +95,32 @@ def train(runs: dict[Path, str]) -> None:
 @pytest.fixture(scope="module")
 def finished(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same runs under several plans, by `SETTINGS PLAN`; each keeps a checkpoint on its way."""
-    folder = tmp_path_factory.mktemp("finished")
-    runs = {}
-    for name in NAMES:
-        settings, plan = name.split()
-        config = TrainConfig(
-            data=str(photos),
-            model="shufflenet_v2_x0_5",
-            knobs=SMALL,
-            epochs=EPOCHS,
-            input_size=32,
-            workers=0,
-            compile="off",
-            save_every="9" if settings == "simple" else "6",  # in the middle of the second epoch
-            plan=plan,
-            out=str(folder / name),
-            **(SIMPLE if settings == "simple" else RICH),
-        )
-        runs[name] = prepare(config, {}).run
+    home = tmp_path_factory.mktemp("finished")
+    runs = {name: new_run(photos, name, home / name) for name in NAMES}
     train({run: name.split()[1] for name, run in runs.items()})
     return runs
+
+
+def new_run(photos: Path, name: str, out: Path, **changes: Any) -> Path:
+    settings, plan = name.split()
+    values: dict[str, Any] = {
+        "epochs": EPOCHS,
+        "save_every": "9" if settings == "simple" else "6",  # in the middle of the second epoch
+        **(SIMPLE if settings == "simple" else RICH),
+        **changes,
+    }
+    config = TrainConfig(
+        data=str(photos),
+        model="shufflenet_v2_x0_5",
+        knobs=SMALL,
+        plan=plan,
+        input_size=32,
+        workers=0,
+        compile="off",
+        out=str(out),
+        **values,
+    )
+    return prepare(config, {}).run
 
 
 def continue_under(
@@ -194,3 +216,17 @@ def test_a_checkpoint_continues_under_any_plan(finished: dict[str, Path], tmp_pa
     ways = [way for way in WAYS if way not in QUICK_WAYS]
     for (source, plan), run in continue_under(finished, ways, tmp_path).items():
         check_continued(finished, run, source, plan)
+
+
+def test_an_image_that_one_rank_cannot_read(photos: Path, tmp_path: Path) -> None:
+    """It leaves on all ranks of the replica, as in a process that cannot read it."""
+    found, expected = (
+        new_run(photos, f"rich {plan}", tmp_path / plan, epochs=1, unfreeze_epoch=0)
+        for plan in ("tp=2:channel", "dp=1")
+    )
+    run_ranks(train_all, 2, [str(found)], (1,))
+    run_ranks(train_all, 1, [str(expected)], (0,))
+    tensors, meta = latest_checkpoint(found / "state")
+    expected_tensors, expected_meta = latest_checkpoint(expected / "state")
+    assert worst(tensors, expected_tensors) < 1e-8
+    assert meta["skipped"] == expected_meta["skipped"] == ["image 20: gone", "image 3: gone"]
