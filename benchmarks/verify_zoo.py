@@ -50,6 +50,7 @@ PLANS = ("tp=2:channel", "tp=2:spatial", "tp=2:batch", "tp=3:channel", "dp=2,tp=
 BATCH, SMALL = 4, 64
 NATIVE = {"inception_v3": 299, "vit_h_14": 224}
 FIXED = ("maxvit",)  # its windows need 224
+LARGER = {"inception_v3": 160}  # at 96 one device differs from itself by 1e-5 in the third loss
 RESULTS = Path(__file__).parents[1] / "results" / "verify_zoo.csv"
 COLUMNS = (
     *("model", "plan", "input", "passed", "worst_relative_error", "worst_tensor"),
@@ -188,7 +189,7 @@ def by_size() -> list[str]:
 def small_input(name: str) -> int:
     if name in small_vit.SIZE:
         return small_vit.SIZE[name]
-    return 224 if name.startswith(FIXED) else 96 if name == "inception_v3" else SMALL
+    return 224 if name.startswith(FIXED) else LARGER.get(name, SMALL)
 
 
 def model_name(name: str) -> str:

@@ -33,6 +33,7 @@ from meshuffle.layout.layout import (
     samples_owners,
 )
 from meshuffle.parallel.lower import _Lowering
+from meshuffle.parallel.storage import Storage
 
 
 def few(examples: int) -> settings:
@@ -281,8 +282,10 @@ def lowered(call: Call, choice: Choice, rank: int) -> tuple[fx.Graph, dict[str, 
     }
     choices[call.node.name] = choice
     values = _Search(program, None, {}).values
-    lowering = _UpToOp(Assignment(program, choices, values), rank, 1, torch.device("cpu"), None)
-    code = lowering.run()
+    assignment = Assignment(program, choices, values)
+    storage = Storage(assignment, {})
+    lowering = _UpToOp(assignment, rank, 1, torch.device("cpu"), storage, {})
+    code = lowering.run(0, len(program.calls), None, None)
     local = lowering.env[call.node][choice.output]  # type: ignore[index]
     (output,) = (node for node in code.graph.nodes if node.op == "output")
     output.args = (local,)

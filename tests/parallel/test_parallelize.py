@@ -155,5 +155,5 @@ def test_lowering_needs_no_ranks() -> None:
     sizes = [sum(p.numel() for p in part.parameters()) for part in parts]
     whole = sum(p.numel() for p in model.parameters())
     assert whole <= sum(sizes) <= 1.2 * whole and max(sizes) < 0.5 * whole
-    sent = [[(s.name, s.forward, s.backward) for s in part.lowered.sent] for part in parts]
+    sent = [[(s.name, s.forward, s.backward) for s in part.codes[0].sent] for part in parts]
     assert sent[0] == sent[1] == sent[2]

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import Tensor
 
 from meshuffle.dist import collectives
 from meshuffle.layout.layout import Window
-from meshuffle.parallel import batch_norm, gradients, moves
+from meshuffle.parallel import batch_norm, gradients, moves, pipeline
 from meshuffle.parallel.draws import Draw
-from meshuffle.verify import rank, trace
+from meshuffle.verify import rank
 from meshuffle.verify.__main__ import main
 from meshuffle.verify.job import Job
 from tests.verify import models
@@ -37,6 +38,10 @@ CASES = {
     "double_count_of_the_last_batch": (models.net, "dp=2", "3x16x16"),
     "one_ranks_mask": (models.net, "tp=2:batch", "3x16x16"),
     "skip_the_gradients": (models.net, "dp=2", "3x16x16"),
+    "a_stage_gets_half": (models.net, "pp=2", "3x16x16"),
+    "a_stage_gets_the_wrong_micro_batch": (models.net, "pp=2,mb=4", "3x16x16"),
+    "a_gradient_does_not_cross": (models.net, "pp=2:zbv,mb=4", "3x16x16"),
+    "a_tied_parameter_alone": (models.tied, "pp=2", "6:int"),
     "a_rank_raises": (models.wide, "tp=2:channel", "3x16x16"),
     "a_rank_does_not_come": (models.wide, "tp=2:channel", "3x16x16"),
     "nothing": (models.wide, "tp=2:channel", "3x16x16"),
@@ -124,7 +129,7 @@ class Fault:
             self.fired()
             return 2 * loss
 
-        return [mock.patch.object(module, "loss_of", doubled) for module in (rank, trace)]
+        return [mock.patch.object(rank, "loss_of", doubled)]
 
     def one_ranks_mask(self) -> Patches:
         bits = Draw.bits
@@ -139,6 +144,36 @@ class Fault:
 
     def skip_the_gradients(self) -> Patches:
         return [mock.patch.object(gradients, "_sum", lambda *_: self.fired())]
+
+    def _arrived(self, way: str, change: Callable[[int, list[Tensor]], list[Tensor]]) -> Patches:
+        arrived = pipeline.Pipeline._arrived
+
+        def changed(pipe: Any, step: Any, side: str, sender: int, i: int) -> list[Tensor]:
+            found = arrived(pipe, step, side, sender, i)
+            if side != way:
+                return found
+            self.fired()
+            return change(i, found)
+
+        return [mock.patch.object(pipeline.Pipeline, "_arrived", changed)]
+
+    def a_stage_gets_half(self) -> Patches:
+        return self._arrived("F", lambda _, found: [x / 2 for x in found])
+
+    def a_stage_gets_the_wrong_micro_batch(self) -> Patches:
+        first: list[list[Tensor]] = []
+
+        def stale(i: int, found: list[Tensor]) -> list[Tensor]:
+            first.append([x.clone() for x in found])
+            return found if i != 1 else first[-2]
+
+        return self._arrived("F", stale)
+
+    def a_gradient_does_not_cross(self) -> Patches:
+        return self._arrived("B", lambda _, found: [torch.zeros_like(x) for x in found])
+
+    def a_tied_parameter_alone(self) -> Patches:
+        return [mock.patch.object(pipeline.Pipeline, "sum_tied", lambda _: self.fired())]
 
     def a_rank_raises(self) -> Patches:
         def broken(x: Tensor, group: Any) -> Tensor:

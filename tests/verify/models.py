@@ -58,6 +58,21 @@ class Tokens(nn.Module):
         return {"tokens": y, "pooled": y.mean(1).tanh()}
 
 
+class Tied(nn.Module):
+    """The table of tokens is the classifier too; so the first and the last stage have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 8)
+        self.layers = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8), nn.Dropout(0.2))
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        return self.head(x + self.layers(x))
+
+
 class Branching(nn.Module):
     """Cannot be captured: what it does depends on the values."""
 
@@ -89,6 +104,10 @@ def wide() -> nn.Module:
 
 def tokens() -> nn.Module:
     return Tokens()
+
+
+def tied() -> nn.Module:
+    return Tied()
 
 
 def branching() -> nn.Module:

@@ -49,7 +49,7 @@ def test_the_references_own_noise_excuses_four_times_itself() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_no_number_fails(bad: float) -> None:
-    merged = merge([Report(0, {"outputs/0": bad}), Report(0, {"outputs/0": 0.0})])
+    merged = merge([Report(0, 0, {"outputs/0": bad}), Report(0, 0, {"outputs/0": 0.0})])
     assert merged == {"outputs/0": math.inf}
     assert not judge(merged, {"outputs/0": Norm(1.0, 1)}).passed
 
@@ -68,10 +68,18 @@ def test_whole_numbers_must_be_equal_and_do_not_set_the_scale() -> None:
 def test_parts_are_added_and_copies_are_compared() -> None:
     split = frozenset({"gradients/split"})
     ranks = [
-        Report(replica, {"gradients/split": a, "outputs/0": b}, split, frozenset({"outputs/0"}))
+        Report(0, replica, {"gradients/split": a, "outputs/0": b}, split, frozenset({"outputs/0"}))
         for replica, a, b in [(0, 9.0, 4.0), (0, 16.0, 1.0), (1, 1.0, 5.0), (1, 0.0, 0.0)]
     ]
     assert merge(ranks) == {"gradients/split": 5.0, "outputs/0": 3.0}
+
+
+def test_each_stage_tells_of_its_own_tensors_and_both_of_a_tied_one() -> None:
+    reports = [
+        Report(0, 0, {"gradients/a": 4.0, "gradients/tied": 9.0}),
+        Report(1, 0, {"gradients/b": 1.0, "gradients/tied": 16.0}),
+    ]
+    assert merge(reports) == {"gradients/a": 2.0, "gradients/b": 1.0, "gradients/tied": 4.0}
 
 
 def test_float32_is_judged_by_ratios_above_the_floor() -> None:

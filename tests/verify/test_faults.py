@@ -25,6 +25,10 @@ _NAMED = {
     "double_count_of_the_last_batch": "gradient at head: ",
     "one_ranks_mask": "drop: aten.dropout.default",
     "skip_the_gradients": "gradients/",
+    "a_stage_gets_half": "block.",
+    "a_stage_gets_the_wrong_micro_batch": "outputs/0",
+    "a_gradient_does_not_cross": "gradient at block.",
+    "a_tied_parameter_alone": "gradients/table.weight",
 }
 
 

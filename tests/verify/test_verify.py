@@ -11,6 +11,7 @@ import torch
 import meshuffle
 from meshuffle.cli import main
 from meshuffle.errors import InputError
+from meshuffle.planner.plan import SCHEDULES
 from meshuffle.verify.api import verify
 from meshuffle.verify.job import Job, loss_of, rows_of
 from meshuffle.verify.reference import squared_difference
@@ -75,6 +76,22 @@ def test_other_numbers_of_ranks_and_an_uneven_batch(dp: int, tp: int) -> None:
         assert verdict.passed, verdict
 
 
+def test_pipelines_of_every_schedule_and_micro_batches_of_unequal_size() -> None:
+    schedules = [f"pp=2:{kind},mb=4" for kind in SCHEDULES]
+    cases = [(models.net, plan, IMAGE, 9) for plan in (*schedules, "pp=2,mb=3", "tp=2,mb=3")]
+    for verdict in verify(
+        [*cases, (models.tied, "pp=2", "6:int"), (models.tokens, "pp=2", "6:int")]
+    ):
+        assert verdict.passed, verdict
+        assert verdict.sent_bytes_predicted == verdict.sent_bytes_measured
+
+
+@pytest.mark.parametrize("plan", ["dp=2,pp=2,mb=2", "tp=2,pp=2:zbv,mb=4"])
+def test_hybrids(plan: str) -> None:
+    for verdict in verify([(models.net, plan, IMAGE, 9), (models.tied, plan, "6:int", 10)]):
+        assert verdict.passed, verdict
+
+
 def test_float32_against_one_device_and_one_rank() -> None:
     for verdict in verify(
         [
@@ -109,7 +126,9 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ("--plan tp=2,pp=2", "pp and mb are not there yet"),
+        ("--plan pp=2,mb=8 --batch 6", "leaves a replica's micro-batch 0 samples"),
+        ("--plan pp=4:interleaved-1f1b,mb=9 --batch 64", "give another mb, or pp=4:1f1b"),
+        ("--plan pp=60", "this model can be cut in"),
         ("--plan dp=2:shard", "without ':shard'"),
         ("--plan tq=2", "unknown part 'tq'"),
         ("--plan dp=4 --batch 6", "a batch of 6 leaves a replica 1 samples"),

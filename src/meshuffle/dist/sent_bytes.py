@@ -9,6 +9,7 @@ whatever the backend does; R ranks, b bytes of this rank's input:
     all-gather          (R − 1) · b
     all-to-all        what is for others
     broadcast, reduce   (R − 1)/R · b      so that all ranks together count (R − 1) · b
+    send                b                  to one other rank
 """
 
 from __future__ import annotations
@@ -128,7 +129,8 @@ _COSTS: dict[str, Cost] = {
     "all_gather_into_tensor": _to_all_others,
     "_allgather_base": _to_all_others,
     "allgather": _to_all_others,
+    "send": lambda given, *_: Fraction(_input_bytes(given)),
     "all_to_all_single": _all_to_all,
     "alltoall_base": _all_to_all,
 }
-_FREE = frozenset({"wait_tensor", "_wrap_tensor_autograd", "barrier"})
+_FREE = frozenset({"wait_tensor", "_wrap_tensor_autograd", "barrier", "recv"})

@@ -14,8 +14,10 @@ Every value has one; a gradient lies as its value does, with two exceptions that
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 Owners = tuple[tuple[int, ...], ...]
@@ -87,16 +89,17 @@ class Shard:
 
     dim: int
     owners: Owners
+    _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Require a partition of 0 … size − 1."""
-        held = sorted(index for part in self.owners for index in part)
-        if self.dim < 0 or held != list(range(len(held))):
+        if self.dim < 0 or not _is_partition(self.owners):
             raise ValueError(f"not a partition along a dim: {self!r}")
+        object.__setattr__(self, "_hash", hash((self.dim, self.owners)))
 
     def __hash__(self) -> int:
-        """Hash by a few numbers: layouts with thousands of indices are compared a lot."""
-        return hash((self.dim, tuple((len(p), p[0] if p else -1, sum(p)) for p in self.owners)))
+        """Return a number that is computed once: layouts are compared a lot."""
+        return self._hash
 
     @classmethod
     def even(cls, dim: int, size: int, world: int) -> Self:
@@ -110,14 +113,7 @@ class Shard:
     @classmethod
     def blocks(cls, dim: int, lengths: Sequence[int]) -> Self:
         """Return contiguous parts of the given lengths."""
-        starts = [sum(lengths[:rank]) for rank in range(len(lengths))]
-        return cls(
-            dim,
-            tuple(
-                tuple(range(start, start + length))
-                for start, length in zip(starts, lengths, strict=True)
-            ),
-        )
+        return cls(dim, _blocks(tuple(lengths)))
 
     @property
     def size(self) -> int:
@@ -136,6 +132,18 @@ class Shard:
     def __str__(self) -> str:
         parts = " | ".join(_ranges(part) for part in self.owners)
         return f"dim {self.dim}: {parts}"
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_partition(owners: Owners) -> bool:
+    held = sorted(index for part in owners for index in part)
+    return held == list(range(len(held)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _blocks(lengths: tuple[int, ...]) -> Owners:
+    stops = list(itertools.accumulate(lengths))
+    return tuple(tuple(range(b - n, b)) for b, n in zip(stops, lengths, strict=True))
 
 
 Layout = Replicate | Varying | Partial | Shard | Samples | Window

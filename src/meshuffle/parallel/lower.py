@@ -3,12 +3,15 @@
 Pure: rank and world are plain numbers and no process group is needed, so that a plan can be
 lowered, printed and counted anywhere. Every rank walks the same list of choices, and so all agree
 on each collective and on their order.
+
+Length: one walk with one environment; in two files its two halves would reach into each other.
 """
 
 from __future__ import annotations
 
+import itertools
 import operator
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,46 +35,15 @@ from meshuffle.layout.layout import (
     Window,
 )
 from meshuffle.parallel import draws
+from meshuffle.parallel.code import Code, Crossing, Sent
 from meshuffle.parallel.moves import Move, name_of, num_samples, share_of, take, take_samples
 from meshuffle.parallel.storage import Storage
 from meshuffle.parallel.sync_norm import SyncNorm, local_norm
+from meshuffle.planner.cut import live_behind
 
 aten = torch.ops.aten
 
 _NORM = ("input", "weight", "bias", "running_mean", "running_var")
-
-
-@dataclass
-class Sent:
-    """What one collective of a step sends, in bytes, by all `tp` ranks of one replica together."""
-
-    name: str
-    value: str
-    forward: int
-    backward: int
-
-
-@dataclass
-class Code:
-    """One rank's program.
-
-    Attributes:
-        graph: calls on this rank's parts; parameters by the model's own names.
-        modules: conversions and draws that it calls, by name.
-        stored: the layout of each parameter and buffer that is not whole, by the model's name.
-        partial: parameters whose gradient on this rank is a term of a sum over the `tp` axis.
-        sent: each collective, in order.
-        reduced_bytes: what the reduction of `partial`'s gradients sends.
-        sources: by name of a value of `graph`, the program's value and its layout.
-    """
-
-    graph: fx.Graph
-    modules: dict[str, nn.Module] = field(default_factory=dict)
-    stored: dict[str, Shard] = field(default_factory=dict)
-    partial: set[str] = field(default_factory=set)
-    sent: list[Sent] = field(default_factory=list)
-    reduced_bytes: int = 0
-    sources: dict[str, tuple[str, Layout]] = field(default_factory=dict)
 
 
 def lower(
@@ -94,7 +66,35 @@ def lower(
     Raises:
         ModelError: an op draws random numbers in a way that cannot be kept equal.
     """
-    return _Lowering(assignment, rank, replicas, device or torch.device("cpu"), stored).run()
+    (code,) = lower_stages(assignment, rank, (), replicas=replicas, device=device, stored=stored)
+    return code
+
+
+def lower_stages(
+    assignment: Assignment,
+    rank: int,
+    cuts: Sequence[int],
+    *,
+    replicas: int = 1,
+    device: torch.device | None = None,
+    stored: dict[str, Layout] | None = None,
+) -> list[Code]:
+    """Return what `rank` of the `tp` axis runs in each pipeline stage.
+
+    Args:
+        cuts: how many calls of the program lie in front of each cut; the rest is as of `lower`.
+    """
+    program = assignment.program
+    storage, numbers = Storage(assignment, stored or {}), dict[str, int]()
+    live = live_behind(program) if cuts else []
+    codes: list[Code] = []
+    for first, last in itertools.pairwise([0, *cuts, len(program.calls)]):
+        lowering = _Lowering(
+            assignment, rank, replicas, device or torch.device("cpu"), storage, numbers
+        )
+        leaving = live[last - 1] if last < len(program.calls) else None
+        codes.append(lowering.run(first, last, codes[-1].leaving if codes else None, leaving))
+    return codes
 
 
 class _Lowering(Emitter):
@@ -104,53 +104,89 @@ class _Lowering(Emitter):
         rank: int,
         replicas: int,
         device: torch.device,
-        stored: dict[str, Layout] | None,
+        storage: Storage,
+        numbers: dict[str, int],
     ) -> None:
         self.assignment, self.rank, self.replicas = assignment, rank, replicas
         self.program, self.device = assignment.program, device
         self.world = self.program.world
         self.code = Code(fx.Graph())
         self.env: dict[Node, dict[Layout, Any]] = {}
-        self._numbers: dict[str, int] = {}
+        self._numbers = numbers
         self._sizes: dict[Any, Node] = {}
         self._numbers_of: dict[Node, Node] = {}
         in_place = (call.node for call in self.program.calls if is_in_place(call.node))
         self._changing = self.program.pinned | {node.args[0].name for node in in_place}  # type: ignore[union-attr]
-        self._storage = Storage(assignment, stored or {})
+        self._storage = storage
         self._batch: Node | None = None
 
-    def run(self) -> Code:
-        for node in self.program.placeholders():
-            if self.program.graph.is_input(node.name):
-                self.env[node] = {Replicate(): self.code.graph.placeholder(node.name)}
+    def run(
+        self,
+        first: int,
+        last: int,
+        arriving: Sequence[Crossing] | None,
+        leaving: Sequence[Node] | None,
+    ) -> Code:
+        """Write calls `first` … `last` − 1.
+
+        Args:
+            arriving: from the stage before; None where the caller passes the model's inputs.
+            leaving: what the next stage needs; None where the model's outputs are returned.
+        """
+        self._take_in(arriving)
         for node in self.program.placeholders():
             if not self.program.graph.is_input(node.name):
-                self._read(node)
-        for call in self.program.calls:
+                name = self.program.graph.names[node.name]
+                layout = self._storage.layouts.get(node, Replicate())
+                self.env[node] = {layout: self.code.graph.get_attr(name)}
+        for call in self.program.calls[first:last]:
             self._write(call)
-        (output,) = (node for node in self.program.fx.nodes if node.op == "output")
-        whole = pytree.tree_map(
-            lambda n: self._obtain(n, Replicate()) if isinstance(n, Node) else n, output.args[0]
-        )
-        self.code.graph.output(whole)
+        if leaving is None:
+            (output,) = (node for node in self.program.fx.nodes if node.op == "output")
+            whole = pytree.tree_map(
+                lambda n: self._obtain(n, Replicate()) if isinstance(n, Node) else n, output.args[0]
+            )
+            self.code.graph.output(whole)
+        else:
+            self.code.graph.output(tuple(self._send_on(node) for node in leaving))
         self._drop_unread()
-        self._count_reductions()
+        self._note_names()
         return self.code
 
-    # Parameters, buffers, constants
+    def _take_in(self, arriving: Sequence[Crossing] | None) -> None:
+        graph = self.code.graph
+        if arriving is None:
+            for node in self.program.placeholders():
+                if self.program.graph.is_input(node.name):
+                    self.env[node] = {Replicate(): graph.placeholder(node.name)}
+            return
+        self._batch = graph.placeholder("num_samples")
+        for crossing in arriving:
+            name = crossing.node.name
+            self.env[crossing.node] = {crossing.layout: graph.placeholder(f"{name}_given")}
 
-    def _read(self, node: Node) -> None:
-        name = self.program.graph.names[node.name]
-        layout = self._storage.layouts.get(node, Replicate())
-        self.env[node] = {layout: self.code.graph.get_attr(name)}
-        if isinstance(layout, Shard):
-            self.code.stored[name] = layout
-        if node in self._storage.partial:
-            self.code.partial.add(name)
+    def _send_on(self, node: Node) -> Any:
+        """Return a value as it goes to the next stage: as it was made, a sum where there is one."""
+        forms = self.env[node]
+        made = next(iter(forms))
+        layout = Replicate() if isinstance(made, Partial) and Replicate() in forms else made
+        self.code.leaving.append(Crossing(node, layout, self.program.has_grad(node)))
+        return forms[layout]
 
-    def _count_reductions(self) -> None:
-        for node in self._storage.partial:
-            self.code.reduced_bytes += stored_bytes(self.assignment.values[node.name], Varying())
+    def _note_names(self) -> None:
+        """Note what is read here, how it is kept, and what its gradients are."""
+        self.code.names = {n.target for n in self.code.graph.nodes if n.op == "get_attr"}
+        for node in self.program.placeholders():
+            name = self.program.graph.names.get(node.name)
+            if name not in self.code.names:
+                continue
+            layout = self._storage.layouts.get(node)
+            if isinstance(layout, Shard):
+                self.code.stored[name] = layout
+            if node in self._storage.partial:
+                self.code.partial.add(name)
+                value = self.assignment.values[node.name]
+                self.code.reduced_bytes += stored_bytes(value, Varying())
 
     # Values
 
@@ -201,10 +237,9 @@ class _Lowering(Emitter):
     def batch(self) -> Any:
         """The samples of the step, as a value of the code."""
         if self._batch is None:
-            symbol = self.program.graph.symbol
-            first = next(n for n in self.env if self.program.graph.is_input(n.name))
-            if symbol is None:
+            if self.program.graph.symbol is None:
                 return self.program.batch
+            first = next(n for n in self.env if self.program.graph.is_input(n.name))
             dim = self.program.samples_dim(first) or 0
             x = self.env[first][Replicate()]
             after = [n for n in self.code.graph.nodes if n.op == "placeholder"][-1]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,22 +15,40 @@ from torch.utils import _pytree as pytree
 from meshuffle.errors import ModelError
 from meshuffle.graph import Graph, capture
 from meshuffle.layout.assign import Assignment, assign
+from meshuffle.layout.call import Program
 from meshuffle.layout.layout import Shard
 from meshuffle.parallel.batch_norm import exchange_handle
 from meshuffle.parallel.draws import Draw
-from meshuffle.parallel.lower import Code, lower
+from meshuffle.parallel.lower import Code, lower_stages
 from meshuffle.parallel.moves import Move
 from meshuffle.parallel.parts import cut_part, join_parts
 from meshuffle.parallel.ranks import Ranks
 from meshuffle.parallel.sync_norm import SyncNorm
+from meshuffle.planner.costs import estimated
+from meshuffle.planner.cut import cut, cuts_like
 
 _HOME = "tp"  # the submodule that holds conversions
 
 
-class Parallel(nn.Module):
-    """A model split within its layers; on each rank an ordinary module.
+@dataclass
+class _Mode:
+    """What a module runs in train or in eval mode; `written` has this rank's stages."""
 
-    It takes and returns what the model does: whole tensors of one replica's batch.
+    assignment: Assignment
+    cuts: tuple[int, ...]
+    codes: list[Code]
+    written: dict[int, fx.GraphModule]
+    spec: Any
+
+    def __post_init__(self) -> None:
+        self.runs = {stage: type(written).forward for stage, written in self.written.items()}
+
+
+class Parallel(nn.Module):
+    """A model split within its layers, or cut into stages; on each rank an ordinary module.
+
+    It takes and returns what the model does: whole tensors of one replica's batch. One that is cut
+    has the parameters of this rank's stages alone, and `pipeline.Pipeline` runs it.
 
     Args:
         model: on any device. On `meta`, parameters are empty until weights are loaded.
@@ -38,10 +57,13 @@ class Parallel(nn.Module):
         prefer: the dimension that layouts prefer; None chooses per op.
         dp: replicas whose batch statistics are joined.
         device: where this rank computes.
+        num_stages: stages of the pipeline; `stages` are this rank's.
+        costs: what `cut` balances.
 
     Attributes:
         shards: the layout of each split parameter and buffer, by name.
         partial: names of parameters whose gradients must be summed over `tp`.
+        stages_of: by name, the stages that have a parameter or buffer.
     """
 
     def __init__(
@@ -54,31 +76,37 @@ class Parallel(nn.Module):
         prefer: str | None = None,
         dp: int = 1,
         device: torch.device | None = None,
+        num_stages: int = 1,
+        stages: Sequence[int] = (0,),
+        costs: Callable[[Program], Mapping[str, float]] = estimated,
     ) -> None:
         super().__init__()
         self._tp, self._rank, self._prefer, self._dp = tp, rank, prefer, dp
-        self._device = device or torch.device("cpu")
+        self.device = device or torch.device("cpu")
         self._example = tuple(torch.empty_like(x, device="cpu") for x in example)
         self._skeleton = [_without_values(model)]  # in a list: not a submodule
-        self._forwards: dict[bool, Any] = {}
+        self.num_stages, self.stages = num_stages, tuple(stages)
+        self._modes: dict[bool, _Mode] = {}
         self._ranks: Ranks | None = None
         training = model.training
         graph = capture(self._skeleton[0], self._example, train=training)
         assignment = assign(graph, tp, batch=example[0].shape[0], prefer=prefer)
-        code = lower(assignment, rank, replicas=dp, device=self._device)
-        self.shards: dict[str, Shard] = dict(code.stored)
+        cuts = cut(assignment.program, costs(assignment.program), num_stages)
+        codes = lower_stages(assignment, rank, cuts, replicas=dp, device=self.device)
+        self.shards: dict[str, Shard] = {k: v for code in codes for k, v in code.stored.items()}
+        self.stages_of = _stages_of(model, codes)
         self._register(model, graph)
-        terms = {id(p) for n, p in self._all_parameters() if n in code.partial}
+        terms = {id(p) for n, p in self._all_parameters() if any(n in c.partial for c in codes)}
         self.partial = frozenset(n for n, p in self._all_parameters() if id(p) in terms)
-        self._install(graph, assignment, code, training)
+        self._install(graph, assignment, cuts, codes, training)
         self.train(training)
 
     def _register(self, model: nn.Module, graph: Graph) -> None:
         """Give this module the model's parameters and buffers, or this rank's parts of them."""
         known = set(graph.names.values())
         made: dict[int, Tensor] = {}
-        parameters = list(model.named_parameters(remove_duplicate=False))
-        buffers = list(model.named_buffers(remove_duplicate=False))
+        parameters = [p for p in model.named_parameters(remove_duplicate=False) if self._has(p[0])]
+        buffers = [b for b in model.named_buffers(remove_duplicate=False) if self._has(b[0])]
         for name, tensor in [*parameters, *buffers]:
             if id(tensor) not in made or name in known:
                 made[id(tensor)] = self._part(name, tensor)
@@ -93,10 +121,13 @@ class Parallel(nn.Module):
             self._home_of(name).register_buffer(
                 name.rpartition(".")[2], made[id(tensor)], persistent=name in persistent
             )
-        for name in known - set(dict(self.named_parameters())) - set(dict(self.named_buffers())):
-            tied = [n for n, t in [*parameters, *buffers] if n == name]
-            if not tied:
+        for name in known - {name for name, _ in [*parameters, *buffers]}:
+            if self._has(name) and name in graph.program.constants:
                 self._constant(name, graph)
+
+    def _has(self, name: str) -> bool:
+        """Tell whether this rank's stages have a parameter, buffer or constant."""
+        return not self.stages_of.get(name, frozenset((0,))).isdisjoint(self.stages)
 
     def _all_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return (name, parameter), a tied one under each of its names."""
@@ -109,7 +140,7 @@ class Parallel(nn.Module):
                 f"the model makes the constant {name} on the meta device; build it on the CPU"
             )
         home = self._home_of(name)
-        own = self.cut(name, value).to(self._device)
+        own = self.cut(name, value).to(self.device)
         home.register_buffer(name.rpartition(".")[2], own, persistent=False)
 
     def _part(self, name: str, tensor: Tensor) -> Tensor:
@@ -117,8 +148,8 @@ class Parallel(nn.Module):
         if name in self.shards:
             part = self.cut(name, part)
         if part.device.type == "meta":
-            part = torch.empty_like(part, device=self._device)
-        part = part.to(self._device)
+            part = torch.empty_like(part, device=self.device)
+        part = part.to(self.device)
         if isinstance(tensor, nn.Parameter):
             return nn.Parameter(part, requires_grad=tensor.requires_grad)
         return part.clone() if part is tensor else part
@@ -151,20 +182,30 @@ class Parallel(nn.Module):
             home = getattr(home, part)
         return home
 
-    def _install(self, graph: Graph, assignment: Assignment, code: Code, training: bool) -> None:
+    def _install(
+        self,
+        graph: Graph,
+        assignment: Assignment,
+        cuts: tuple[int, ...],
+        codes: list[Code],
+        training: bool,
+    ) -> None:
         home = _HOME if training else f"{_HOME}_eval"
         if hasattr(self, home):
             raise ModelError(f"the model has a part named '{home}', which is meant for ours")
         holder = nn.Module()
         self.add_module(home, holder)
-        for name, module in code.modules.items():
-            holder.add_module(name, module)
-        for node in code.graph.nodes:
-            if node.op == "call_module":
-                node.target = f"{home}.{node.target}"
-        written = fx.GraphModule(self, code.graph)
+        written = {}
+        for stage in self.stages:
+            code = codes[stage]
+            for name, module in code.modules.items():
+                holder.add_module(name, module)
+            for node in code.graph.nodes:
+                if node.op == "call_module":
+                    node.target = f"{home}.{node.target}"
+            written[stage] = fx.GraphModule(self, code.graph)
         spec = graph.program.call_spec.out_spec
-        self._forwards[training] = (written, type(written).forward, spec, assignment, code)
+        self._modes[training] = _Mode(assignment, cuts, codes, written, spec)
         holder.train(training)
         if self._ranks is not None:
             self.bind(self._ranks)
@@ -199,7 +240,7 @@ class Parallel(nn.Module):
     def train(self, mode: bool = True) -> Parallel:
         """Switch between the code of train and of eval mode; the other is made when first asked."""
         super().train(mode)
-        if mode not in self._forwards:
+        if mode not in self._modes:
             with torch.inference_mode(False):
                 self._add_mode(mode)
         return self
@@ -209,31 +250,41 @@ class Parallel(nn.Module):
         batch = self._example[0].shape[0]
         options = {"batch": batch, "prefer": self._prefer, "stored": self.shards}
         assignment = assign(graph, self._tp, **options)  # type: ignore[arg-type]
-        code = lower(
+        cuts = cuts_like(assignment.program, self.stages_of) if self.num_stages > 1 else ()
+        codes = lower_stages(
             assignment,
             self._rank,
+            cuts,
             replicas=self._dp,
-            device=self._device,
+            device=self.device,
             stored=dict(self.shards),
         )
-        self._install(graph, assignment, code, mode)
+        self._install(graph, assignment, cuts, codes, mode)
 
     def forward(self, *inputs: Tensor) -> Any:
         """Return what the model returns, whole on every rank."""
-        _, run, spec, _, _ = self._forwards[self.training]
-        return pytree.tree_unflatten(run(self, *inputs), spec)
+        return self.run_stage(0, *inputs)
+
+    def run_stage(self, stage: int, *arguments: Any) -> Any:
+        """Return what a stage of this rank sends on; of the last one, what the model returns.
+
+        Args:
+            arguments: of the first stage the model's inputs; of others the number of samples, and
+                what the stage before sends.
+        """
+        mode = self._modes[self.training]
+        result = mode.runs[stage](self, *arguments)
+        return pytree.tree_unflatten(result, mode.spec) if stage + 1 == self.num_stages else result
 
     @property
     def assignment(self) -> Assignment:
         """The layouts of the current mode."""
-        found: Assignment = self._forwards[self.training][3]
-        return found
+        return self._modes[self.training].assignment
 
     @property
-    def lowered(self) -> Code:
-        """The calls of the current mode, with what they send."""
-        found: Code = self._forwards[self.training][4]
-        return found
+    def codes(self) -> list[Code]:
+        """The calls of all stages in the current mode, with what they send."""
+        return self._modes[self.training].codes
 
     @property
     def is_main(self) -> bool:
@@ -242,14 +293,15 @@ class Parallel(nn.Module):
 
     def summary(self) -> str:
         """Return what is split, and what a step sends, in a few lines."""
-        assignment, code = self.assignment, self.lowered
+        assignment, codes = self.assignment, self.codes
         whole = sum(p.numel() for p in self._skeleton[0].parameters())
         here = sum(p.numel() for p in self.parameters())
-        sent = sum(s.forward + s.backward for s in code.sent)
+        sent = sum(s.forward + s.backward for code in codes for s in code.sent)
+        reduced = sum(code.reduced_bytes for code in codes)
         lines = [
             f"tp={self._tp}: {100 * assignment.sharded_fraction():.1f} % of the FLOPs are split, "
             f"{100 * here / max(1, whole):.1f} % of the parameters are on this rank, a step sends "
-            f"{_size(sent)} for values and {_size(code.reduced_bytes)} for gradients"
+            f"{_size(sent)} for values and {_size(reduced)} for gradients"
         ]
         alone = assignment.whole_flops()
         if alone:
@@ -257,18 +309,37 @@ class Parallel(nn.Module):
             lines.append(f"on every rank: {names}{' …' if len(alone) > 4 else ''}")
         return "\n".join(lines)
 
+    def codes_for(self, batch: int) -> list[Code]:
+        """Return `codes` for another number of samples of a replica: for what they send."""
+        mode = self._modes[self.training]
+        if batch == mode.assignment.program.batch:
+            return mode.codes
+        again = mode.assignment.resized(batch)
+        return lower_stages(
+            again, self._rank, mode.cuts, replicas=self._dp, stored=dict(self.shards)
+        )
+
+    @property
+    def lowered(self) -> Code:
+        """The calls of this rank's first stage."""
+        return self.codes[self.stages[0]]
+
     @property
     def graph_module(self) -> fx.GraphModule:
+        """Code of this rank's first stage."""
+        return self.graph_modules[0]
+
+    @property
+    def graph_modules(self) -> list[fx.GraphModule]:
         """The current mode's code as torch.fx knows it; it shares this module's parameters."""
-        found: fx.GraphModule = self._forwards[self.training][0]
-        return found
+        return list(self._modes[self.training].written.values())
 
     @property
     def code(self) -> str:
         """The current mode's code, a line per call; conversions say from what to what."""
-        text = re.sub(r";  [\w =]+ = None", "", str(self.graph_module.code))
+        text = "\n".join(str(written.code) for written in self.graph_modules)
         lines = []
-        for line in text.strip().splitlines():
+        for line in re.sub(r";  [\w =]+ = None", "", text).strip().splitlines():
             called = re.search(rf"self\.({_HOME}(?:_eval)?\.\w+)\(", line)
             note = f"  # {self.get_submodule(called[1]).extra_repr()}" if called else ""
             lines.append(line.rstrip() + note)
@@ -281,6 +352,18 @@ class Parallel(nn.Module):
             RuntimeError: as `load_state_dict`.
         """
         self.load_state_dict({name: self.cut(name, whole) for name, whole in tensors.items()})
+
+
+def _stages_of(model: nn.Module, codes: Sequence[Code]) -> dict[str, frozenset[int]]:
+    """Return the stages that read each parameter, buffer and constant, by all of its names."""
+    found = {
+        name: frozenset(stage for stage, code in enumerate(codes) if name in code.names)
+        for name in set().union(*(code.names for code in codes))
+    }
+    tensors = [*model.named_parameters(remove_duplicate=False)]
+    tensors += model.named_buffers(remove_duplicate=False)  # type: ignore[arg-type]
+    known = {id(tensor): found[name] for name, tensor in tensors if name in found}
+    return found | {name: known.get(id(tensor), frozenset((0,))) for name, tensor in tensors}
 
 
 def _size(num_bytes: int) -> str:

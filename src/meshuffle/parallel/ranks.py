@@ -16,13 +16,14 @@ from meshuffle.planner.plan import Plan
 
 
 class Ranks:
-    """The mesh (dp, tp) as seen from one rank; `tp` ranks are neighbours.
+    """The mesh (pp, dp, tp) as seen from one rank; `tp` ranks are neighbours.
 
     A copy of a module keeps its ranks, so this copies as itself.
 
     Attributes:
-        mesh: DeviceMesh with the axes `dp` and `tp`.
-        tp, dp, every: process groups of an axis, and of both.
+        mesh: DeviceMesh with the axes `pp`, `dp` and `tp`.
+        tp, dp, pp: process groups of an axis.
+        every: of the replicas of one pipeline stage: both `dp` and `tp`.
         draws: what random numbers depend on.
         over_tp, over_dp: what batch norm joins statistics by: over both axes, and over `dp`.
         in_replica: for small vectors over `tp` alone.
@@ -36,11 +37,14 @@ class Ranks:
     ) -> None:
         self.mesh = mesh
         self.tp, self.dp = mesh.get_group("tp"), mesh.get_group("dp")
-        every = dist.group.WORLD
-        assert every is not None
-        self.every = every
+        self.pp = mesh.get_group("pp")
         self.tp_rank, self.tp_world = dist.get_rank(self.tp), dist.get_world_size(self.tp)
         self.dp_rank, self.dp_world = dist.get_rank(self.dp), dist.get_world_size(self.dp)
+        self.pp_rank, self.pp_world = dist.get_rank(self.pp), dist.get_world_size(self.pp)
+        whole = dist.group.WORLD
+        assert whole is not None
+        every = mesh["dp", "tp"]._flatten("stage").get_group() if self.pp_world > 1 else whole
+        self.every: dist.ProcessGroup = every
         self.over_tp, self.over_dp = exchange(self.every), exchange(self.dp)
         self.in_replica = exchange(self.tp)
         self.draws = DrawState()
@@ -64,10 +68,11 @@ def join(
         PlanError: the group has another number of ranks.
     """
     world = dist.get_world_size()
-    if plan.dp * plan.tp != world:
+    if plan.num_ranks != world:
         raise PlanError(
-            f"plan {plan}: dp·tp is {plan.dp * plan.tp}, but {world} ranks were launched; "
-            f"use torchrun --nproc-per-node {plan.dp * plan.tp}"
+            f"plan {plan} is for {plan.num_ranks} ranks, but {world} were launched; "
+            f"use torchrun --nproc-per-node {plan.num_ranks}"
         )
-    mesh = init_device_mesh(device.type, (plan.dp, plan.tp), mesh_dim_names=("dp", "tp"))
+    axes = {"pp": plan.pp, "dp": plan.dp, "tp": plan.tp}
+    mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
     return Ranks(mesh, exchange)

@@ -79,9 +79,9 @@ def split_model(
 
 def describe_split(model: Parallel, config: TrainConfig, plan: Plan) -> str:
     """Return one line: what is split, what each rank keeps, what a step sends."""
-    lowered = model.lowered
-    sent = sum(s.forward + s.backward for s in lowered.sent) * plan.dp * config.accumulate
-    sent += lowered.reduced_bytes * plan.dp
+    sent = sum(s.forward + s.backward for code in model.codes for s in code.sent)
+    sent *= plan.dp * config.accumulate
+    sent += sum(code.reduced_bytes for code in model.codes) * plan.dp
     split = 100 * model.assignment.sharded_fraction()
     return (
         f"plan {plan}: {split:.3g} % of the FLOPs are split, {100 * kept_share(model):.3g} % of "

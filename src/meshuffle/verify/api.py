@@ -271,9 +271,11 @@ def _judgement(job: Job, reference: Reference, differences: dict[str, float]) ->
         if found.passed or max(found.errors.values(), default=0.0) > _MOST_NOISE:
             return found
     for num_rounded in (0, _NUM_ROUNDED):
-        own = own_difference(job, reference, num_rounded=num_rounded)
+        if num_rounded not in reference.noise:  # of all plans that are compared with it
+            noise = own_difference(job, reference, num_rounded=num_rounded)
+            reference.noise[num_rounded] = noise
         judged = judge if job.dtype == "float64" else judge_float32
-        found = judged(differences, reference.norms, own)
+        found = judged(differences, reference.norms, reference.noise[num_rounded])
         if found.passed:
             break
     return found

@@ -43,7 +43,7 @@ class Report:
     """What one rank found; plain data.
 
     Attributes:
-        replica: place on the `dp` axis.
+        stage, replica: place on the `pp` and the `dp` axis.
         squared: ‖a − b‖² of its part of each tensor, by `kind/name`.
         over_tp, over_dp: tensors of which each `tp` rank, each replica has a part of its own.
         sent_bytes_predicted: in one forward and backward, of a replica; by its first rank.
@@ -53,6 +53,7 @@ class Report:
         parameter_bytes_fraction: what this rank keeps.
     """
 
+    stage: int
     replica: int
     squared: Mapping[str, float]
     over_tp: Collection[str] = ()
@@ -104,17 +105,19 @@ def merge(reports: Sequence[Report]) -> dict[str, float]:
     """Return ‖a − b‖ of whole tensors; where several ranks have the same, that of the worst.
 
     Args:
-        reports: of all ranks, each with all tensors.
+        reports: of all ranks, each with the tensors of its pipeline stages.
     """
-    found, replicas = {}, {report.replica for report in reports}
-    for key in reports[0].squared:
-        over_tp = sum if key in reports[0].over_tp else max
-        over_dp = sum if key in reports[0].over_dp else max
-        total = over_dp(
-            over_tp(report.squared[key] for report in reports if report.replica == replica)
-            for replica in replicas
-        )
-        is_finite = all(math.isfinite(report.squared[key]) for report in reports)
+    found: dict[str, float] = {}
+    for key in {key for report in reports for key in report.squared}:
+        holders = [report for report in reports if key in report.squared]
+        over_tp = sum if key in holders[0].over_tp else max
+        over_dp = sum if key in holders[0].over_dp else max
+        by_stage: dict[int, dict[int, list[float]]] = {}
+        for report in holders:
+            replicas = by_stage.setdefault(report.stage, {})
+            replicas.setdefault(report.replica, []).append(report.squared[key])
+        total = max(over_dp(map(over_tp, replicas.values())) for replicas in by_stage.values())
+        is_finite = all(math.isfinite(report.squared[key]) for report in holders)
         found[key] = math.sqrt(total) if is_finite else math.inf
     return found
 

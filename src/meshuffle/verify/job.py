@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from meshuffle.data.sampler import shard_bounds
 from meshuffle.errors import ConfigError, ModelError, PlanError
 from meshuffle.models import create_model
 from meshuffle.planner.plan import Plan, parse_plan
+from meshuffle.planner.schedules import make_schedule
 
 Model = str | Callable[[], nn.Module]
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -42,8 +44,23 @@ class Job:
 
     @property
     def reference_key(self) -> tuple[Any, ...]:
-        """What the reference depends on: all but the plan."""
-        return (self.model, self.input, self.batch, self.dtype, self.seed)
+        """What the reference depends on: of the plan, only who is in which micro-batch."""
+        plan = self.checked_plan()
+        cut = (plan.dp, plan.num_micro_batches) if plan.num_micro_batches > 1 else ()
+        return (self.model, self.input, self.batch, self.dtype, self.seed, *cut)
+
+    def micro_batches(self) -> list[list[Tensor]]:
+        """Return the samples of each micro-batch: of each replica, indices in the whole batch.
+
+        A replica has consecutive samples, and its micro-batches consecutive ones of those. Batch
+        norm sees a micro-batch of all replicas together.
+        """
+        plan = parse_plan(self.plan)
+        found: list[list[Tensor]] = [[] for _ in range(plan.num_micro_batches)]
+        for start, stop in shard_bounds(self.batch, plan.dp):
+            for i, (a, b) in enumerate(shard_bounds(stop - start, plan.num_micro_batches)):
+                found[i].append(torch.arange(start + a, start + b))
+        return found
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -57,20 +74,21 @@ class Job:
             PlanError: it does not parse, has parts that cannot be verified, or does not fit.
         """
         plan, where = parse_plan(self.plan), f"plan '{self.plan}'"
-        if plan.pp > 1 or (plan.mb or 1) > 1:
-            raise PlanError(f"{where}: verify checks dp and tp; pp and mb are not there yet")
         if plan.dp_kind:
             raise PlanError(f"{where}: verify checks dp=N without ':{plan.dp_kind}'")
-        least = self.batch // plan.dp
-        if least < 2:
+        make_schedule(plan.pp_kind, plan.pp, plan.num_micro_batches)
+        num = plan.dp * plan.num_micro_batches
+        least = self.batch // num
+        lacking = 1 if plan.num_micro_batches > 1 else 2
+        if least < lacking:
             raise PlanError(
-                f"{where}: a batch of {self.batch} leaves a replica {least} samples; each of the "
-                f"{plan.dp} needs 2 (--batch {2 * plan.dp})"
+                f"{where}: a batch of {self.batch} leaves a replica's micro-batch {least} samples; "
+                f"each of the {num} needs {lacking} (--batch {lacking * num})"
             )
         if plan.tp_kind == "batch" and least < plan.tp:
             raise PlanError(
                 f"{where}: {least} samples of a replica cannot be split over {plan.tp} ranks "
-                f"(--batch {plan.dp * plan.tp})"
+                f"(--batch {num * plan.tp})"
             )
         return plan
 
@@ -146,6 +164,21 @@ def rows_of(whole: Tensor, dim: int | None, samples: Tensor, batch: int) -> Tens
     rows = whole.shape[dim] // batch
     index = (samples[:, None] * rows + torch.arange(rows)).flatten()
     return whole.index_select(dim, index)
+
+
+def join_rows(
+    parts: Sequence[Tensor], dim: int | None, samples: Sequence[Tensor], batch: int
+) -> Tensor:
+    """Return the whole of which each part has some samples; a stack of those that have no dim.
+
+    Args:
+        parts: one for each of `samples`.
+        samples: indices in the whole; of `batch`, or of the replica that they are.
+    """
+    if dim is None:
+        return parts[0] if len(parts) == 1 else torch.stack(list(parts))
+    order = torch.argsort(torch.cat(list(samples)))
+    return rows_of(torch.cat(list(parts), dim), dim, order, batch)
 
 
 def loss_of(

@@ -19,18 +19,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from meshuffle.data.sampler import shard_bounds
 from meshuffle.dist.group import RankEnv, process_group, rank_env
 from meshuffle.dist.sent_bytes import SentBytes
 from meshuffle.errors import InputError, PlanError, RankFailed, in_words
 from meshuffle.parallel.draws import draw_key
 from meshuffle.parallel.gradients import sum_gradients
-from meshuffle.parallel.lower import lower
 from meshuffle.parallel.module import Parallel
+from meshuffle.parallel.pipeline import Pipeline
 from meshuffle.parallel.ranks import Ranks, join
 from meshuffle.planner.plan import Plan
+from meshuffle.planner.schedules import make_schedule
 from meshuffle.verify.compare import Report
-from meshuffle.verify.job import Job, build_model, loss_of, make_inputs, rows_of, tensors_of
+from meshuffle.verify.job import (
+    Job,
+    build_model,
+    join_rows,
+    loss_of,
+    make_inputs,
+    rows_of,
+    tensors_of,
+)
 from meshuffle.verify.reference import Reference, squared_difference, train
 
 
@@ -49,24 +57,39 @@ class Run:
         self.where = "capture"
         model = build_model(job, job.torch_dtype)
         inputs = make_inputs(job, model, job.torch_dtype)
-        samples = [torch.arange(*bounds) for bounds in shard_bounds(job.batch, plan.dp)]
-        self.samples = samples[ranks.dp_rank]
-        self.inputs = [x[self.samples] for x in inputs]
+        parts = job.micro_batches()
+        self.parts = [replicas[ranks.dp_rank] for replicas in parts]
+        """This replica's samples of each micro-batch."""
+        self.firsts = [sum(map(len, replicas[: ranks.dp_rank])) for replicas in parts]
+        self.samples = torch.cat(self.parts)
+        self.inputs = [tuple(x[part] for x in inputs) for part in self.parts]
         self.num_bytes = sum(p.numel() * p.itemsize for p in model.parameters())
-        # All replicas take the layouts of the smallest one: their parts must match.
-        example = tuple(x[samples[-1]] for x in inputs)
+        sizes = {len(part) for replicas in parts for part in replicas}
+        # All replicas take the layouts and cuts of the smallest one: their parts must match.
+        example = tuple(x[: max(2, min(sizes))] for x in inputs)
+        schedule = make_schedule(plan.pp_kind, plan.pp, plan.num_micro_batches)
         self.module = Parallel(
-            model, example, plan.tp, ranks.tp_rank, prefer=plan.tp_kind, dp=plan.dp
+            model,
+            example,
+            plan.tp,
+            ranks.tp_rank,
+            prefer=plan.tp_kind,
+            dp=plan.dp,
+            num_stages=schedule.num_stages,
+            stages=schedule.stages_of(ranks.pp_rank),
         )
         is_fixed = self.module.assignment.program.graph.symbol is None
-        if is_fixed and len(samples[0]) != len(samples[-1]):
+        if is_fixed and len(sizes) > 1:
+            num = plan.dp * plan.num_micro_batches
             raise PlanError(
-                f"plan '{job.plan}': the model fixes its batch, so that {plan.dp} replicas need a "
-                f"batch that is a multiple of {plan.dp}, not {job.batch}"
+                f"plan '{job.plan}': the model fixes its batch, so that {plan.dp} replicas and "
+                f"{plan.num_micro_batches} micro-batches need a batch that is a multiple of {num}, "
+                f"not {job.batch}"
             )
-        start = reference.names("initial")
-        self.module.load_whole({name: reference[f"initial/{name}"] for name in start})
+        own = self.module.state_dict()
+        self.module.load_whole({name: reference[f"initial/{name}"] for name in own})
         self.module.bind(ranks)
+        self.pipeline = Pipeline(self.module, ranks, schedule)
         for name, part in self.module.named_modules():  # the last conversion, for an error
             if name.startswith("tp"):
                 part.register_forward_pre_hook(lambda *_, name=name: setattr(self, "where", name))
@@ -75,32 +98,64 @@ class Run:
         """Train for three steps; return tensors by `kind/name`, and the bytes of the first."""
         facts, counted = self.reference.facts, SentBytes()
         known = dict(self.module.named_parameters(remove_duplicate=False))
-        trained = {name: known[name] for name in self.reference.names("parameters")}
+        names = [name for name in self.reference.names("parameters") if name in known]
+        trained = {name: known[name] for name in names}
 
         def run_step(step: int) -> tuple[list[Tensor], Tensor]:
-            self.where = f"step {step + 1}"
-            self.ranks.draws.set(draw_key(self.job.seed, step), int(self.samples[0]))
             with counted if step == 0 else SentBytes():
-                outputs = tensors_of(self.module(*self.inputs))
-                loss = loss_of(outputs, facts.output_dims, self.samples, self.job)
-                self.where += ", then backward"
-                loss.backward()
+                outputs, loss = self.run_micro_batches(step)
             self.where = "sum of gradients"
             sum_gradients(self.module, self.ranks)
+            self.pipeline.sum_tied()
             return outputs, loss
 
         found, _ = train(trained, run_step, facts.learning_rate)
         for key in [key for key in found if key.startswith("loss/")]:
             dist.all_reduce(found[key], group=self.ranks.dp)
+            if not self.pipeline.has_last:
+                del found[key]
         found |= {f"parameters/{name}": p for name, p in trained.items()}
         buffers = self.module.named_buffers(remove_duplicate=False)
         return found | {f"buffers/{name}": x for name, x in buffers}, counted
+
+    def run_micro_batches(self, step: int, num: int | None = None) -> tuple[list[Tensor], Tensor]:
+        """Go forward and backward; return the outputs and the loss, on the last stage's ranks.
+
+        Args:
+            num: how many micro-batches; None is all.
+        """
+        facts, job = self.reference.facts, self.job
+        losses, outputs = [], {}
+
+        def loss(i: int, result: Any) -> Tensor:
+            outputs[i] = [x.detach() for x in tensors_of(result)]
+            losses.append(loss_of(tensors_of(result), facts.output_dims, self.parts[i], job))
+            self.where += ", then backward"
+            return losses[-1]
+
+        def prepare(i: int) -> None:
+            self.where = f"step {step + 1}, micro-batch {i + 1}"
+            self.ranks.draws.set(draw_key(job.seed, step, i), self.firsts[i])
+
+        sizes = [len(part) for part in self.parts[:num]]
+        self.pipeline.train(sizes, self.inputs.__getitem__, loss, prepare)
+        if not outputs:
+            return [], torch.zeros((), dtype=job.torch_dtype)
+        places = [part - self.samples[0] for part in self.parts[:num]]
+        found = zip(*(outputs[i] for i in range(len(sizes))), strict=True)
+        joined = [
+            join_rows(parts, dim, places, sum(sizes))
+            for parts, dim in zip(found, facts.output_dims, strict=True)
+        ]
+        return joined, torch.stack(losses).sum().detach()
 
     def check(self) -> dict[str, Any]:
         """Train, compare, and return a `Report` as plain data."""
         found, counted = self.train()
         squared: dict[str, float] = {}
         for key in self.reference.norms:
+            if key not in found and not self._expects(key):
+                continue
             expected = self._part(key)
             if key not in found or found[key].shape != expected.shape:
                 raise RankFailed(f"{key} is {_shape(found.get(key))}, not {_shape(expected)}")
@@ -110,12 +165,13 @@ class Run:
         assignment = self.module.assignment
         ops = {op.name: op for op in assignment.program.graph.ops(assignment.program.ops_batch)}
         report = Report(
+            self.ranks.pp_rank,
             self.ranks.dp_rank,
             squared,
             over_tp=[key for key in state if key.partition("/")[2] in self.module.shards],
             over_dp=[key for key in squared if key.startswith("outputs/")],
             sent_bytes_predicted=self.predicted() if self.ranks.tp_rank == 0 else 0,
-            sent_bytes_measured=str(counted.by_label["values"]),
+            sent_bytes_measured=str(counted.by_label["values"] + counted.by_label["stages"]),
             sharded_fraction=assignment.sharded_fraction(),
             imbalance=assignment.imbalance(),
             whole_ops=[
@@ -135,13 +191,16 @@ class Run:
             return rows_of(whole, dim, self.samples, self.job.batch)
         return whole if kind == "loss" else self.module.cut(name, whole)
 
+    def _expects(self, key: str) -> bool:
+        """Tell whether a tensor of the reference is of this rank's stages."""
+        kind, _, name = key.partition("/")
+        if kind in ("outputs", "loss"):
+            return self.pipeline.has_last
+        return not self.module.stages_of[name].isdisjoint(self.module.stages)
+
     def predicted(self) -> int:
-        """Return the bytes that this replica's ranks send in a forward and a backward."""
-        code, assignment = self.module.lowered, self.module.assignment
-        if len(self.samples) != assignment.program.batch:
-            again = assignment.resized(len(self.samples))
-            code = lower(again, self.ranks.tp_rank, replicas=self.plan.dp)
-        return sum(sent.forward + sent.backward for sent in code.sent)
+        """Return the bytes that this stage's ranks of a replica send in a step."""
+        return sum(self.pipeline.predicted_bytes(len(part)) for part in self.parts)
 
 
 def _shape(x: Tensor | None) -> str:
@@ -179,16 +238,17 @@ def work_through(folder: Path, work: Work) -> None:
     env = rank_env() or RankEnv()
     told = json.loads((folder / "jobs.json").read_text())
     sys.path.extend(path for path in told["path"] if path not in sys.path)
-    meshes: dict[tuple[int, int], Ranks] = {}
+    meshes: dict[tuple[int, int, int], Ranks] = {}
     with process_group(env, torch.device("cpu"), told["timeout_s"]):
         for number, (values, path) in enumerate(told["jobs"]):
             began, job = time.monotonic(), Job(**values)
             plan = job.checked_plan()
-            if (plan.dp, plan.tp) not in meshes:
-                ranks = meshes[plan.dp, plan.tp] = join(plan, torch.device("cpu"))
-                for group in (ranks.dp, ranks.tp):
+            axes = (plan.pp, plan.dp, plan.tp)
+            if axes not in meshes:
+                ranks = meshes[axes] = join(plan, torch.device("cpu"))
+                for group in (ranks.pp, ranks.dp, ranks.tp):
                     group.set_timeout(datetime.timedelta(seconds=told["timeout_s"]))
-            found = run_job(job, Path(path), plan, meshes[plan.dp, plan.tp], work)
+            found = run_job(job, Path(path), plan, meshes[axes], work)
             found["seconds"] = time.monotonic() - began
             target = folder / f"{number}.{env.rank}.json"
             temporary = target.with_suffix(".tmp")

@@ -28,7 +28,7 @@ from meshuffle.graph.draws import number_draws
 from meshuffle.layout.call import Program
 from meshuffle.parallel.draws import ReferenceDraws, draw_key
 from meshuffle.verify.compare import Norm
-from meshuffle.verify.job import Job, build_model, loss_of, make_inputs, rows_of, tensors_of
+from meshuffle.verify.job import Job, build_model, join_rows, loss_of, make_inputs, tensors_of
 
 NUM_STEPS, MOMENTUM, RELATIVE_STEP = 3, 0.9, 0.01
 
@@ -56,10 +56,14 @@ class Reference:
     Args:
         path: of a safetensors file with `kind/name` tensors; kinds are `initial`, `outputs`,
             `loss`, `gradients`, `parameters` and `buffers`. A trace lies beside it.
+
+    Attributes:
+        noise: what `own_difference` found, by its number of rounded runs, where it was asked.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.trace_path = path, path.with_suffix(".trace")
+        self.noise: dict[int, dict[str, float]] = {}
         with safe_open(path, "pt") as file:
             self.keys = list(file.keys())
             told = file.metadata()
@@ -84,10 +88,12 @@ def make_reference(job: Job, path: Path) -> Reference:
     """
     model = build_model(job, torch.float64)
     inputs = make_inputs(job, model, torch.float64)
-    facts = _facts(_captured(model, inputs), job.batch)
+    parts = [torch.cat(replicas) for replicas in job.micro_batches()]
+    example = tuple(x[parts[0]] if len(parts[0]) > 1 else x[:2] for x in inputs)
+    facts = _facts(_captured(model, example), len(example[0]))
     initial = {f"initial/{name}": x.clone() for name, x in model.state_dict().items()}
     before = {name: x.clone() for name, x in model.named_buffers()}
-    found, rate = _run(job, model, inputs, facts, torch.arange(job.batch))
+    found, rate = _run(job, model, inputs, facts, parts)
     still = {f"buffers/{n}" for n, x in model.named_buffers() if torch.equal(x, before[n])}
     norms = {key: _norm(x, key in still) for key, x in found.items()}
     told = {
@@ -110,22 +116,23 @@ def own_difference(job: Job, reference: Reference, *, num_rounded: int = 0) -> d
             a ReLU whose input is as small as that switches in some of them.
     """
     facts, dtype = reference.facts, job.torch_dtype
-    identity = torch.arange(job.batch)
-    runs: list[tuple[Tensor, bool]] = [] if dtype == torch.float64 else [(identity, False)]
+    parts = [torch.cat(replicas) for replicas in job.micro_batches()]
+    runs: list[tuple[list[Tensor], bool]] = [] if dtype == torch.float64 else [(parts, False)]
     inputs = make_inputs(job, build_model(job, dtype), dtype)
     if any(x.ndim == 4 for x in inputs):
-        runs.append((identity, True))
+        runs.append((parts, True))
     if not facts.draw_dims and all(dim is not None for dim in facts.output_dims):
-        permuted = torch.randperm(job.batch, generator=torch.Generator().manual_seed(job.seed + 3))
+        draws = torch.Generator().manual_seed(job.seed + 3)
+        permuted = [part[torch.randperm(len(part), generator=draws)] for part in parts]
         runs.append((permuted, False))
-    runs += [(identity, False)] * num_rounded
+    runs += [(parts, False)] * num_rounded
     draws = torch.Generator().manual_seed(job.seed + 4)
     found: dict[str, float] = {}
     for i, (order, channels_last) in enumerate(runs):
-        model, given = build_model(job, dtype), [x[order] for x in inputs]
+        model, given = build_model(job, dtype), inputs
         if channels_last:
             model = model.to(memory_format=torch.channels_last)
-            given = [_channels_last(x) for x in given]
+            given = tuple(_channels_last(x) for x in given)
         if i >= len(runs) - num_rounded:
             _round_at_random(model, draws)
         tensors, _ = _run(job, model, given, facts, order)
@@ -179,34 +186,46 @@ def _facts(graph: Graph, batch: int) -> Facts:
 
 
 def _run(
-    job: Job, model: nn.Module, inputs: Sequence[Tensor], facts: Facts, order: Tensor
+    job: Job, model: nn.Module, inputs: Sequence[Tensor], facts: Facts, parts: Sequence[Tensor]
 ) -> tuple[Tensors, float]:
     """Train for three steps; return the tensors, and the learning rate.
 
     Args:
-        order: in which `inputs` have the samples; results are put back in order.
+        parts: the samples of each micro-batch, in any order; results are put back in order.
     """
 
     def run_step(step: int) -> tuple[list[Tensor], Tensor]:
-        with reference_draws(job, facts, step):
-            outputs = tensors_of(model(*inputs))
-        loss = loss_of(outputs, facts.output_dims, order, job)
-        loss.backward()
-        return outputs, loss
+        losses, found = [], []
+        for i, samples in enumerate(parts):
+            with reference_draws(job, facts, step, i):
+                outputs = tensors_of(model(*(_rows(x, samples) for x in inputs)))
+            losses.append(loss_of(outputs, facts.output_dims, samples, job))
+            losses[-1].backward()
+            found.append([x.detach() for x in outputs])
+        joined = [
+            join_rows(of_parts, dim, parts, job.batch)
+            for of_parts, dim in zip(zip(*found, strict=True), facts.output_dims, strict=True)
+        ]
+        return joined, torch.stack(losses).sum()
 
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found, rate = train(trained, run_step, facts.learning_rate)
-    for i, dim in enumerate(facts.output_dims):
-        key = f"outputs/{i}"
-        found[key] = rows_of(found[key], dim, torch.argsort(order), job.batch)
     found |= {f"parameters/{name}": p.detach() for name, p in trained.items()}
     found |= {f"buffers/{name}": x for name, x in model.named_buffers()}
     return found, rate
 
 
-def reference_draws(job: Job, facts: Facts, step: int) -> ReferenceDraws:
-    """Return what makes a model draw the numbers of a step."""
-    return ReferenceDraws(draw_key(job.seed, step), facts.draw_dims)
+def _rows(x: Tensor, samples: Tensor) -> Tensor:
+    """Return some samples, in the memory format of `x`."""
+    if torch.equal(samples, torch.arange(len(x))):
+        return x
+    is_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return _channels_last(x[samples]) if is_last else x[samples]
+
+
+def reference_draws(job: Job, facts: Facts, step: int, micro_batch: int = 0) -> ReferenceDraws:
+    """Return what makes a model draw the numbers of a micro-batch."""
+    return ReferenceDraws(draw_key(job.seed, step, micro_batch), facts.draw_dims)
 
 
 def train(

@@ -1,7 +1,7 @@
 """Where a run that is not equal first differs: its values, one after the other, then gradients.
 
-The captured program is run op by op on the whole batch, and every value and its gradient is kept;
-each rank runs its lowered code in the same way and compares.
+The captured program is run op by op on the first micro-batch, and every value and its gradient is
+kept; each rank runs its lowered code in the same way and compares.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from meshuffle.graph import capture
 from meshuffle.layout.call import Program
 from meshuffle.layout.convert import Value, owners_of
 from meshuffle.layout.layout import Layout, Partial, Samples, Shard, Varying, Window
-from meshuffle.parallel.draws import draw_key
 from meshuffle.parallel.moves import Move
+from meshuffle.parallel.pipeline import Pipeline
+from meshuffle.planner.schedules import one_micro_batch
 from meshuffle.verify.job import Job, build_model, loss_of, make_inputs, rows_of, tensors_of
 from meshuffle.verify.rank import Run
 from meshuffle.verify.reference import Reference, reference_draws, squared_difference
@@ -56,7 +57,8 @@ class Recorder(fx.Interpreter):
 def make_trace(job: Job, reference: Reference) -> None:
     """Save the values and gradients of the first step on one device, in float64."""
     model = build_model(job, torch.float64)
-    inputs = make_inputs(job, model, torch.float64)
+    samples = torch.cat(job.micro_batches()[0])
+    inputs = tuple(x[samples] for x in make_inputs(job, model, torch.float64))
     graph = capture(model, inputs, train=True)
     stored: dict[str, Any] = {
         **graph.program.constants,
@@ -71,8 +73,8 @@ def make_trace(job: Job, reference: Reference) -> None:
     recorder = Recorder(graph.program.graph_module)
     with reference_draws(job, reference.facts, 0):
         outputs = tensors_of(recorder.run(*arguments))
-    loss_of(outputs, reference.facts.output_dims, torch.arange(job.batch), job).backward()
-    program = Program(graph, job.batch, 1)
+    loss_of(outputs, reference.facts.output_dims, samples, job).backward()
+    program = Program(graph, len(samples), 1)
     calls = {
         op.name: (op.module, op.target, program.samples_dim_of(node.meta["val"]))
         for op, node in zip(graph.ops(), graph.nodes(), strict=True)
@@ -98,39 +100,47 @@ class Comparison:
         told = json.loads(trace.metadata()["told"])
         self.calls: dict[str, Any] = told["calls"]
         self.scales = {"values": 0.0, "gradients": told["rms"]}
-        run.ranks.draws.set(draw_key(run.job.seed, 0), int(run.samples[0]))
-        recorder = Recorder(run.module.graph_module)
-        outputs = tensors_of(recorder.run(*run.inputs))
-        loss_of(outputs, run.reference.facts.output_dims, run.samples, run.job).backward()
-        self.got = recorder.kept
+        self.size = sum(map(len, run.job.micro_batches()[0]))
+        self.samples = torch.arange(len(run.parts[0])) + run.firsts[0]
+        modules = zip(run.module.stages, run.module.graph_modules, strict=True)
+        recorders = {stage: Recorder(module) for stage, module in modules}
+        run.module.run_stage = lambda stage, *given: recorders[stage].run(*given)  # type: ignore[method-assign]
+        run.pipeline = Pipeline(run.module, run.ranks, one_micro_batch(run.pipeline.schedule))
+        run.run_micro_batches(0, 1)
+        self.got = {stage: recorder.kept for stage, recorder in recorders.items()}
 
-    def differing(self, kind: str) -> list[tuple[int, str]]:
+    def differing(self, kind: str) -> list[tuple[list[int], str]]:
         """Return the places and names of the values, or gradients, that differ on this rank."""
         found = []
-        for place, (name, source, layout) in enumerate(self._shared(kind)):
-            path, target, dim = self.calls[source]
-            whole = self.trace.get_tensor(f"{kind}/{source}")
-            whole = rows_of(whole, dim, self.run.samples, self.run.job.batch)
-            if self._differs(kind, layout, self.got[f"{kind}/{name}"], whole):
-                how = source if name == source else f"{source}, as {name}"
-                found.append((place, f"{path or 'the model'}: {target} ({how})"))
+        for stage, module in zip(
+            self.run.module.stages, self.run.module.graph_modules, strict=True
+        ):
+            for place, (name, source, layout) in enumerate(self._shared(kind, stage, module)):
+                path, target, dim = self.calls[source]
+                whole = self.trace.get_tensor(f"{kind}/{source}")
+                whole = rows_of(whole, dim, self.samples, self.size)
+                if self._differs(kind, layout, self.got[stage][f"{kind}/{name}"], whole):
+                    how = source if name == source else f"{source}, as {name}"
+                    found.append(([stage, place], f"{path or 'the model'}: {target} ({how})"))
         return found
 
-    def _shared(self, kind: str) -> list[tuple[str, str, Layout]]:
+    def _shared(
+        self, kind: str, stage: int, written: fx.GraphModule
+    ) -> list[tuple[str, str, Layout]]:
         """Return (name, value of the program, layout) of what all ranks of `tp` have, in order."""
-        module = self.run.module
-        lies = dict(module.lowered.sources)
-        converted = {sent.name: sent.value for sent in module.lowered.sent if kind == "values"}
-        nodes = list(module.graph_module.graph.nodes)
+        code, got = self.run.module.codes[stage], self.got[stage]
+        lies = dict(code.sources)
+        converted = {sent.name: sent.value for sent in code.sent if kind == "values"}
+        nodes = list(written.graph.nodes)
         for node in nodes:
             if node.op == "call_module" and node.name in converted:
-                move = module.get_submodule(node.target)
+                move = self.run.module.get_submodule(node.target)
                 if isinstance(move, Move):
                     lies.setdefault(node.name, (converted[node.name], move.step.target))
         found = {}
         for name in [node.name for node in nodes if node.name in lies]:
             source, layout = lies[name]
-            has_both = f"{kind}/{name}" in self.got and f"{kind}/{source}" in self.keys
+            has_both = f"{kind}/{name}" in got and f"{kind}/{source}" in self.keys
             if has_both and source in self.calls:
                 found[f"{name} {source} {layout}"] = (name, source, layout)
         told: list[Any] = [None] * self.run.ranks.tp_world
@@ -143,7 +153,7 @@ class Comparison:
             value = value.clone()
             dist.all_reduce(value, group=ranks.tp)
         elif isinstance(layout, Shard | Samples | Window):
-            like = Value(tuple(whole.shape), 0, False, len(self.run.samples), ranks.tp_world)
+            like = Value(tuple(whole.shape), 0, False, len(self.samples), ranks.tp_world)
             own = torch.tensor(owners_of(layout, like)[ranks.tp_rank], dtype=torch.int64)
             whole = whole.index_select(layout.dim, own)
         if value.shape != whole.shape:

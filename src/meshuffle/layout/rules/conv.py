@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,7 +120,8 @@ def _groups_of(layout: Layout, size: int) -> tuple[tuple[int, ...], ...] | None:
     return groups if all(groups) and _channels_of(groups, size) == layout.owners else None
 
 
-def _channels_of(groups: Sequence[Sequence[int]], size: int) -> tuple[tuple[int, ...], ...]:
+@functools.lru_cache(maxsize=4096)
+def _channels_of(groups: tuple[tuple[int, ...], ...], size: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(g * size + i for g in part for i in range(size)) for part in groups)
 
 

@@ -1,0 +1,360 @@
+"""The pipeline of one rank: its stages, in the order of a schedule, over micro-batches of any size.
+
+What crosses a cut goes from rank to rank of the same place on `tp` and `dp`, each tensor by itself,
+in the layout in which the stage before has it. What is to arrive next is asked for one action
+ahead; sends are not waited for before the end of the step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+from torch.nn import Parameter
+
+from meshuffle.dist.sent_bytes import labelled
+from meshuffle.parallel.module import Parallel
+from meshuffle.parallel.ranks import Ranks
+from meshuffle.planner.schedules import Action, Schedule
+
+_MOST_CROSSING = 1024
+
+Inputs = Callable[[int], tuple[Tensor, ...]]
+Loss = Callable[[int, Any], Tensor]
+
+
+@dataclass
+class _Kept:
+    """What a stage keeps of a micro-batch between its forward and its backward."""
+
+    given: list[Tensor]
+    results: list[Tensor]
+    sends: list[dist.Work]
+    weights: Callable[[], None] | None = None
+
+
+@dataclass
+class _Step:
+    """One step on its way."""
+
+    sizes: Sequence[int]
+    inputs: Inputs
+    finish: Callable[[int, Any], Tensor | None]
+    prepare: Callable[[int], None]
+    kept: dict[tuple[int, int], _Kept] = field(default_factory=dict)
+    here: dict[tuple[str, int, int], list[Tensor]] = field(default_factory=dict)
+    asked: dict[tuple[str, int, int], list[tuple[dist.Work, Tensor]]] = field(default_factory=dict)
+    sent: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
+
+
+class Pipeline:
+    """Runs this rank's stages of a model that is cut.
+
+    Args:
+        module: with the stages that `schedule` gives this rank.
+        ranks: the mesh.
+        schedule: for any number of micro-batches; see `make_schedule`.
+        edge_groups: a process group per cut and direction; None where the backend needs it (NCCL
+            matches messages by their order, gloo by their number).
+    """
+
+    def __init__(
+        self, module: Parallel, ranks: Ranks, schedule: Schedule, *, edge_groups: bool | None = None
+    ) -> None:
+        self.module, self.ranks, self.schedule = module, ranks, schedule
+        if edge_groups is None:
+            edge_groups = dist.get_backend(ranks.pp) == "nccl"
+        self._groups = self._make_groups() if edge_groups else {}
+        self._tied = self._tied_groups()
+
+    @property
+    def has_last(self) -> bool:
+        """True on the ranks that compute the loss."""
+        return self.schedule.num_stages - 1 in self.module.stages
+
+    # Process groups
+
+    def _global(self, stages: Iterable[int]) -> list[int]:
+        """Return the ranks, in the world, of some stages at this place on `tp` and `dp`."""
+        own = {self.schedule.ranks[stage] for stage in stages}
+        return sorted(dist.get_global_rank(self.ranks.pp, rank) for rank in own)
+
+    def _make_groups(self) -> dict[tuple[str, int], dist.ProcessGroup]:
+        groups = {}
+        for stage in range(self.schedule.num_stages - 1):
+            members = self._global((stage, stage + 1))
+            if dist.get_rank() in members and len(members) > 1:
+                groups["F", stage] = _new_group(members)
+                groups["B", stage + 1] = _new_group(members)
+        return groups
+
+    def _tied_groups(self) -> dict[str, dist.ProcessGroup]:
+        """Return, by name, the groups of ranks that share a parameter, made in one order by all."""
+        made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        found = {}
+        for name, parameter in sorted(self.module.named_parameters()):
+            members = tuple(self._global(self.module.stages_of[name]))
+            if parameter.requires_grad and len(members) > 1:
+                if members not in made:
+                    made[members] = _new_group(members)
+                found[name] = made[members]
+        return found
+
+    # Steps
+
+    def train(
+        self,
+        sizes: Sequence[int],
+        inputs: Inputs,
+        loss: Loss,
+        prepare: Callable[[int], None] = lambda _: None,
+        before_last: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Go forward and backward through all micro-batches; gradients are added to `.grad`.
+
+        Args:
+            sizes: samples of each micro-batch of this replica.
+            inputs: returns the model's inputs for a micro-batch; asked on the first stage's ranks.
+            loss: returns the loss of a micro-batch from the model's outputs; on the last one's.
+            prepare: called with the micro-batch before each forward, for its random numbers.
+            before_last: called in front of the last backward of this rank.
+        """
+        step = _Step(sizes, inputs, loss, prepare)
+        order = self.schedule.orders[self.ranks.pp_rank]
+        last = max(i for i, action in enumerate(order) if action.work != "F")
+        self._ask(step, order[0])
+        for i, action in enumerate(order):
+            if i + 1 < len(order):
+                self._ask(step, order[i + 1])
+            if i == last:
+                before_last()
+            self._do(step, action)
+        self._wait(step)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        sizes: Sequence[int],
+        inputs: Inputs,
+        outputs: Callable[[int, Any], None],
+        prepare: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Go forward through all micro-batches; `outputs` takes each result of the model."""
+        step = _Step(sizes, inputs, outputs, prepare)
+        for stage in self.module.stages:
+            for i in range(len(sizes)):
+                self._ask(step, Action(stage, "F", i))
+                self._forward(step, stage, i)
+                step.kept.clear()
+        self._wait(step)
+
+    def _wait(self, step: _Step) -> None:
+        for work, _ in step.sent:
+            work.wait()
+
+    def _do(self, step: _Step, action: Action) -> None:
+        stage, work, i = action
+        if work == "F":
+            self._forward(step, stage, i)
+        elif work == "B":
+            self._backward(step, stage, i)
+        elif work == "I":
+            self._backward_to_inputs(step, stage, i)
+        else:
+            kept = step.kept.pop((stage, i))
+            assert kept.weights is not None
+            kept.weights()
+
+    def _forward(self, step: _Step, stage: int, i: int) -> None:
+        given = list(step.inputs(i)) if stage == 0 else self._arrived(step, "F", stage - 1, i)
+        if stage and torch.is_grad_enabled():
+            for x, crossing in zip(given, self._leaving(stage - 1), strict=True):
+                x.requires_grad_(crossing.has_grad)
+        step.prepare(i)
+        arguments = given if stage == 0 else [step.sizes[i], *given]
+        result = self.module.run_stage(stage, *arguments)
+        if stage + 1 == self.schedule.num_stages:
+            loss = step.finish(i, result)
+            step.kept[stage, i] = _Kept(given, [] if loss is None else [loss], [])
+            return
+        values = [x.detach().to(c.dtype) for x, c in zip(result, self._leaving(stage), strict=True)]
+        step.kept[stage, i] = _Kept(given, list(result), [])
+        self._send(step, "F", stage, i, values)
+
+    def _gradients(
+        self, step: _Step, stage: int, i: int
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Return the results of a forward that have gradients, and those; None of the loss."""
+        kept = step.kept[stage, i]
+        if stage + 1 == self.schedule.num_stages:
+            return kept.results, None
+        expected = [
+            x for x, c in zip(kept.results, self._leaving(stage), strict=True) if c.has_grad
+        ]
+        arrived = self._arrived(step, "B", stage + 1, i)
+        pairs = [
+            (x, g.to(x.dtype)) for x, g in zip(expected, arrived, strict=True) if x.requires_grad
+        ]
+        return [x for x, _ in pairs], [g for _, g in pairs]
+
+    def _backward(self, step: _Step, stage: int, i: int) -> None:
+        results, gradients = self._gradients(step, stage, i)
+        if results:
+            torch.autograd.backward(results, gradients)
+        self._send_back(step, stage, i)
+        del step.kept[stage, i]
+
+    def _backward_to_inputs(self, step: _Step, stage: int, i: int) -> None:
+        """Compute the gradients that the stage before waits for; keep what weights still need."""
+        kept = step.kept[stage, i]
+        results, gradients = self._gradients(step, stage, i)
+        wanted = [x for x in kept.given if x.requires_grad]
+        if not (wanted and results):
+            kept.weights = lambda: torch.autograd.backward(results, gradients) if results else None
+            self._send_back(step, stage, i)
+            return
+        weights = self._weights(stage)
+        edges = [get_gradient_edge(x) for x in results]
+        _, groups = stage_backward_input(list(results), gradients, wanted, iter(weights))
+        found = {acc for group in groups for acc in group["params"]}
+        alone = [w for w in weights if get_gradient_edge(w).node not in found]
+        if alone:  # no way from the stage's inputs leads past them
+            ones = gradients or [torch.ones(()).to(x) for x in results]
+            late = torch.autograd.grad(edges, alone, ones, retain_graph=True, allow_unused=True)
+            for weight, grad in zip(alone, late, strict=True):
+                if grad is not None:
+                    weight.grad = grad if weight.grad is None else weight.grad + grad
+        kept.weights = lambda: _weight_gradients(weights, groups)
+        self._send_back(step, stage, i)
+
+    def _weights(self, stage: int) -> list[Parameter]:
+        names = self.module.codes[stage].names
+        named = self.module.named_parameters(remove_duplicate=False)
+        return [p for name, p in named if name in names and p.requires_grad]
+
+    # Messages
+
+    def _leaving(self, stage: int) -> Any:
+        return self.module.codes[stage].leaving
+
+    def _source(self, action: Action) -> tuple[str, int, int] | None:
+        """Return which message an action needs: (way, the stage that sends it, micro-batch)."""
+        stage, work, i = action
+        if work == "F":
+            return ("F", stage - 1, i) if stage else None
+        if work in "BI":
+            return ("B", stage + 1, i) if stage + 1 < self.schedule.num_stages else None
+        return None
+
+    def _tag(self, way: str, stage: int, i: int, number: int, num: int) -> int:
+        """Return the number of a message."""
+        return ((2 * stage + (way == "B")) * num + i) * _MOST_CROSSING + number
+
+    def _group(self, way: str, stage: int) -> dist.ProcessGroup:
+        return self._groups.get((way, stage), self.ranks.pp)
+
+    def _ask(self, step: _Step, action: Action) -> None:
+        """Ask for what an action needs, unless it is here or asked for."""
+        key = self._source(action)
+        if key is None or key in step.asked or key in step.here:
+            return
+        way, sender, i = key
+        peer = self.schedule.ranks[sender]
+        if peer == self.ranks.pp_rank:
+            return
+        cut = sender if way == "F" else sender - 1
+        crossings = [c for c in self._leaving(cut) if way == "F" or c.has_grad]
+        program, group = self.module.assignment.program, self._group(way, sender)
+        asked = []
+        for number, crossing in enumerate(crossings):
+            shape = crossing.shape(program, self.ranks.tp_rank, step.sizes[i])
+            buffer = torch.empty(shape, dtype=crossing.dtype, device=self.module.device)
+            tag = self._tag(way, sender, i, number, len(step.sizes))
+            source = dist.get_global_rank(self.ranks.pp, peer)
+            work = dist.irecv(buffer, src=source, group=group, tag=tag)
+            assert work is not None
+            asked.append((work, buffer))
+        step.asked[key] = asked
+
+    def _arrived(self, step: _Step, way: str, sender: int, i: int) -> list[Tensor]:
+        key = (way, sender, i)
+        if key in step.here:
+            return step.here.pop(key)
+        found = []
+        for work, buffer in step.asked.pop(key):
+            work.wait()
+            found.append(buffer)
+        return found
+
+    def _send(self, step: _Step, way: str, stage: int, i: int, values: Sequence[Tensor]) -> None:
+        receiver = stage + 1 if way == "F" else stage - 1
+        peer = self.schedule.ranks[receiver]
+        if peer == self.ranks.pp_rank:
+            step.here[way, stage, i] = list(values)
+            return
+        target = dist.get_global_rank(self.ranks.pp, peer)
+        for number, value in enumerate(values):
+            tag = self._tag(way, stage, i, number, len(step.sizes))
+            whole = value.contiguous()
+            with labelled("stages"):
+                work = dist.isend(whole, dst=target, group=self._group(way, stage), tag=tag)
+            assert work is not None
+            step.sent.append((work, whole))
+
+    def _send_back(self, step: _Step, stage: int, i: int) -> None:
+        if stage == 0:
+            return
+        kept = step.kept[stage, i]
+        values = []
+        for x, crossing in zip(kept.given, self._leaving(stage - 1), strict=True):
+            if crossing.has_grad:
+                values.append(torch.zeros_like(x) if x.grad is None else x.grad)
+        self._send(step, "B", stage, i, values)
+
+    def predicted_bytes(self, size: int) -> int:
+        """Return what the ranks of these stages, of one replica, send for a micro-batch."""
+        module, total = self.module, 0
+        codes = module.codes_for(size)
+        program, tp = module.assignment.program, self.ranks.tp_world
+        for stage in module.stages:
+            total += sum(sent.forward + sent.backward for sent in codes[stage].sent)
+            forward = [(crossing, 1) for crossing in codes[stage].leaving]
+            backward = [(c, int(c.has_grad)) for c in (codes[stage - 1].leaving if stage else ())]
+            for other, crossings in ((stage + 1, forward), (stage - 1, backward)):
+                if crossings and self.schedule.ranks[other] != self.ranks.pp_rank:
+                    total += sum(
+                        factor * math.prod(c.shape(program, rank, size)) * c.itemsize
+                        for c, factor in crossings
+                        for rank in range(tp)
+                    )
+        return total
+
+    # Parameters that several stages share
+
+    @torch.no_grad()
+    def sum_tied(self) -> None:
+        """Add up the gradients of parameters that several stages use, once a step."""
+        for name, group in self._tied.items():
+            parameter = self.module.get_parameter(name)
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            with labelled("parameters"):
+                dist.all_reduce(parameter.grad, group=group)
+
+
+def _new_group(members: Iterable[int]) -> dist.ProcessGroup:
+    """Return a group that its members alone make."""
+    group = dist.new_group(list(members), use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def _weight_gradients(weights: Sequence[Parameter], groups: list[dict[str, Any]]) -> None:
+    stage_backward_weight(iter(weights), groups)

@@ -1,0 +1,179 @@
+"""Where a program is cut into pipeline stages: anywhere between two calls, not at module names.
+
+Stages are consecutive calls. What a later stage reads crosses every cut on its way, a skip
+connection too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from meshuffle.errors import PlanError
+from meshuffle.graph.graph import is_in_place, owners_of
+from meshuffle.layout.call import Program, is_tensor
+
+aten = torch.ops.aten
+
+_SLACK = 1.02  # of the slowest stage: worth so much less crossing
+
+
+def live_behind(program: Program) -> list[list[Node]]:
+    """Return, for each call, the values that exist behind it and are read later, inputs included.
+
+    Parameters, buffers and numbers do not cross: every stage has its own.
+    """
+    calls = [call.node for call in program.calls]
+    place = {node: i for i, node in enumerate(calls)}
+    last: dict[Node, int] = {}
+    for node in [*calls, *(n for n in program.fx.nodes if n.op == "output")]:
+        for source in node.all_input_nodes:
+            if source.op == "call_function" or program.graph.is_input(source.name):
+                last[source] = place.get(node, len(calls))
+    found: list[list[Node]] = [[] for _ in calls]
+    for source, end in last.items():
+        value = source.meta.get("val")
+        if isinstance(value, Tensor | tuple | list):
+            for i in range(place.get(source, 0), min(end, len(calls))):
+                found[i].append(source)
+    return found
+
+
+def crossing_bytes(program: Program) -> list[int | None]:
+    """Return the bytes that cross a cut behind each call; None where no cut can be.
+
+    That is behind the last call, between a call with several results and those who take them
+    apart, while memory that is changed in place lies under another name, and between two calls
+    that update the same buffer.
+    """
+    calls = [call.node for call in program.calls]
+    owners = owners_of(calls)
+    pinned = {owners.get(n, n) for n in calls if n.name in program.pinned}
+    together = _updating_together(program)
+    found: list[int | None] = []
+    for i, values in enumerate(live_behind(program)):
+        whole = all(is_tensor(n) and owners.get(n, n) not in pinned for n in values)
+        whole = whole and not any(first <= i < last for first, last in together)
+        found.append(sum(map(program.num_bytes, values)) if whole and values else None)
+    return [*found[:-1], None]
+
+
+def _updating_together(program: Program) -> list[tuple[int, int]]:
+    """Return (first, last) call of those that read a buffer which one of them may update."""
+    readers: dict[Node, list[int]] = {}
+    for i, call in enumerate(program.calls):
+        for source in call.inputs:
+            if source.op == "placeholder" and not program.has_grad(source):
+                readers.setdefault(source, []).append(i)
+    updating = (aten.batch_norm, aten.instance_norm)
+    return [
+        (places[0], places[-1])
+        for places in readers.values()
+        if len(places) > 1
+        and any(
+            is_in_place(node) or getattr(node.target, "_overloadpacket", None) in updating
+            for node in (program.calls[i].node for i in places)
+        )
+    ]
+
+
+def cuts_like(program: Program, stages: Mapping[str, frozenset[int]]) -> tuple[int, ...]:
+    """Return the cuts of another program of the same model: where each has its parameters.
+
+    Args:
+        program: for example that of eval mode.
+        stages: of each parameter and buffer, by the model's name, the stages that have it.
+
+    Raises:
+        PlanError: this program uses them in another order.
+    """
+    num_stages = max((max(found) for found in stages.values()), default=0) + 1
+    crossing = crossing_bytes(program)
+    cuts: list[int] = []
+    now = 0
+    for i, call in enumerate(program.calls):
+        names = (program.graph.names.get(source.name, "") for source in call.inputs)
+        wanted = [stages[name] for name in names if name in stages]
+        if not wanted or any(now in found for found in wanted):
+            continue
+        later = min(min((s for s in found if s > now), default=-1) for found in wanted)
+        places = [
+            p for p in range(cuts[-1] + 1 if cuts else 1, i + 1) if crossing[p - 1] is not None
+        ]
+        if later < 0 or len(places) < later - now:
+            raise PlanError(
+                f"the model uses {next(iter(call.inputs)).name} in another order in eval mode; "
+                "use fewer stages"
+            )
+        cuts += places[-(later - now) :]
+        now = later
+    rest = [
+        p
+        for p in range(cuts[-1] + 1 if cuts else 1, len(program.calls))
+        if crossing[p - 1] is not None
+    ]
+    missing = num_stages - 1 - now
+    if missing:
+        cuts += rest[-missing:]
+    return tuple(cuts)
+
+
+def cut(program: Program, costs: Mapping[str, float], num_stages: int) -> tuple[int, ...]:
+    """Return how many calls lie in front of each cut.
+
+    The slowest stage is as fast as it can be; of the ways that come within 2 % of that, the one
+    is taken across whose cuts the fewest bytes go.
+
+    Args:
+        program: what to cut.
+        costs: seconds of each call, forward and backward, by name; see `costs`.
+        num_stages: one more than cuts.
+
+    Raises:
+        PlanError: there are fewer places to cut than that.
+    """
+    if num_stages == 1:
+        return ()
+    crossing = crossing_bytes(program)
+    places = [i + 1 for i, size in enumerate(crossing) if size is not None]
+    if len(places) < num_stages - 1:
+        raise PlanError(
+            f"{num_stages} pipeline stages: this model can be cut in {len(places)} places only; "
+            f"use at most {len(places) + 1}"
+        )
+    before = torch.tensor([costs.get(c.node.name, 0.0) for c in program.calls]).double().cumsum(0)
+    ends = torch.tensor([0, *places, len(program.calls)])
+    clock = torch.cat([before.new_zeros(1), before])[ends]
+    sizes = torch.tensor([0.0, *(crossing[place - 1] or 0.0 for place in places), 0.0]).double()
+    spans = clock[None, :] - clock[:, None]  # of a stage from place i to place j
+    spans.masked_fill_(torch.ones_like(spans).tril().bool(), torch.inf)
+    start = torch.full_like(clock, torch.inf)
+    start[0] = 0.0
+    slowest, _ = _cheapest(start, num_stages, lambda known: torch.maximum(known[:, None], spans))
+    fine = torch.where(spans <= slowest * _SLACK + 1e-12, 0.0, torch.inf) + sizes[None, :]
+    _, chosen = _cheapest(start, num_stages, lambda known: known[:, None] + fine)
+    return tuple(int(ends[i]) for i in chosen)
+
+
+def _cheapest(
+    start: Tensor, num_stages: int, go_on: Callable[[Tensor], Tensor]
+) -> tuple[float, list[int]]:
+    """Return the least cost of the way from the first place to the last, and where it stops.
+
+    Args:
+        start: 0 at the first place, infinite elsewhere.
+        num_stages: steps of the way.
+        go_on: from the costs of being at each place, those of a further step from i to j.
+    """
+    costs, back = start, []
+    for _ in range(num_stages):
+        costs, came = go_on(costs).min(0)
+        back.append(came)
+    place, stops = len(costs) - 1, []
+    for came in reversed(back[1:]):
+        place = int(came[place])
+        stops.append(place)
+    return float(costs[-1]), stops[::-1]
