@@ -16,7 +16,7 @@ from meshuffle.errors import PlanError
 from meshuffle.graph import capture
 from meshuffle.layout.call import Program
 from meshuffle.planner.costs import estimated, measured
-from meshuffle.planner.cut import crossing_bytes, cut, cuts_like, live_behind
+from meshuffle.planner.cut import crossing_bytes, cut, cuts_at, cuts_like, live_behind
 
 
 class Skips(nn.Module):
@@ -93,6 +93,16 @@ def test_eval_mode_keeps_each_parameter_where_it_is(num: int) -> None:
         for call in other.calls[first:last]:
             names = {other.graph.names.get(source.name) for source in call.inputs} & set(stages)
             assert all(stage in stages[name] for name in names)
+
+
+def test_cuts_by_name_and_those_that_do_not_fit() -> None:
+    names = [call.node.name for call in program().calls]
+    places = cut(program(), estimated(program()), 3)
+    assert cuts_at(program(), [names[i] for i in places]) == places
+    assert cuts_at(program(), [names[i] for i in reversed(places)]) is None
+    assert cuts_at(program(), ["no_such_value"]) is None
+    behind_chunk = names[names.index("chunk") + 1]
+    assert cuts_at(program(), [behind_chunk]) is None
 
 
 def test_more_stages_than_places() -> None:

@@ -85,3 +85,12 @@ def test_bad_file(tmp_path: Path, content: str, says: str) -> None:
     path.write_text(content)
     with pytest.raises(PlanError, match=says):
         parse_plan(str(path))
+
+
+def test_cuts_are_kept_in_json_and_must_be_names(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(Plan(pp=2, cuts=("add_3",)).to_dict()))
+    assert parse_plan(str(path)).cuts == ("add_3",)
+    path.write_text(json.dumps({"pp": 2, "cuts": [3]}))
+    with pytest.raises(PlanError, match=r"cuts=\[3\] must be a list of names"):
+        parse_plan(str(path))

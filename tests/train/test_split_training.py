@@ -43,15 +43,20 @@ RICH: dict[str, Any] = {
     "clip_norm": 1.0,
 }
 SIMPLE_PLANS = ("dp=1", "dp=2", "tp=2:channel", "tp=2:spatial", "dp=2,tp=2")
-NAMES = (*(f"simple {plan}" for plan in SIMPLE_PLANS), "rich dp=1", "rich tp=2:channel")
+RICH_PLANS = ("dp=1", "tp=2:channel", "pp=2,mb=2", "tp=2:channel,pp=2,mb=2")
+NAMES = (*(f"simple {p}" for p in SIMPLE_PLANS), *(f"rich {p}" for p in RICH_PLANS))
 MATRIX = ("dp=1", "dp=2", "tp=2:channel", "dp=2,tp=2")
 WAYS = [(f"simple {a}", b) for a in MATRIX for b in MATRIX]
 WAYS += [(f"rich {a}", b) for a in ("dp=1", "tp=2:channel") for b in ("dp=1", "tp=2:channel")]
+WAYS += [(f"rich {RICH_PLANS[-1]}", "tp=2:channel,mb=2"), ("rich dp=1", RICH_PLANS[-1])]
 QUICK_WAYS = [
     ("simple tp=2:channel", "dp=1"),
     ("simple tp=2:channel", "tp=2:channel"),
     ("simple dp=2,tp=2", "tp=2:channel"),
     ("rich dp=1", "tp=2:channel"),
+    ("rich dp=1", "pp=2,mb=2"),
+    ("rich pp=2,mb=2", "pp=2,mb=2"),
+    ("rich pp=2,mb=2", "tp=2:channel,mb=2"),
 ]
 
 
@@ -107,6 +112,7 @@ def new_run(photos: Path, name: str, out: Path, **changes: Any) -> Path:
         "epochs": EPOCHS,
         "save_every": "9" if settings == "simple" else "6",  # in the middle of the second epoch
         **(SIMPLE if settings == "simple" else RICH),
+        **({"accumulate": 1} if "mb=" in plan else {}),  # the plan says it
         **changes,
     }
     config = TrainConfig(
@@ -133,7 +139,8 @@ def continue_under(
         shutil.copytree(finished[source], run)
         _, last = sorted((run / "state").glob("step-*"))
         shutil.rmtree(last)
-        write_json(run / "plan.json", parse_plan(plan).to_dict())
+        if source.split()[1] != plan:
+            write_json(run / "plan.json", parse_plan(plan).to_dict())
         runs[source, plan] = run
     train({run: plan for (_, plan), run in runs.items()})
     return runs

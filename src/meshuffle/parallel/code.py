@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -43,10 +44,9 @@ class Crossing:
         found: torch.dtype = self.node.meta["val"].dtype
         return found
 
-    @property
-    def itemsize(self) -> int:
-        """Bytes of an element."""
-        return self.dtype.itemsize
+    def num_bytes(self, program: Program, rank: int, batch: int) -> int:
+        """Return the bytes of a rank's part, of a micro-batch of `batch` samples."""
+        return math.prod(self.shape(program, rank, batch)) * self.dtype.itemsize
 
     def shape(self, program: Program, rank: int, batch: int) -> tuple[int, ...]:
         """Return the sizes of a rank's part, of a micro-batch of `batch` samples."""

@@ -24,8 +24,8 @@ from meshuffle.parallel.moves import Move
 from meshuffle.parallel.parts import cut_part, join_parts
 from meshuffle.parallel.ranks import Ranks
 from meshuffle.parallel.sync_norm import SyncNorm
-from meshuffle.planner.costs import estimated
-from meshuffle.planner.cut import cut, cuts_like
+from meshuffle.planner.costs import estimated, per_rank
+from meshuffle.planner.cut import cut, cuts_at, cuts_like
 
 _HOME = "tp"  # the submodule that holds conversions
 
@@ -58,12 +58,14 @@ class Parallel(nn.Module):
         dp: replicas whose batch statistics are joined.
         device: where this rank computes.
         num_stages: stages of the pipeline; `stages` are this rank's.
-        costs: what `cut` balances.
+        costs: what `cut` balances, where `cuts` does not say where to cut.
+        cuts: see `Plan`.
 
     Attributes:
         shards: the layout of each split parameter and buffer, by name.
         partial: names of parameters whose gradients must be summed over `tp`.
         stages_of: by name, the stages that have a parameter or buffer.
+        cuts: where it is cut; see `Plan`.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Parallel(nn.Module):
         num_stages: int = 1,
         stages: Sequence[int] = (0,),
         costs: Callable[[Program], Mapping[str, float]] = estimated,
+        cuts: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self._tp, self._rank, self._prefer, self._dp = tp, rank, prefer, dp
@@ -86,27 +89,32 @@ class Parallel(nn.Module):
         self._example = tuple(torch.empty_like(x, device="cpu") for x in example)
         self._skeleton = [_without_values(model)]  # in a list: not a submodule
         self.num_stages, self.stages = num_stages, tuple(stages)
+        self.pipeline: Any = None
         self._modes: dict[bool, _Mode] = {}
         self._ranks: Ranks | None = None
         training = model.training
         graph = capture(self._skeleton[0], self._example, train=training)
         assignment = assign(graph, tp, batch=example[0].shape[0], prefer=prefer)
-        cuts = cut(assignment.program, costs(assignment.program), num_stages)
-        codes = lower_stages(assignment, rank, cuts, replicas=dp, device=self.device)
+        places = cuts_at(assignment.program, cuts) if cuts else None
+        if places is None and num_stages > 1:
+            seconds = per_rank(assignment, costs(assignment.program))
+            places = cut(assignment.program, seconds, num_stages)
+        self.cuts = tuple(assignment.program.calls[i].node.name for i in places or ())
+        codes = lower_stages(assignment, rank, places or (), replicas=dp, device=self.device)
         self.shards: dict[str, Shard] = {k: v for code in codes for k, v in code.stored.items()}
         self.stages_of = _stages_of(model, codes)
         self._register(model, graph)
         terms = {id(p) for n, p in self._all_parameters() if any(n in c.partial for c in codes)}
         self.partial = frozenset(n for n, p in self._all_parameters() if id(p) in terms)
-        self._install(graph, assignment, cuts, codes, training)
+        self._install(graph, assignment, places or (), codes, training)
         self.train(training)
 
     def _register(self, model: nn.Module, graph: Graph) -> None:
         """Give this module the model's parameters and buffers, or this rank's parts of them."""
         known = set(graph.names.values())
         made: dict[int, Tensor] = {}
-        parameters = [p for p in model.named_parameters(remove_duplicate=False) if self._has(p[0])]
-        buffers = [b for b in model.named_buffers(remove_duplicate=False) if self._has(b[0])]
+        parameters = [p for p in model.named_parameters(remove_duplicate=False) if self.has(p[0])]
+        buffers = [b for b in model.named_buffers(remove_duplicate=False) if self.has(b[0])]
         for name, tensor in [*parameters, *buffers]:
             if id(tensor) not in made or name in known:
                 made[id(tensor)] = self._part(name, tensor)
@@ -122,10 +130,10 @@ class Parallel(nn.Module):
                 name.rpartition(".")[2], made[id(tensor)], persistent=name in persistent
             )
         for name in known - {name for name, _ in [*parameters, *buffers]}:
-            if self._has(name) and name in graph.program.constants:
+            if self.has(name) and name in graph.program.constants:
                 self._constant(name, graph)
 
-    def _has(self, name: str) -> bool:
+    def has(self, name: str) -> bool:
         """Tell whether this rank's stages have a parameter, buffer or constant."""
         return not self.stages_of.get(name, frozenset((0,))).isdisjoint(self.stages)
 
@@ -228,6 +236,7 @@ class Parallel(nn.Module):
         memo[id(self)] = copied
         for key, value in vars(self).items():
             copied.__dict__[key] = value.copy() if isinstance(value, dict) else value
+        copied.pipeline = self.pipeline and self.pipeline.on(copied)
         for key in ("_parameters", "_buffers"):
             copied.__dict__[key] = copy.deepcopy(vars(self)[key], memo)
         shared = (_HOME, f"{_HOME}_eval")
@@ -262,8 +271,12 @@ class Parallel(nn.Module):
         self._install(graph, assignment, cuts, codes, mode)
 
     def forward(self, *inputs: Tensor) -> Any:
-        """Return what the model returns, whole on every rank."""
-        return self.run_stage(0, *inputs)
+        """Return what the model returns, whole on every rank; a pipeline's is without gradient."""
+        if self.num_stages == 1:
+            return self.run_stage(0, *inputs)
+        if self.pipeline is None:
+            raise RuntimeError("a model that is cut into stages is run by pipeline.Pipeline")
+        return pytree.tree_unflatten(self.pipeline.whole(*inputs), self._modes[self.training].spec)
 
     def run_stage(self, stage: int, *arguments: Any) -> Any:
         """Return what a stage of this rank sends on; of the last one, what the model returns.
@@ -291,16 +304,20 @@ class Parallel(nn.Module):
         """True on the one rank that should print and write."""
         return self._ranks is None or self._ranks.mesh.get_rank() == 0
 
+    @property
+    def kept_share(self) -> float:
+        """The part of the model's parameters, by elements, that this rank keeps."""
+        whole = sum(p.numel() for p in self._skeleton[0].parameters())
+        return sum(p.numel() for p in self.parameters()) / max(1, whole)
+
     def summary(self) -> str:
         """Return what is split, and what a step sends, in a few lines."""
         assignment, codes = self.assignment, self.codes
-        whole = sum(p.numel() for p in self._skeleton[0].parameters())
-        here = sum(p.numel() for p in self.parameters())
         sent = sum(s.forward + s.backward for code in codes for s in code.sent)
         reduced = sum(code.reduced_bytes for code in codes)
         lines = [
             f"tp={self._tp}: {100 * assignment.sharded_fraction():.1f} % of the FLOPs are split, "
-            f"{100 * here / max(1, whole):.1f} % of the parameters are on this rank, a step sends "
+            f"{100 * self.kept_share:.1f} % of the parameters are on this rank, a step sends "
             f"{_size(sent)} for values and {_size(reduced)} for gradients"
         ]
         alone = assignment.whole_flops()

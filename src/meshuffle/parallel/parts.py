@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -37,3 +40,40 @@ def join_parts(part: Tensor, shard: Shard, group: dist.ProcessGroup) -> Tensor:
     for owned, theirs in zip(shard.owners, gathered, strict=True):
         whole[torch.tensor(owned, dtype=torch.int64)] = theirs[: len(owned)]
     return whole.movedim(0, shard.dim).contiguous()
+
+
+def join_stages(
+    tensors: Mapping[str, Tensor], group: dist.ProcessGroup, *, everywhere: bool
+) -> dict[str, Tensor]:
+    """Return the tensors of all pipeline stages; of a name that several have, the first's.
+
+    Args:
+        tensors: of this rank's stages, whole.
+        group: one rank per stage; all of them call it.
+        everywhere: on every rank; otherwise on the group's first, and the others get their own.
+    """
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    told: list[Any] = [None] * world
+    own = [(name, tuple(x.shape), x.dtype) for name, x in tensors.items()]
+    dist.all_gather_object(told, own, group=group)
+    found = dict(tensors)
+    seen: set[str] = set()
+    device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
+    for holder, entries in enumerate(told):
+        for name, shape, dtype in entries:
+            if name in seen:
+                continue
+            seen.add(name)
+            if holder == rank:
+                whole = tensors[name].contiguous()
+            else:
+                whole = torch.empty(shape, dtype=dtype, device=device)
+            if everywhere:
+                dist.broadcast(whole, group=group, group_src=holder)
+            elif holder and rank == holder:
+                dist.send(whole, group=group, group_dst=0)
+            elif holder and rank == 0:
+                dist.recv(whole, group=group, group_src=holder)
+            if everywhere or rank == 0:
+                found[name] = whole
+    return found

@@ -7,8 +7,9 @@ ahead; sends are not waited for before the end of the step.
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +19,12 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.nn import Parameter
+from torch.utils import _pytree as pytree
 
 from meshuffle.dist.sent_bytes import labelled
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.ranks import Ranks
-from meshuffle.planner.schedules import Action, Schedule
+from meshuffle.planner.schedules import Action, Schedule, all_forward_all_backward
 
 _MOST_CROSSING = 1024
 
@@ -48,6 +50,7 @@ class _Step:
     inputs: Inputs
     finish: Callable[[int, Any], Tensor | None]
     prepare: Callable[[int], None]
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
     kept: dict[tuple[int, int], _Kept] = field(default_factory=dict)
     here: dict[tuple[str, int, int], list[Tensor]] = field(default_factory=dict)
     asked: dict[tuple[str, int, int], list[tuple[dist.Work, Tensor]]] = field(default_factory=dict)
@@ -71,6 +74,7 @@ class Pipeline:
         self.module, self.ranks, self.schedule = module, ranks, schedule
         if edge_groups is None:
             edge_groups = dist.get_backend(ranks.pp) == "nccl"
+        module.pipeline = self
         self._groups = self._make_groups() if edge_groups else {}
         self._tied = self._tied_groups()
 
@@ -116,6 +120,7 @@ class Pipeline:
         loss: Loss,
         prepare: Callable[[int], None] = lambda _: None,
         before_last: Callable[[], None] = lambda: None,
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         """Go forward and backward through all micro-batches; gradients are added to `.grad`.
 
@@ -125,9 +130,13 @@ class Pipeline:
             loss: returns the loss of a micro-batch from the model's outputs; on the last one's.
             prepare: called with the micro-batch before each forward, for its random numbers.
             before_last: called in front of the last backward of this rank.
+            around: makes what each forward runs in, for example autocast.
         """
-        step = _Step(sizes, inputs, loss, prepare)
-        order = self.schedule.orders[self.ranks.pp_rank]
+        step = _Step(sizes, inputs, loss, prepare, around)
+        schedule = self.schedule
+        if len(sizes) != schedule.num_micro_batches:  # at the end of an epoch
+            schedule = all_forward_all_backward(schedule, len(sizes))
+        order = schedule.orders[self.ranks.pp_rank]
         last = max(i for i, action in enumerate(order) if action.work != "F")
         self._ask(step, order[0])
         for i, action in enumerate(order):
@@ -139,21 +148,50 @@ class Pipeline:
         self._wait(step)
 
     @torch.no_grad()
-    def forward(
-        self,
-        sizes: Sequence[int],
-        inputs: Inputs,
-        outputs: Callable[[int, Any], None],
-        prepare: Callable[[int], None] = lambda _: None,
-    ) -> None:
-        """Go forward through all micro-batches; `outputs` takes each result of the model."""
-        step = _Step(sizes, inputs, outputs, prepare)
-        for stage in self.module.stages:
-            for i in range(len(sizes)):
+    def whole(self, *inputs: Tensor) -> list[Tensor]:
+        """Return the model's outputs for a batch of this replica, on all of its ranks.
+
+        In eval mode the batch goes through in as many micro-batches as there are stages; in train
+        mode, where batch norm sees them, in one.
+        """
+        module, last = self.module, self.schedule.num_stages - 1
+        program = module.assignment.program
+        dims = [program.samples_dim_of(node.meta["val"]) for node in program.outputs()]
+        can_cut = not module.training and None not in dims
+        num = min(self.schedule.num_stages, len(inputs[0])) if can_cut else 1
+        parts = [tuple(x.tensor_split(max(1, num))[i] for x in inputs) for i in range(max(1, num))]
+        found: list[list[Tensor]] = []
+
+        def keep(_: int, result: Any) -> None:
+            found.append([x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)])
+
+        step = _Step([len(part[0]) for part in parts], parts.__getitem__, keep, lambda _: None)
+        for stage in module.stages:
+            for i in range(len(parts)):
                 self._ask(step, Action(stage, "F", i))
                 self._forward(step, stage, i)
                 step.kept.clear()
         self._wait(step)
+        outputs = []
+        source = dist.get_global_rank(self.ranks.pp, self.schedule.ranks[last])
+        for k, (node, dim) in enumerate(zip(program.outputs(), dims, strict=True)):
+            if found:
+                x = torch.cat([part[k] for part in found], dim) if dim is not None else found[0][k]
+            else:
+                shape = program.graph.shape(
+                    node.meta["val"], len(inputs[0]) if program.graph.symbol is not None else None
+                )
+                x = torch.empty(shape, dtype=node.meta["val"].dtype, device=module.device)
+            x = x.to(node.meta["val"].dtype).contiguous()
+            dist.broadcast(x, src=source, group=self.ranks.pp)
+            outputs.append(x)
+        return outputs
+
+    def on(self, module: Parallel) -> Pipeline:
+        """Return the same for a copy of the module, for its forward alone."""
+        other = copy.copy(self)
+        other.module = module
+        return other
 
     def _wait(self, step: _Step) -> None:
         for work, _ in step.sent:
@@ -179,7 +217,8 @@ class Pipeline:
                 x.requires_grad_(crossing.has_grad)
         step.prepare(i)
         arguments = given if stage == 0 else [step.sizes[i], *given]
-        result = self.module.run_stage(stage, *arguments)
+        with step.around():
+            result = self.module.run_stage(stage, *arguments)
         if stage + 1 == self.schedule.num_stages:
             loss = step.finish(i, result)
             step.kept[stage, i] = _Kept(given, [] if loss is None else [loss], [])
@@ -330,7 +369,7 @@ class Pipeline:
             for other, crossings in ((stage + 1, forward), (stage - 1, backward)):
                 if crossings and self.schedule.ranks[other] != self.ranks.pp_rank:
                     total += sum(
-                        factor * math.prod(c.shape(program, rank, size)) * c.itemsize
+                        factor * c.num_bytes(program, rank, size)
                         for c, factor in crossings
                         for rank in range(tp)
                     )

@@ -26,7 +26,7 @@ class Ranks:
         every: of the replicas of one pipeline stage: both `dp` and `tp`.
         draws: what random numbers depend on.
         over_tp, over_dp: what batch norm joins statistics by: over both axes, and over `dp`.
-        in_replica: for small vectors over `tp` alone.
+        in_replica: for small vectors over the ranks of one replica, `tp` and `pp`.
 
     Args:
         exchange: makes an exchange of a group; where bytes are counted, one that is seen at c10d.
@@ -46,7 +46,8 @@ class Ranks:
         every = mesh["dp", "tp"]._flatten("stage").get_group() if self.pp_world > 1 else whole
         self.every: dist.ProcessGroup = every
         self.over_tp, self.over_dp = exchange(self.every), exchange(self.dp)
-        self.in_replica = exchange(self.tp)
+        replica = mesh["pp", "tp"]._flatten("replica").get_group() if self.pp_world > 1 else self.tp
+        self.in_replica = exchange(replica)
         self.draws = DrawState()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:

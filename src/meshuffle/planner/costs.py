@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from meshuffle.dist.device import synchronize
 from meshuffle.graph.graph import is_in_place
+from meshuffle.layout.assign import Assignment
 from meshuffle.layout.call import Program
 
 _FLOPS_PER_S, _BYTES_PER_S = 5e10, 1e10  # of a CPU core; their ratio alone decides a cut
@@ -41,6 +43,15 @@ def measured(program: Program, device: torch.device) -> dict[str, float]:
     for call in program.calls:
         clock.run(call.node)
     return clock.seconds
+
+
+def per_rank(assignment: Assignment, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Return what is left of each call's seconds for the rank of the `tp` axis that does most."""
+    choices = assignment.choices
+    return {
+        name: cost * float(max(assignment.shares(name))) if name in choices else cost
+        for name, cost in seconds.items()
+    }
 
 
 class _Clock:

@@ -6,7 +6,7 @@ connection too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -59,6 +59,19 @@ def crossing_bytes(program: Program) -> list[int | None]:
         whole = whole and not any(first <= i < last for first, last in together)
         found.append(sum(map(program.num_bytes, values)) if whole and values else None)
     return [*found[:-1], None]
+
+
+def cuts_at(program: Program, names: Sequence[str]) -> tuple[int, ...] | None:
+    """Return the cuts in front of the calls that make these values.
+
+    None where the program has no such calls any more, or cannot be cut there: that of a model of
+    which other parts are trained may differ.
+    """
+    places = {call.node.name: i for i, call in enumerate(program.calls)}
+    found = tuple(places.get(name, 0) for name in names)
+    crossing = crossing_bytes(program)
+    fits = list(found) == sorted(set(found)) and all(i and crossing[i - 1] for i in found)
+    return found if fits else None
 
 
 def _updating_together(program: Program) -> list[tuple[int, int]]:

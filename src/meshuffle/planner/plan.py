@@ -37,6 +37,8 @@ class Plan:
         pp_kind: the schedule; None is the default one.
         mb: micro-batches per step; None is 2·pp where pp > 1, else 1.
         threads: CPU threads of each rank; None shares the cores evenly.
+        cuts: of each stage but the first, the value that its first call makes; empty where they are
+            to be chosen.
         predicted_step_ms: milliseconds of a step, where they were predicted or timed.
     """
 
@@ -48,6 +50,7 @@ class Plan:
     pp_kind: str | None = None
     mb: int | None = None
     threads: int | None = None
+    cuts: tuple[str, ...] = field(default=(), compare=False)
     predicted_step_ms: float | None = field(default=None, compare=False)
 
     @property
@@ -125,12 +128,17 @@ def read_plan(path: Path) -> Plan:
 
 def _checked(values: dict[str, Any], where: str) -> Plan:
     known = [field.name for field in dataclasses.fields(Plan)]
-    for key, value in values.items():
+    for key, value in list(values.items()):
         if key.endswith("_kind") and not _KINDS.get(key.removesuffix("_kind"), ("",)):
             raise PlanError(f"{where}: {key.removesuffix('_kind')}=N is followed by nothing")
         if key not in known:
             raise PlanError(f"{where}: unknown key '{key}'{did_you_mean(key, known)}")
         if key == "predicted_step_ms":
+            continue
+        if key == "cuts":
+            if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
+                raise PlanError(f"{where}: cuts={value} must be a list of names of values")
+            values["cuts"] = tuple(value)
             continue
         axis, _, is_kind = key.partition("_")
         if is_kind and value not in _KINDS[axis]:

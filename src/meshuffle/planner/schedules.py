@@ -56,6 +56,11 @@ class Schedule:
         """Stages of the pipeline; some schedules give each rank two."""
         return len(self.ranks)
 
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of a step."""
+        return 1 + max(action.micro_batch for action in self.orders[0])
+
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """Return the stages that a rank holds, in order."""
         return tuple(stage for stage, holder in enumerate(self.ranks) if holder == rank)
@@ -100,13 +105,14 @@ def make_schedule(kind: str | None, pp: int, num_micro_batches: int) -> Schedule
         ) from None
 
 
-def one_micro_batch(schedule: Schedule) -> Schedule:
-    """Return the order of a single micro-batch over the same stages."""
-    orders = []
+def all_forward_all_backward(schedule: Schedule, num_micro_batches: int) -> Schedule:
+    """Return an order for any number of micro-batches over the same stages: GPipe's."""
+    orders, numbers = [], range(num_micro_batches)
     for rank in range(len(schedule.orders)):
         own = schedule.stages_of(rank)
-        forward = [Action(stage, "F", 0) for stage in own]
-        orders.append((*forward, *(Action(stage, "B", 0) for stage in reversed(own))))
+        forward = [Action(stage, "F", i) for stage in own for i in numbers]
+        backward = [Action(stage, "B", i) for stage in reversed(own) for i in numbers]
+        orders.append((*forward, *backward))
     return Schedule(tuple(orders), schedule.ranks)
 
 

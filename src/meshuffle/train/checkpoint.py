@@ -29,6 +29,8 @@ from torch.optim import Optimizer
 
 from meshuffle.errors import RunError
 from meshuffle.parallel.module import Parallel
+from meshuffle.parallel.parts import join_stages
+from meshuffle.parallel.ranks import Ranks
 from meshuffle.train.files import disk_errors, sync, write_json
 
 _KEPT = 2
@@ -157,17 +159,29 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
     }
 
 
-def whole_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def whole_tensors(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    ranks: Ranks | None = None,
+    everywhere: bool = False,
+) -> dict[str, Tensor]:
     """Return tensors of a checkpoint whole, of which a split model has parts.
 
-    All ranks of the `tp` axis call it with the same names.
+    All ranks of a replica call it; the first has all of them then.
+
+    Args:
+        ranks: where the model is split.
+        everywhere: let the ranks of other pipeline stages have all of them too.
     """
-    if not isinstance(model, Parallel):
+    if not isinstance(model, Parallel) or ranks is None:
         return dict(tensors)
-    return {
+    whole = {
         name: model.whole(_owner(name), part) if part.ndim else part
         for name, part in tensors.items()
     }
+    if ranks.pp_world == 1 or not (everywhere or ranks.tp_rank == 0):
+        return whole
+    return join_stages(whole, ranks.pp, everywhere=everywhere)
 
 
 def own_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -181,6 +195,7 @@ def own_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Te
     return {
         name: model.cut(_owner(name), whole) if whole.ndim else whole
         for name, whole in tensors.items()
+        if _owner(name) not in model.stages_of or model.has(_owner(name))
     }
 
 

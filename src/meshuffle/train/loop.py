@@ -175,7 +175,8 @@ class Loop:
         draws = [(draw_key(seed, progress.step, i), n) for i, n in enumerate(agreed.firsts)]
         lr = learning_rate(self.state.config, progress.step, self.sampler.steps_per_epoch)
         try:
-            step.forward = self.compile.forward(self.state.model, sum(counts), self.watch)
+            if step.pipeline is None:
+                step.forward = self.compile.forward(self.state.model, sum(counts), self.watch)
             sums = step.run(micro_batches, counts, lr, draws)
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
@@ -200,7 +201,8 @@ class Loop:
         skipped = 0 if batch is None else len(batch.skipped)
         values = [*own, *map(float, (self.stop.number, save, batch is None, skipped))]
         rows = gather_over_ranks(values, self.exchange)
-        replicas = [list(map(round, row[:num])) for row in rows[:: place.tp]]
+        speakers = [rows[place.replica(dp_rank)[0]] for dp_rank in range(place.dp)]
+        replicas = [list(map(round, row[:num])) for row in speakers]
         columns = list(zip(*rows, strict=True))
         stop, saves, lost, skips = (round(sum(column)) for column in columns[num:])
         return _Agreed(
@@ -209,7 +211,7 @@ class Loop:
             stop=stop,
             save=saves,
             lost=lost,
-            may_differ=place.tp > 1 and skips > 0,
+            may_differ=place.is_split and skips > 0,
         )
 
     def _common(self, batch: Batch) -> Batch:
@@ -308,7 +310,7 @@ class Loop:
         loader = eval_loader(
             source,
             state.card.preprocess,
-            batch_size=-(-state.config.batch // state.config.accumulate),  # what training can hold
+            batch_size=-(-state.config.batch // state.step.num_micro_batches),  # as training holds
             rank=state.place.dp_rank,
             world=state.place.dp,
             num_workers=self.num_workers,
@@ -318,7 +320,7 @@ class Loop:
         def until_lost() -> Iterator[Batch]:
             nonlocal num_lost
             for batch in self._batches(loader):
-                agreed = self._agree([], batch) if state.place.tp > 1 else None
+                agreed = self._agree([], batch) if state.place.is_split else None
                 if batch is None or (agreed and agreed.lost):
                     num_lost = 1
                     return

@@ -138,7 +138,12 @@ def clip_gradients(model: nn.Module, max_norm: float, ranks: Ranks | None = None
     named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
     if ranks is None or not isinstance(model, Parallel):
         return torch.nn.utils.clip_grad_norm_([p for _, p in named], max_norm)
-    counted = [p for name, p in named if name in model.shards or ranks.tp_rank == 0]
+    counted = [
+        p
+        for name, p in named
+        if (name in model.shards or ranks.tp_rank == 0)
+        and min(model.stages_of[name]) in model.stages  # of a tied one, the first
+    ]
     norm = ranks.in_replica.all_sum(_square(counted, ranks)).sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1)
     for _, parameter in named:

@@ -10,45 +10,78 @@ from torch import Tensor, nn
 
 from meshuffle.dist.exchange import make_exchange
 from meshuffle.dist.group import RankEnv
+from meshuffle.layout.call import Program
 from meshuffle.parallel.module import Parallel
+from meshuffle.parallel.pipeline import Pipeline
 from meshuffle.parallel.ranks import Ranks, join
+from meshuffle.planner.costs import measured
 from meshuffle.planner.plan import Plan
+from meshuffle.planner.schedules import Schedule, bubble, make_schedule
 from meshuffle.train.config import TrainConfig
 from meshuffle.train.optim import keep_frozen
 
 
 @dataclass(frozen=True)
 class Place:
-    """One of the `tp` ranks that compute one of the `dp` replicas; all see the same samples."""
+    """A rank's place on the mesh; the `pp`·`tp` ranks of a replica all see the same samples."""
 
     dp_rank: int = 0
     dp: int = 1
     tp_rank: int = 0
     tp: int = 1
+    pp_rank: int = 0
+    pp: int = 1
 
     @property
     def speaks(self) -> bool:
-        """True on the one rank of a replica whose samples are counted."""
-        return self.tp_rank == 0
+        """True on the one rank of a replica whose results are counted."""
+        return self.tp_rank == 0 and self.pp_rank == 0
+
+    @property
+    def is_split(self) -> bool:
+        """True where a replica has several ranks."""
+        return self.tp * self.pp > 1
+
+    def replica(self, dp_rank: int | None = None) -> list[int]:
+        """Return the ranks of a replica, this one's by default, in the world."""
+        own = self.dp_rank if dp_rank is None else dp_rank
+        rows = [(stage * self.dp + own) * self.tp for stage in range(self.pp)]
+        return [row + rank for row in rows for rank in range(self.tp)]
 
 
 def place_of(plan: Plan, env: RankEnv) -> Place:
-    """Return the place of a rank; those of a replica are neighbours."""
-    return Place(env.rank // plan.tp, plan.dp, env.rank % plan.tp, plan.tp)
+    """Return the place of a rank; `tp` ranks are neighbours, stages furthest apart."""
+    rest, tp_rank = divmod(env.rank, plan.tp)
+    pp_rank, dp_rank = divmod(rest, plan.dp)
+    return Place(dp_rank, plan.dp, tp_rank, plan.tp, pp_rank, plan.pp)
 
 
 def join_ranks(plan: Plan, env: RankEnv, device: torch.device) -> Ranks | None:
     """Return the groups of the mesh where models are split; every rank calls it."""
-    if plan.tp == 1:
+    if plan.tp == plan.pp == 1:
         return None
     one_host = env.local_world >= env.world
     return join(plan, device, lambda group: make_exchange(group, device, one_host))
 
 
+def num_micro_batches(config: TrainConfig, plan: Plan) -> int:
+    """Return the micro-batches of a step: the plan's, or those of `--accumulate`."""
+    return plan.num_micro_batches if plan.pp > 1 or plan.mb else config.accumulate
+
+
+def schedule_of(config: TrainConfig, plan: Plan) -> Schedule:
+    """Return the order of stages and micro-batches.
+
+    Raises:
+        PlanError: the schedule cannot do with this number of micro-batches.
+    """
+    return make_schedule(plan.pp_kind, plan.pp, num_micro_batches(config, plan))
+
+
 def example_of(model: nn.Module, config: TrainConfig, plan: Plan) -> Tensor:
     """Return a replica's micro-batch of the usual size, without memory."""
     assert config.batch is not None and config.input_size is not None
-    num, size = config.batch // plan.dp // config.accumulate, config.input_size
+    num, size = config.batch // plan.dp // num_micro_batches(config, plan), config.input_size
     dtype = next(model.parameters()).dtype
     return torch.empty(max(2, num), 3, size, size, dtype=dtype, device="meta")
 
@@ -59,46 +92,73 @@ def split_model(
     config: TrainConfig,
     plan: Plan,
     device: torch.device,
-    rank: int = 0,
+    ranks: Ranks | None = None,
 ) -> Parallel:
-    """Return the part of `model` of a rank of the `tp` axis.
+    """Return the part of `model` of a rank.
 
     Args:
         model: whole; it stays whole, with frozen modules in eval mode for good.
         frozen: modules that keep their batch statistics.
+        ranks: where it will run; None only tries whether it can be split so.
 
     Raises:
         ModelError: the model cannot be captured; PlanError: nothing of it can be split.
     """
     keep_frozen(model, frozen)
-    example = example_of(model, config, plan)
-    return Parallel(
-        model.train(), (example,), plan.tp, rank, prefer=plan.tp_kind, dp=plan.dp, device=device
+    example, schedule = example_of(model, config, plan), schedule_of(config, plan)
+    split = Parallel(
+        model.train(),
+        (example,),
+        plan.tp,
+        ranks.tp_rank if ranks else 0,
+        prefer=plan.tp_kind,
+        dp=plan.dp,
+        device=device,
+        num_stages=schedule.num_stages,
+        stages=schedule.stages_of(ranks.pp_rank if ranks else 0),
+        costs=_measured_by_first if ranks else lambda program: measured(program, device),
+        cuts=plan.cuts,
     )
+    if ranks is not None:
+        split.bind(ranks)
+        if plan.pp > 1:
+            Pipeline(split, ranks, schedule)
+    return split
 
 
-def describe_split(model: Parallel, config: TrainConfig, plan: Plan) -> str:
-    """Return one line: what is split, what each rank keeps, what a step sends."""
+def _measured_by_first(program: Program) -> dict[str, float]:
+    """Return what rank 0 measured while the others waited: all must cut in the same places."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    told = [measured(program, device) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(told, src=0)
+    assert told[0] is not None
+    return told[0]
+
+
+def describe_split(model: Parallel, config: TrainConfig, plan: Plan) -> list[str]:
+    """Return lines: what is split, what each rank keeps, what a step sends."""
     sent = sum(s.forward + s.backward for code in model.codes for s in code.sent)
-    sent *= plan.dp * config.accumulate
+    num = num_micro_batches(config, plan)
+    sent *= plan.dp * num
     sent += sum(code.reduced_bytes for code in model.codes) * plan.dp
     split = 100 * model.assignment.sharded_fraction()
-    return (
-        f"plan {plan}: {split:.3g} % of the FLOPs are split, {100 * kept_share(model):.3g} % of "
-        f"the parameters on each rank, {sent / 1e6:.3g} MB sent a step within replicas"
-    )
-
-
-def kept_share(model: Parallel) -> float:
-    """Return the part of the parameters' elements that a rank keeps."""
-    kept = whole = 0.0
-    for name, parameter in model.named_parameters():
-        shard = model.shards.get(name)
-        kept += parameter.numel()
-        length = parameter.shape[shard.dim] if shard else 1
-        rest = parameter.numel() // length if length else 0
-        whole += rest * shard.size if shard else parameter.numel()
-    return kept / max(1.0, whole)
+    parts = [f"{100 * model.kept_share:.3g} % of the parameters on the first rank"]
+    if plan.tp > 1:
+        parts.insert(0, f"{split:.3g} % of the FLOPs are split")
+        parts.append(f"{sent / 1e6:.3g} MB sent a step within replicas")
+    lines = [f"plan {plan}: {', '.join(parts)}"]
+    if plan.pp > 1:
+        schedule = schedule_of(config, plan)
+        program, size = model.assignment.program, model.assignment.program.batch
+        tensors = [c for code in model.codes for c in code.leaving]
+        crossing = sum(c.num_bytes(program, 0, size) * (1 + c.has_grad) for c in tensors)
+        lines.append(
+            f"pipeline: {model.num_stages} stages, {num} micro-batches of {size * plan.dp} images, "
+            f"{crossing * plan.tp * plan.dp * num / 1e6:.3g} MB a step across cuts; "
+            f"{100 * bubble(schedule):.3g} % of the time is bubble if the stages are even. "
+            "Batch norm sees one micro-batch at a time"
+        )
+    return lines
 
 
 def common_positions(positions: Tensor, place: Place, control: dist.ProcessGroup) -> Tensor:
@@ -108,6 +168,5 @@ def common_positions(positions: Tensor, place: Place, control: dist.ProcessGroup
     """
     lists: list[list[int]] = [[] for _ in range(dist.get_world_size(control))]
     dist.all_gather_object(lists, positions.tolist(), group=control)
-    first = place.dp_rank * place.tp
-    own = set(lists[first]).intersection(*lists[first : first + place.tp])
+    own = set(positions.tolist()).intersection(*(lists[rank] for rank in place.replica()))
     return torch.tensor([position in own for position in positions.tolist()], dtype=torch.bool)

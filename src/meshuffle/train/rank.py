@@ -71,7 +71,7 @@ def train_rank(run: Path) -> dict[str, Any]:
             lines = [done if state.progress.finished else f"resumed at {where}"]
         watch = stack.enter_context(_watch(run, state, env))
         if isinstance(state.model, Parallel):
-            lines = [describe_split(state.model, config, plan), *lines]
+            lines = [*describe_split(state.model, config, plan), *lines]
         for line in lines:
             watch.event(line)
         loop = Loop(run, state, data, env, control, exchange, watch, stop, workers)

@@ -24,7 +24,7 @@ from meshuffle.train.candidates import fastest_plan
 from meshuffle.train.compiling import CompileChoice
 from meshuffle.train.config import Origin, TrainConfig, read_config, resolve, to_toml
 from meshuffle.train.files import write_json, write_text
-from meshuffle.train.place import split_model
+from meshuffle.train.place import schedule_of, split_model
 from meshuffle.train.state import augment_config, augment_values, build_model, make_card
 from meshuffle.train.watch import environment
 from meshuffle.train.weights import Card, require_repeated
@@ -58,8 +58,9 @@ def prepare(
     card = make_card(resolved, data)
     model, frozen = _rehearse(resolved, card, len(data.splits["train"]))
     plan, lines = _choose_plan(resolved, len(card.classes), env)
-    if plan.tp > 1:
-        split_model(model, frozen, resolved, plan, torch.device("cpu"))
+    if plan.tp > 1 or plan.pp > 1:
+        split = split_model(model, frozen, resolved, plan, torch.device("cpu"))
+        plan = dataclasses.replace(plan, cuts=split.cuts)
     origins = {
         name: origins.get(name, "chosen" if getattr(config, name) != value else "default")
         for name, value in vars(resolved).items()
@@ -152,11 +153,11 @@ def _choose_plan(
 def _check_plan(plan: Plan, config: TrainConfig, env: RankEnv | None) -> None:
     """Refuse what a later version will do, and what this batch or these ranks cannot."""
     if plan.pp > 1 or plan.mb:
-        raise PlanError(f"plan {plan}: pipeline parallel does not exist yet; use dp=N and tp=N")
+        _check_micro_batches(plan, config)
     if plan.dp_kind == "shard":
         raise PlanError(f"plan {plan}: sharded states do not exist yet; use dp={plan.dp}")
-    if plan.dp_kind == "central" and plan.tp > 1:
-        raise PlanError(f"plan {plan}: central updates know no tp; use dp={plan.dp},tp={plan.tp}")
+    if plan.dp_kind == "central" and plan.tp * plan.pp > 1:
+        raise PlanError(f"plan {plan}: central updates know no tp and no pp; use dp={plan.dp}")
     if plan.num_ranks > 1 and platform.system() != "Linux":
         raise PlanError(f"plan {plan}: {platform.system()} runs a single rank; use dp=1")
     if plan.dp > (config.batch or 1):
@@ -168,6 +169,28 @@ def _check_plan(plan: Plan, config: TrainConfig, env: RankEnv | None) -> None:
     if env is not None and plan.num_ranks != env.world:
         raise PlanError(
             f"plan {plan} has {plan.num_ranks} ranks, but the launcher started {env.world}"
+        )
+
+
+def _check_micro_batches(plan: Plan, config: TrainConfig) -> None:
+    if config.accumulate > 1:
+        raise PlanError(
+            f"plan {plan} and --accumulate {config.accumulate}: both say how many micro-batches a "
+            "step has; give one of them"
+        )
+    least = (config.batch or 1) // plan.dp
+    if least < plan.num_micro_batches:
+        raise PlanError(
+            f"plan {plan}: a replica has {least} images for {plan.num_micro_batches} micro-batches;"
+            f" use --batch {plan.dp * plan.num_micro_batches} or more, or a smaller mb"
+        )
+    if plan.pp > 1 and config.compile == "on":
+        raise PlanError(f"plan {plan}: pipeline stages are not compiled yet; leave --compile off")
+    schedule = schedule_of(config, plan)
+    if plan.cuts and len(plan.cuts) != schedule.num_stages - 1:
+        raise PlanError(
+            f"plan {plan}: {schedule.num_stages} stages have {schedule.num_stages - 1} cuts, not "
+            f"{len(plan.cuts)}: {', '.join(plan.cuts)}; leave cuts empty to have them chosen"
         )
 
 

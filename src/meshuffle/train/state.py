@@ -27,7 +27,7 @@ from meshuffle.parallel.ranks import Ranks
 from meshuffle.planner.plan import Plan
 from meshuffle.train import checkpoint, optim, weights
 from meshuffle.train.config import TrainConfig, parse_knobs
-from meshuffle.train.place import Place, join_ranks, place_of, split_model
+from meshuffle.train.place import Place, join_ranks, num_micro_batches, place_of, split_model
 from meshuffle.train.step import Step
 from meshuffle.train.task import Classify
 
@@ -104,7 +104,7 @@ class TrainState:
 
     def unfreeze(self) -> None:
         """Train every parameter from now on; the optimiser keeps what it knows."""
-        known = self.tensors()
+        known = self.tensors(everywhere=True)
         self._train_everything()
         self._load(known)
 
@@ -127,13 +127,17 @@ class TrainState:
         if self.average is not None:
             self.average = optim.average(self.model, self.config.ema)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors of a checkpoint, whole; each rank of a replica calls it."""
+    def tensors(self, *, everywhere: bool = False) -> dict[str, Tensor]:
+        """Return all tensors of a checkpoint, whole; each rank of a replica calls it.
+
+        Args:
+            everywhere: also on ranks that do not write.
+        """
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= checkpoint.optimizer_tensors(self.model, self.step.optimizer)
         if self.average is not None:
             tensors |= {f"ema.{k}": v for k, v in self.average.state_dict().items()}
-        return checkpoint.whole_tensors(self.model, tensors)
+        return checkpoint.whole_tensors(self.model, tensors, self.step.ranks, everywhere)
 
     def save(self, folder: Path, *, write: bool) -> None:
         """Write the checkpoint and `weights/last.safetensors`.
@@ -151,7 +155,8 @@ class TrainState:
     def save_weights(self, path: Path, metrics: Mapping[str, float], *, write: bool) -> None:
         """Write the judged model's weights with their card; `write` as of `save`."""
         judged = {f"model.{k}": v for k, v in self.judged.state_dict().items()}
-        tensors = _under(checkpoint.whole_tensors(self.model, judged), "model.")
+        whole = checkpoint.whole_tensors(self.model, judged, self.step.ranks)
+        tensors = _under(whole, "model.")
         card = dataclasses.replace(self.card, epoch=self.progress.epoch, metrics=dict(metrics))
         if write:
             weights.save_weights(path, tensors, card)
@@ -275,7 +280,7 @@ def build_state(
         device=device,
         precision=config.precision,
         channels_last=config.channels_last,
-        num_micro_batches=config.accumulate,
+        num_micro_batches=num_micro_batches(config, plan),
         clip_norm=config.clip_norm or 0.0,
         ranks=ranks,
         draw_state=draw_state,
@@ -294,7 +299,7 @@ def _own_part(
     device: torch.device,
 ) -> Parallel:
     """Return this rank's part of a whole model."""
-    split = split_model(model, frozen, config, plan, device, ranks.tp_rank).bind(ranks)
+    split = split_model(model, frozen, config, plan, device, ranks)
     if config.channels_last:
         _to_channels_last(split)
     return split

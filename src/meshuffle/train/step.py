@@ -14,6 +14,7 @@ from meshuffle.dist.device import Precision, autocast
 from meshuffle.dist.exchange import Exchange
 from meshuffle.parallel.data_parallel import DataParallel
 from meshuffle.parallel.draws import DrawState
+from meshuffle.parallel.pipeline import Pipeline
 from meshuffle.parallel.ranks import Ranks
 from meshuffle.train.optim import clip_gradients
 from meshuffle.train.task import Classify
@@ -75,15 +76,55 @@ class Step:
         total, sums = sum(counts), torch.zeros(3, dtype=self._sum_dtype, device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
         used = [i for i, count in enumerate(counts) if count]
-        for i in used:
+        if self.pipeline is not None and used:
+            sums += self._run_pipeline(self.pipeline, micro_batches, used, total, draws)
+        for i in used if self.pipeline is None else ():
             if i == used[-1]:
                 self.parallel.expect_last_backward()
             if self.draw_state is not None and draws:
                 self.draw_state.set(*draws[i], len(micro_batches[i]))
-            sums += self._forward_backward(micro_batches[i], total)
+            x_NCHW, targets = self._inputs(micro_batches[i])
+            with autocast(self.device, self.precision):
+                logits_NC = self.forward(x_NCHW)
+            loss, own = self._loss(logits_NC, targets, total)
+            loss.backward()
+            sums += own
         if used:
             self.parallel.reduce_gradients()
+            if self.pipeline is not None:
+                self.pipeline.sum_tied()
             self._update(lr)
+        return sums
+
+    def _run_pipeline(
+        self,
+        pipeline: Pipeline,
+        micro_batches: list[Batch],
+        used: list[int],
+        total: int,
+        draws: Sequence[tuple[int, int]],
+    ) -> Tensor:
+        """Go forward and backward through the stages of this rank; arguments as of `run`."""
+        given = [self._inputs(micro_batches[i]) for i in used]
+        sums = torch.zeros(3, dtype=self._sum_dtype, device=self.device)
+
+        def loss(i: int, logits_NC: Tensor) -> Tensor:
+            found, own = self._loss(logits_NC, given[i][1], total)
+            sums.add_(own)
+            return found
+
+        def prepare(i: int) -> None:
+            if self.draw_state is not None and draws:
+                self.draw_state.set(*draws[used[i]], len(given[i][1]))
+
+        pipeline.train(
+            [len(micro_batches[i]) for i in used],
+            lambda i: (given[i][0],),
+            loss,
+            prepare,
+            self.parallel.expect_last_backward,
+            lambda: autocast(self.device, self.precision),
+        )
         return sums
 
     def _update(self, lr: float) -> None:
@@ -94,16 +135,14 @@ class Step:
             self.optimizer.step()
         self.parallel.share_update()
 
-    def _forward_backward(self, batch: Batch, total: int) -> Tensor:
-        x_NCHW, targets = self._inputs(batch)
-        with autocast(self.device, self.precision):
-            logits_NC = self.forward(x_NCHW)
+    def _loss(self, logits_NC: Tensor, targets: Tensor, total: int) -> tuple[Tensor, Tensor]:
+        """Return what goes backward, and [loss sum, correct, samples], (3,)."""
         loss_sum = self.task.loss_sum(logits_NC, targets)
-        (loss_sum / total).backward()
         with torch.no_grad():
             correct = self.task.num_correct(logits_NC, targets)
-            values = [loss_sum.detach(), correct, torch.full_like(loss_sum, len(batch))]
-            return torch.stack([value.to(self._sum_dtype) for value in values])
+            values = [loss_sum.detach(), correct, torch.full_like(loss_sum, len(targets))]
+            sums = torch.stack([value.to(self._sum_dtype) for value in values])
+        return loss_sum / total, sums
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         x_NCHW = self.preprocess.normalise(batch.images.to(self.device, non_blocking=True))
@@ -119,6 +158,19 @@ class Step:
             )
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return x_NCHW.contiguous(memory_format=layout), targets
+
+    @property
+    def pipeline(self) -> Pipeline | None:
+        """What runs a model that is cut into stages."""
+        found: Pipeline | None = getattr(self.model, "pipeline", None)
+        return found
+
+    @property
+    def knows_loss(self) -> bool:
+        """True on the one rank of a replica whose sums are counted."""
+        if self.ranks is None:
+            return True
+        return self.ranks.tp_rank == 0 and (self.pipeline is None or self.pipeline.has_last)
 
     @property
     def _sum_dtype(self) -> torch.dtype:

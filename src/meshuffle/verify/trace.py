@@ -24,8 +24,6 @@ from meshuffle.layout.call import Program
 from meshuffle.layout.convert import Value, owners_of
 from meshuffle.layout.layout import Layout, Partial, Samples, Shard, Varying, Window
 from meshuffle.parallel.moves import Move
-from meshuffle.parallel.pipeline import Pipeline
-from meshuffle.planner.schedules import one_micro_batch
 from meshuffle.verify.job import Job, build_model, loss_of, make_inputs, rows_of, tensors_of
 from meshuffle.verify.rank import Run
 from meshuffle.verify.reference import Reference, reference_draws, squared_difference
@@ -105,7 +103,6 @@ class Comparison:
         modules = zip(run.module.stages, run.module.graph_modules, strict=True)
         recorders = {stage: Recorder(module) for stage, module in modules}
         run.module.run_stage = lambda stage, *given: recorders[stage].run(*given)  # type: ignore[method-assign]
-        run.pipeline = Pipeline(run.module, run.ranks, one_micro_batch(run.pipeline.schedule))
         run.run_micro_batches(0, 1)
         self.got = {stage: recorder.kept for stage, recorder in recorders.items()}
 
