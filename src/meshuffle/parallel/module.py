@@ -337,16 +337,6 @@ class Parallel(nn.Module):
         )
 
     @property
-    def lowered(self) -> Code:
-        """The calls of this rank's first stage."""
-        return self.codes[self.stages[0]]
-
-    @property
-    def graph_module(self) -> fx.GraphModule:
-        """Code of this rank's first stage."""
-        return self.graph_modules[0]
-
-    @property
     def graph_modules(self) -> list[fx.GraphModule]:
         """The current mode's code as torch.fx knows it; it shares this module's parameters."""
         return list(self._modes[self.training].written.values())
