@@ -1,11 +1,13 @@
 """Every torchvision classifier under five plans: does it compute what one device computes?
 
-    python benchmarks/verify_zoo.py [NAME…] [--plan tp=2:channel] [--again]
+    python benchmarks/verify_zoo.py [NAME…] [--plan tp=2:channel] [--again] [--pipelines]
 
 Writes results/verify_zoo.csv, a row per model and plan, as they come; rows that passed are not run
-again, unless --again is given. Inputs are small and the check is that of DESIGN section 4.1 in
-float64. The share of FLOPs that runs split, the busiest rank's FLOPs over the mean, and the
-parameters that a rank keeps are of the model's native input, where nothing needs to be computed.
+again, unless --again is given. With --pipelines the twenty smallest models under pipelines, with
+micro-batches of unequal size, to results/verify_pipelines.csv. Inputs are small and the check is
+that of DESIGN section 4.1 in float64. The share of FLOPs that runs split, the busiest rank's FLOPs
+over the mean, and the parameters that a rank keeps are of the model's native input, where nothing
+needs to be computed.
 
 Ranks are forks of this process, which has captured the model already: on two cores that halves the
 time. Transformers of a fixed input are built for a smaller one.
@@ -47,6 +49,9 @@ from meshuffle.verify.rank import Run, work_through
 from meshuffle.verify.trace import trace
 
 PLANS = ("tp=2:channel", "tp=2:spatial", "tp=2:batch", "tp=3:channel", "dp=2,tp=2")
+PIPELINES = (
+    *("pp=2,mb=3", "pp=4,mb=3", "dp=2,pp=2,mb=2", "tp=2,pp=2,mb=3", "dp=2,tp=2,pp=2,mb=2"),
+)
 BATCH, SMALL = 4, 64
 NATIVE = {"inception_v3": 299, "vit_h_14": 224}
 FIXED = ("maxvit",)  # its windows need 224
@@ -66,10 +71,15 @@ def main() -> int:
     parser.add_argument("--plan", action="append")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--at-once", type=int, default=6, help="models per launch of ranks")
+    parser.add_argument("--pipelines", action="store_true")
     options = parser.parse_args()
-    names = options.names or by_size()
+    names, plans = options.names or by_size(), options.plan or PLANS
+    if options.pipelines:
+        global RESULTS, BATCH
+        RESULTS, BATCH = RESULTS.with_name("verify_pipelines.csv"), 10
+        names, plans = options.names or names[:20], options.plan or PIPELINES
     rows = read_rows()
-    wanted = [(name, plan) for name in names for plan in options.plan or PLANS]
+    wanted = [(name, plan) for name in names for plan in plans]
     if not options.again:
         wanted = [key for key in wanted if rows.get(key, {}).get("passed") != "True"]
     todo = list(dict.fromkeys(name for name, _ in wanted))
@@ -228,12 +238,12 @@ def native_graph(name: str) -> Graph:
 
 def native_facts(graph: Graph, text: str) -> dict[str, Any]:
     """Return what a plan splits at the native input; lowering is pure and needs no ranks."""
-    plan = parse_plan(text)
-    size = graph.shape(next(graph.inputs()))[-1]
+    plan, native = parse_plan(text), graph.shape(next(graph.inputs()))[-1]
     try:
-        assignment = assign(graph, plan.tp, batch=BATCH // plan.dp, prefer=plan.tp_kind)
+        size = max(1, BATCH // plan.dp // plan.num_micro_batches)
+        assignment = assign(graph, plan.tp, batch=size, prefer=plan.tp_kind)
     except MeshuffleError as error:
-        return {"native_input": size, "error": str(error)}
+        return {"native_input": native, "error": str(error)}
     stored = lower(assignment, 0).stored
     whole = {n: p.numel() for n, p in graph.program.state_dict.items() if isinstance(p, Parameter)}
     largest = max(
@@ -244,7 +254,7 @@ def native_facts(graph: Graph, text: str) -> dict[str, Any]:
         for rank in range(plan.tp)
     )
     return {
-        "native_input": size,
+        "native_input": native,
         "sharded_flops": round(assignment.sharded_fraction(), 4),
         "busiest_over_mean": round(assignment.imbalance(), 4),
         "parameters_on_a_rank": round(largest / sum(whole.values()), 4),
@@ -259,7 +269,7 @@ def read_rows() -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def write_rows(rows: Iterable[dict[str, Any]]) -> None:
-    order = {plan: i for i, plan in enumerate(PLANS)}
+    order = {plan: i for i, plan in enumerate((*PLANS, *PIPELINES))}
     temporary = RESULTS.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")

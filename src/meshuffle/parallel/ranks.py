@@ -71,7 +71,7 @@ def join(
     world = dist.get_world_size()
     if plan.num_ranks != world:
         raise PlanError(
-            f"plan {plan} is for {plan.num_ranks} ranks, but {world} were launched; "
+            f"plan {plan} is for {plan.num_ranks} ranks, but {world} ranks were launched; "
             f"use torchrun --nproc-per-node {plan.num_ranks}"
         )
     axes = {"pp": plan.pp, "dp": plan.dp, "tp": plan.tp}
