@@ -126,9 +126,9 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ("--plan pp=2,mb=8 --batch 6", "leaves a replica's micro-batch 0 samples"),
+        ("--plan pp=2,mb=8 --batch 6", "leaves a micro-batch 0 samples"),
         ("--plan pp=4:interleaved-1f1b,mb=9 --batch 64", "give another mb, or pp=4:1f1b"),
-        ("--plan pp=60", "this model can be cut in"),
+        ("--plan pp=999,mb=1", "runs all 999 ranks on this host"),
         ("--plan dp=2:shard", "without ':shard'"),
         ("--plan tq=2", "unknown part 'tq'"),
         ("--plan dp=4 --batch 6", "a batch of 6 leaves a replica 1 samples"),

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from meshuffle.dist.sent_bytes import labelled
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.ranks import Ranks
+from meshuffle.parallel.sync_norm import SyncNorm
 from meshuffle.planner.schedules import Action, Schedule, all_forward_all_backward
 
 _MOST_CROSSING = 1024
@@ -357,13 +358,20 @@ class Pipeline:
                 values.append(torch.zeros_like(x) if x.grad is None else x.grad)
         self._send(step, "B", stage, i, values)
 
-    def predicted_bytes(self, size: int) -> int:
-        """Return what the ranks of these stages, of one replica, send for a micro-batch."""
+    def predicted_bytes(self, i: int, size: int) -> int:
+        """Return what the ranks of these stages, of one replica, send for micro-batch `i`.
+
+        Where a backward is split in two, the one to the weights repeats that of each batch norm.
+        """
         module, total = self.module, 0
         codes = module.codes_for(size)
         program, tp = module.assignment.program, self.ranks.tp_world
+        order = self.schedule.orders[self.ranks.pp_rank]
         for stage in module.stages:
-            total += sum(sent.forward + sent.backward for sent in codes[stage].sent)
+            is_split = stage and Action(stage, "I", i) in order
+            for sent in codes[stage].sent:
+                again = is_split and isinstance(codes[stage].modules[sent.name], SyncNorm)
+                total += sent.forward + sent.backward * (2 if again else 1)
             forward = [(crossing, 1) for crossing in codes[stage].leaving]
             backward = [(c, int(c.has_grad)) for c in (codes[stage - 1].leaving if stage else ())]
             for other, crossings in ((stage + 1, forward), (stage - 1, backward)):

@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from meshuffle.data.sampler import shard_bounds
+from meshuffle.dist.device import num_cores
 from meshuffle.errors import ConfigError, ModelError, PlanError
 from meshuffle.models import create_model
 from meshuffle.planner.plan import Plan, parse_plan
 from meshuffle.planner.schedules import make_schedule
+
+_MOST_RANKS = 16  # a rank takes 400 MB before it has a model
 
 Model = str | Callable[[], nn.Module]
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -76,14 +79,20 @@ class Job:
         plan, where = parse_plan(self.plan), f"plan '{self.plan}'"
         if plan.dp_kind:
             raise PlanError(f"{where}: verify checks dp=N without ':{plan.dp_kind}'")
+        most = max(_MOST_RANKS, _MOST_RANKS // 2 * num_cores())
+        if plan.num_ranks > most:
+            raise PlanError(
+                f"{where}: verify runs all {plan.num_ranks} ranks on this host, of {num_cores()} "
+                f"cores; at most {most} here"
+            )
         make_schedule(plan.pp_kind, plan.pp, plan.num_micro_batches)
         num = plan.dp * plan.num_micro_batches
         least = self.batch // num
-        lacking = 1 if plan.num_micro_batches > 1 else 2
+        lacking, part = (1, "micro-batch") if plan.num_micro_batches > 1 else (2, "replica")
         if least < lacking:
             raise PlanError(
-                f"{where}: a batch of {self.batch} leaves a replica's micro-batch {least} samples; "
-                f"each of the {num} needs {lacking} (--batch {lacking * num})"
+                f"{where}: a batch of {self.batch} leaves a {part} {least} samples; each of the "
+                f"{num} needs {lacking} (--batch {lacking * num})"
             )
         if plan.tp_kind == "batch" and least < plan.tp:
             raise PlanError(

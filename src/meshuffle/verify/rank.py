@@ -200,7 +200,7 @@ class Run:
 
     def predicted(self) -> int:
         """Return the bytes that this stage's ranks of a replica send in a step."""
-        return sum(self.pipeline.predicted_bytes(len(part)) for part in self.parts)
+        return sum(self.pipeline.predicted_bytes(i, len(p)) for i, p in enumerate(self.parts))
 
 
 def _shape(x: Tensor | None) -> str:
