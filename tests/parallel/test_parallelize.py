@@ -157,3 +157,28 @@ def test_lowering_needs_no_ranks() -> None:
     assert whole <= sum(sizes) <= 1.2 * whole and max(sizes) < 0.5 * whole
     sent = [[(s.name, s.forward, s.backward) for s in part.codes[0].sent] for part in parts]
     assert sent[0] == sent[1] == sent[2]
+
+
+class Named(nn.Module):
+    """Its parts have the names of what `Parallel` has too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+        self.pipeline, self.whole = nn.Linear(8, 8), nn.Linear(8, 2)
+        self.device = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.whole(self.pipeline(self.stages(x)) * self.device)
+
+
+def test_parts_may_have_any_name() -> None:
+    model, x = Named(), torch.randn(4, 4)
+    split = Parallel(model, (x,), 1, 0)
+    other = copy.deepcopy(split)
+    for found in (split, other):
+        assert torch.equal(found(x), model(x))
+        assert sorted(found.state_dict()) == sorted(model.state_dict())
+    for parameter in other.parameters():
+        parameter.detach().zero_()
+    assert torch.equal(split(x), model(x)) and not other(x).any()

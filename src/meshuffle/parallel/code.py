@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -87,3 +88,15 @@ class Code:
     sources: dict[str, tuple[str, Layout]] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
     leaving: list[Crossing] = field(default_factory=list)
+
+
+def stages_of(model: nn.Module, codes: Sequence[Code]) -> dict[str, frozenset[int]]:
+    """Return the stages that read each parameter, buffer and constant, by all of its names."""
+    found = {
+        name: frozenset(stage for stage, code in enumerate(codes) if name in code.names)
+        for name in set().union(*(code.names for code in codes))
+    }
+    tensors = [*model.named_parameters(remove_duplicate=False)]
+    tensors += model.named_buffers(remove_duplicate=False)  # type: ignore[arg-type]
+    known = {id(tensor): found[name] for name, tensor in tensors if name in found}
+    return found | {name: known.get(id(tensor), frozenset((0,))) for name, tensor in tensors}

@@ -18,8 +18,9 @@ from meshuffle.layout.assign import Assignment, assign
 from meshuffle.layout.call import Program
 from meshuffle.layout.layout import Shard
 from meshuffle.parallel.batch_norm import exchange_handle
+from meshuffle.parallel.code import Code, stages_of
 from meshuffle.parallel.draws import Draw
-from meshuffle.parallel.lower import Code, lower_stages
+from meshuffle.parallel.lower import lower_stages
 from meshuffle.parallel.moves import Move
 from meshuffle.parallel.parts import cut_part, join_parts
 from meshuffle.parallel.ranks import Ranks
@@ -84,6 +85,7 @@ class Parallel(nn.Module):
         cuts: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        self._share(nn.Module())
         self._tp, self._rank, self._prefer, self._dp = tp, rank, prefer, dp
         self.device = device or torch.device("cpu")
         self._example = tuple(torch.empty_like(x, device="cpu") for x in example)
@@ -102,12 +104,21 @@ class Parallel(nn.Module):
         self.cuts = tuple(assignment.program.calls[i].node.name for i in places or ())
         codes = lower_stages(assignment, rank, places or (), replicas=dp, device=self.device)
         self.shards: dict[str, Shard] = {k: v for code in codes for k, v in code.stored.items()}
-        self.stages_of = _stages_of(model, codes)
+        self.stages_of = stages_of(model, codes)
         self._register(model, graph)
         terms = {id(p) for n, p in self._all_parameters() if any(n in c.partial for c in codes)}
         self.partial = frozenset(n for n, p in self._all_parameters() if id(p) in terms)
         self._install(graph, assignment, places or (), codes, training)
         self.train(training)
+
+    def _share(self, root: nn.Module) -> None:
+        """Let parameters, buffers and parts be those of `root`, which the code runs on.
+
+        A model may have a part that has the name of something of this class: `stages`, `pipeline`.
+        """
+        self._root = [root]  # in a list: not a submodule
+        for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[kind] = root.__dict__[kind]
 
     def _register(self, model: nn.Module, graph: Graph) -> None:
         """Give this module the model's parameters and buffers, or this rank's parts of them."""
@@ -183,7 +194,7 @@ class Parallel(nn.Module):
         return join_parts(part.detach(), shard, self._ranks.tp)
 
     def _home_of(self, name: str) -> nn.Module:
-        home: nn.Module = self
+        home = self._root[0]
         for part in name.split(".")[:-1]:
             if part not in home._modules:
                 home.add_module(part, nn.Module())
@@ -199,10 +210,11 @@ class Parallel(nn.Module):
         training: bool,
     ) -> None:
         home = _HOME if training else f"{_HOME}_eval"
-        if hasattr(self, home):
+        root = self._root[0]
+        if hasattr(root, home):
             raise ModelError(f"the model has a part named '{home}', which is meant for ours")
         holder = nn.Module()
-        self.add_module(home, holder)
+        root.add_module(home, holder)
         written = {}
         for stage in self.stages:
             code = codes[stage]
@@ -211,7 +223,7 @@ class Parallel(nn.Module):
             for node in code.graph.nodes:
                 if node.op == "call_module":
                     node.target = f"{home}.{node.target}"
-            written[stage] = fx.GraphModule(self, code.graph)
+            written[stage] = fx.GraphModule(root, code.graph)
         spec = graph.program.call_spec.out_spec
         self._modes[training] = _Mode(assignment, cuts, codes, written, spec)
         holder.train(training)
@@ -230,20 +242,24 @@ class Parallel(nn.Module):
                 module.state = ranks.draws
         return self
 
+    def attach(self, pipeline: Any) -> None:
+        """Let `pipeline` run this module's stages."""
+        self.__dict__["pipeline"] = pipeline  # also where the model has a part of that name
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Parallel:
         """Return a module with parameters and buffers of its own, and the same code and ranks."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         for key, value in vars(self).items():
             copied.__dict__[key] = value.copy() if isinstance(value, dict) else value
-        copied.pipeline = self.pipeline and self.pipeline.on(copied)
-        for key in ("_parameters", "_buffers"):
-            copied.__dict__[key] = copy.deepcopy(vars(self)[key], memo)
-        shared = (_HOME, f"{_HOME}_eval")
-        copied._modules = {
-            name: part if name in shared else copy.deepcopy(part, memo)
-            for name, part in self._modules.items()
-        }
+        root, shared = nn.Module(), (_HOME, f"{_HOME}_eval")
+        for kind in ("_parameters", "_buffers"):
+            root.__dict__[kind] = copy.deepcopy(vars(self)[kind], memo)
+        root._non_persistent_buffers_set |= self._non_persistent_buffers_set
+        for name, part in self._modules.items():
+            root._modules[name] = part if name in shared else copy.deepcopy(part, memo)
+        copied._share(root)
+        copied.attach(self.pipeline and self.pipeline.on(copied))
         return copied
 
     def train(self, mode: bool = True) -> Parallel:
@@ -286,7 +302,7 @@ class Parallel(nn.Module):
                 what the stage before sends.
         """
         mode = self._modes[self.training]
-        result = mode.runs[stage](self, *arguments)
+        result = mode.runs[stage](self._root[0], *arguments)
         return pytree.tree_unflatten(result, mode.spec) if stage + 1 == self.num_stages else result
 
     @property
@@ -348,7 +364,7 @@ class Parallel(nn.Module):
         lines = []
         for line in re.sub(r";  [\w =]+ = None", "", text).strip().splitlines():
             called = re.search(rf"self\.({_HOME}(?:_eval)?\.\w+)\(", line)
-            note = f"  # {self.get_submodule(called[1]).extra_repr()}" if called else ""
+            note = f"  # {self._root[0].get_submodule(called[1]).extra_repr()}" if called else ""
             lines.append(line.rstrip() + note)
         return "\n".join(lines)
 
@@ -359,18 +375,6 @@ class Parallel(nn.Module):
             RuntimeError: as `load_state_dict`.
         """
         self.load_state_dict({name: self.cut(name, whole) for name, whole in tensors.items()})
-
-
-def _stages_of(model: nn.Module, codes: Sequence[Code]) -> dict[str, frozenset[int]]:
-    """Return the stages that read each parameter, buffer and constant, by all of its names."""
-    found = {
-        name: frozenset(stage for stage, code in enumerate(codes) if name in code.names)
-        for name in set().union(*(code.names for code in codes))
-    }
-    tensors = [*model.named_parameters(remove_duplicate=False)]
-    tensors += model.named_buffers(remove_duplicate=False)  # type: ignore[arg-type]
-    known = {id(tensor): found[name] for name, tensor in tensors if name in found}
-    return found | {name: known.get(id(tensor), frozenset((0,))) for name, tensor in tensors}
 
 
 def _size(num_bytes: int) -> str:

@@ -22,6 +22,7 @@ from torch.nn import Parameter
 from torch.utils import _pytree as pytree
 
 from meshuffle.dist.sent_bytes import labelled
+from meshuffle.parallel.code import Crossing
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.ranks import Ranks
 from meshuffle.parallel.sync_norm import SyncNorm
@@ -40,7 +41,7 @@ class _Kept:
     given: list[Tensor]
     results: list[Tensor]
     sends: list[dist.Work]
-    weights: Callable[[], None] | None = None
+    weights: Callable[[], Any] | None = None
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Pipeline:
         self.module, self.ranks, self.schedule = module, ranks, schedule
         if edge_groups is None:
             edge_groups = dist.get_backend(ranks.pp) == "nccl"
-        module.pipeline = self
+        module.attach(self)
         self._groups = self._make_groups() if edge_groups else {}
         self._tied = self._tied_groups()
 
@@ -146,7 +147,8 @@ class Pipeline:
             if i == last:
                 before_last()
             self._do(step, action)
-        self._wait(step)
+        for work, _ in step.sent:
+            work.wait()
 
     @torch.no_grad()
     def whole(self, *inputs: Tensor) -> list[Tensor]:
@@ -155,8 +157,7 @@ class Pipeline:
         In eval mode the batch goes through in as many micro-batches as there are stages; in train
         mode, where batch norm sees them, in one.
         """
-        module, last = self.module, self.schedule.num_stages - 1
-        program = module.assignment.program
+        module, program = self.module, self.module.assignment.program
         dims = [program.samples_dim_of(node.meta["val"]) for node in program.outputs()]
         can_cut = not module.training and None not in dims
         num = min(self.schedule.num_stages, len(inputs[0])) if can_cut else 1
@@ -172,9 +173,10 @@ class Pipeline:
                 self._ask(step, Action(stage, "F", i))
                 self._forward(step, stage, i)
                 step.kept.clear()
-        self._wait(step)
+        for work, _ in step.sent:
+            work.wait()
         outputs = []
-        source = dist.get_global_rank(self.ranks.pp, self.schedule.ranks[last])
+        source = dist.get_global_rank(self.ranks.pp, self.schedule.ranks[-1])
         for k, (node, dim) in enumerate(zip(program.outputs(), dims, strict=True)):
             if found:
                 x = torch.cat([part[k] for part in found], dim) if dim is not None else found[0][k]
@@ -193,10 +195,6 @@ class Pipeline:
         other = copy.copy(self)
         other.module = module
         return other
-
-    def _wait(self, step: _Step) -> None:
-        for work, _ in step.sent:
-            work.wait()
 
     def _do(self, step: _Step, action: Action) -> None:
         stage, work, i = action
@@ -271,7 +269,7 @@ class Pipeline:
             for weight, grad in zip(alone, late, strict=True):
                 if grad is not None:
                     weight.grad = grad if weight.grad is None else weight.grad + grad
-        kept.weights = lambda: _weight_gradients(weights, groups)
+        kept.weights = lambda: stage_backward_weight(iter(weights), groups)
         self._send_back(step, stage, i)
 
     def _weights(self, stage: int) -> list[Parameter]:
@@ -281,7 +279,7 @@ class Pipeline:
 
     # Messages
 
-    def _leaving(self, stage: int) -> Any:
+    def _leaving(self, stage: int) -> list[Crossing]:
         return self.module.codes[stage].leaving
 
     def _source(self, action: Action) -> tuple[str, int, int] | None:
@@ -305,12 +303,11 @@ class Pipeline:
         key = self._source(action)
         if key is None or key in step.asked or key in step.here:
             return
-        way, sender, i = key
-        peer = self.schedule.ranks[sender]
+        (way, sender, i), peer = key, self.schedule.ranks[key[1]]
         if peer == self.ranks.pp_rank:
             return
-        cut = sender if way == "F" else sender - 1
-        crossings = [c for c in self._leaving(cut) if way == "F" or c.has_grad]
+        crossings = self._leaving(sender) if way == "F" else self._leaving(sender - 1)
+        crossings = [c for c in crossings if way == "F" or c.has_grad]
         program, group = self.module.assignment.program, self._group(way, sender)
         asked = []
         for number, crossing in enumerate(crossings):
@@ -327,11 +324,10 @@ class Pipeline:
         key = (way, sender, i)
         if key in step.here:
             return step.here.pop(key)
-        found = []
-        for work, buffer in step.asked.pop(key):
+        asked = step.asked.pop(key)
+        for work, _ in asked:
             work.wait()
-            found.append(buffer)
-        return found
+        return [buffer for _, buffer in asked]
 
     def _send(self, step: _Step, way: str, stage: int, i: int, values: Sequence[Tensor]) -> None:
         receiver = stage + 1 if way == "F" else stage - 1
@@ -388,8 +384,9 @@ class Pipeline:
     @torch.no_grad()
     def sum_tied(self) -> None:
         """Add up the gradients of parameters that several stages use, once a step."""
+        named = dict(self.module.named_parameters()) if self._tied else {}
         for name, group in self._tied.items():
-            parameter = self.module.get_parameter(name)
+            parameter = named[name]
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             with labelled("parameters"):
@@ -401,7 +398,3 @@ def _new_group(members: Iterable[int]) -> dist.ProcessGroup:
     group = dist.new_group(list(members), use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)
     return group
-
-
-def _weight_gradients(weights: Sequence[Parameter], groups: list[dict[str, Any]]) -> None:
-    stage_backward_weight(iter(weights), groups)

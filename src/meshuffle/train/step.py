@@ -14,6 +14,7 @@ from meshuffle.dist.device import Precision, autocast
 from meshuffle.dist.exchange import Exchange
 from meshuffle.parallel.data_parallel import DataParallel
 from meshuffle.parallel.draws import DrawState
+from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.pipeline import Pipeline
 from meshuffle.parallel.ranks import Ranks
 from meshuffle.train.optim import clip_gradients
@@ -162,8 +163,7 @@ class Step:
     @property
     def pipeline(self) -> Pipeline | None:
         """What runs a model that is cut into stages."""
-        found: Pipeline | None = getattr(self.model, "pipeline", None)
-        return found
+        return self.model.pipeline if isinstance(self.model, Parallel) else None
 
     @property
     def knows_loss(self) -> bool:

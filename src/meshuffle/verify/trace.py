@@ -131,7 +131,7 @@ class Comparison:
         nodes = list(written.graph.nodes)
         for node in nodes:
             if node.op == "call_module" and node.name in converted:
-                move = self.run.module.get_submodule(node.target)
+                move = written.get_submodule(str(node.target))
                 if isinstance(move, Move):
                     lies.setdefault(node.name, (converted[node.name], move.step.target))
         found = {}
