@@ -171,3 +171,29 @@ def test_a_model_that_fixes_the_batch() -> None:
     assert graph.ops()[-1].shapes == ((2, 3),)
     with pytest.raises(ModelError, match="fixes that number"):
         graph.ops(4)
+
+
+class WithoutAutocast(nn.Module):
+    def __init__(self, *, enabled: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.enabled = nn.Linear(4, 4), nn.Linear(4, 2), enabled
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.enabled):
+            y, z = self.first(x), x.tanh()
+        return self.last(y * z)
+
+
+def test_calls_with_autocast_switched_off_are_calls_like_others() -> None:
+    graph = capture(WithoutAutocast(enabled=False), torch.empty(3, 4))
+    assert [op.target for op in graph.ops()].count("aten.linear.default") == 2
+    assert graph.program.graph_module(*_arguments(graph)) is not None
+
+
+def test_autocast_inside_of_a_model_is_refused() -> None:
+    with pytest.raises(ModelError, match="switches autocast on in its forward"):
+        capture(WithoutAutocast(enabled=True), torch.empty(3, 4))
+
+
+def _arguments(graph: Graph) -> list[Tensor]:
+    return [torch.ones(graph.shape(n.meta["val"])) for n in graph.nodes("placeholder")]

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 
 from meshuffle.errors import ModelError
@@ -48,6 +48,7 @@ def capture(model: nn.Module, example: Tensor | Sequence[Tensor], *, train: bool
             program = _export(model, inputs, Dim.AUTO)
             if len(program.range_constraints) > 1:  # inputs whose batches nothing ties
                 program = _export(model, inputs, Dim("batch", min=2))
+            _inline_autocast(program.graph_module)
         except Exception as error:
             name = type(model).__name__
             raise ModelError(
@@ -64,6 +65,34 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...], batch: Any) -> Exporte
         first = next(i for i, p in enumerate(parameters) if p.kind is p.VAR_POSITIONAL)
         shapes = (*shapes[:first], shapes[first:])
     return export(model, inputs, dynamic_shapes=shapes, strict=False)
+
+
+def _inline_autocast(module: fx.GraphModule) -> None:
+    """Put calls that the model makes with autocast switched off among the others.
+
+    Raises:
+        NotImplementedError: it is switched on there: dtypes would depend on where a call runs.
+    """
+    for node in list(module.graph.nodes):
+        if node.target is not torch.ops.higher_order.wrap_with_autocast:
+            continue
+        arguments: Any = node.args
+        _, _, enabled, _, part, *given = arguments
+        if enabled:
+            raise NotImplementedError("the model switches autocast on in its forward")
+        inner: Any = module.get_submodule(part.target).graph
+        places = (n for n in inner.nodes if n.op == "placeholder")
+        copies = dict(zip(places, given, strict=True))
+        with module.graph.inserting_before(node):
+            for call in inner.nodes:
+                if call.op not in ("placeholder", "output"):
+                    copies[call] = module.graph.node_copy(call, copies.__getitem__)
+        (output,) = (n for n in inner.nodes if n.op == "output")
+        for user in list(node.users):  # each takes one of the results
+            user.replace_all_uses_with(copies[output.args[0][user.args[1]]])
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
+        module.graph.erase_node(part)
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
