@@ -9,6 +9,7 @@ from cyclopts import App, Parameter
 from meshuffle.cli import Answer
 from meshuffle.cli.options import Debug, Json
 from meshuffle.errors import MeshuffleError
+from meshuffle.planner.plan import parse_plan
 
 if TYPE_CHECKING:
     from meshuffle.verify.api import Verdict
@@ -24,7 +25,9 @@ def verify(
     model: Annotated[
         str, Parameter(help="One of ours, torchvision:NAME, package.module:function.")
     ],
-    plan: Annotated[str, Parameter(help="For example tp=2, tp=2:channel or dp=2,tp=2.")],
+    plan: Annotated[
+        str, Parameter(help="For example tp=2, tp=2:channel, dp=2,tp=2 or tp=2,pp=2:zbv,mb=4.")
+    ],
     input: Annotated[
         str, Parameter(help="One sample: 3x64x64 an image, 16000 a waveform, 128:int tokens.")
     ] = "3x64x64",
@@ -52,9 +55,7 @@ def _text(verdict: Verdict) -> str:
     lines = [
         f"{'equal' if verdict.passed else 'NOT EQUAL'}: {verdict.model} under {verdict.plan} "
         f"and on one device, {verdict.dtype}",
-        f"{verdict.sharded_flops_fraction or 0:.1%} of FLOPs in split ops; the busiest rank has "
-        f"{verdict.busiest_over_mean:.2f} of the mean, and "
-        f"{verdict.parameter_bytes_fraction or 0:.1%} of the parameters",
+        _shares(verdict),
         f"sent by all ranks in a forward and backward: {measured:,} bytes, predicted {sent:,}",
         f"{verdict.num_floor_tensors} tensors judged by the floor or the reference's own noise",
     ]
@@ -66,10 +67,21 @@ def _text(verdict: Verdict) -> str:
     if verdict.first_diverging:
         lines.append(f"first differs at {verdict.first_diverging}")
     lines.append(_worst_table(verdict))
-    if verdict.whole_ops:
+    if verdict.whole_ops and parse_plan(verdict.plan).tp > 1:
         lines.append(f"{verdict.num_whole_ops} ops run whole on every rank:")
         lines += [f"  {share:.1%} {op} in {module}" for module, op, share in verdict.whole_ops]
     return "\n".join(lines)
+
+
+def _shares(verdict: Verdict) -> str:
+    """Return what each rank has of the work, where layers are split, and of the parameters."""
+    kept = f"{verdict.parameter_bytes_fraction or 0:.1%} of the parameters"
+    if parse_plan(verdict.plan).tp == 1:
+        return f"the rank that keeps most has {kept}"
+    return (
+        f"{verdict.sharded_flops_fraction or 0:.1%} of FLOPs in split ops; the busiest rank has "
+        f"{verdict.busiest_over_mean:.2f} of the mean, and {kept}"
+    )
 
 
 def _worst_table(verdict: Verdict) -> str:
