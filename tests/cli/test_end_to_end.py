@@ -18,7 +18,7 @@ import torch
 from meshuffle.train.checkpoint import latest_checkpoint
 
 from ..ranks import free_port
-from .test_cli import FAST, make_photos
+from .conftest import FAST, make_photos
 
 pytestmark = pytest.mark.slow
 
