@@ -16,7 +16,7 @@ from meshuffle.errors import PlanError
 from meshuffle.graph import capture
 from meshuffle.layout.call import Program
 from meshuffle.planner.costs import estimated, measured
-from meshuffle.planner.cut import crossing_bytes, cut, cuts_at, cuts_like, live_behind
+from meshuffle.planner.cut import choose_cuts, crossing_bytes, cuts_at, cuts_like, live_behind
 
 
 class Skips(nn.Module):
@@ -54,7 +54,7 @@ def test_no_other_cuts_make_the_slowest_stage_faster(num: int, times: list[int])
     crossing = crossing_bytes(program())
     places = [i + 1 for i, size in enumerate(crossing) if size is not None]
     slowest = {c: max(stage_times(costs, c)) for c in itertools.combinations(places, num - 1)}
-    found = cut(program(), costs, num)
+    found = choose_cuts(program(), costs, num)
     assert found in slowest
     best = min(slowest.values())
     assert slowest[found] <= 1.02 * best + 1e-9
@@ -79,7 +79,7 @@ def test_skips_cross_and_what_belongs_together_stays() -> None:
 
 @pytest.mark.parametrize("num", [2, 3, 4])
 def test_eval_mode_keeps_each_parameter_where_it_is(num: int) -> None:
-    cuts = cut(program(), estimated(program()), num)
+    cuts = choose_cuts(program(), estimated(program()), num)
     stages: dict[str, set[int]] = {}
     for stage, (first, last) in enumerate(itertools.pairwise([0, *cuts, len(program().calls)])):
         for call in program().calls[first:last]:
@@ -87,7 +87,7 @@ def test_eval_mode_keeps_each_parameter_where_it_is(num: int) -> None:
                 if source.name in program().graph.names:
                     stages.setdefault(program().graph.names[source.name], set()).add(stage)
     other = program(train=False)
-    again = cuts_like(other, {name: frozenset(found) for name, found in stages.items()})
+    again = cuts_like(other, {name: frozenset(found) for name, found in stages.items()}, num)
     assert len(again) == num - 1
     for stage, (first, last) in enumerate(itertools.pairwise([0, *again, len(other.calls)])):
         for call in other.calls[first:last]:
@@ -95,9 +95,27 @@ def test_eval_mode_keeps_each_parameter_where_it_is(num: int) -> None:
             assert all(stage in stages[name] for name in names)
 
 
+def test_eval_mode_where_stages_have_no_parameters() -> None:
+    other, crossing = program(train=False), crossing_bytes(program(train=False))
+    names = {"layers.2.weight": 2, "head.weight": 5}
+    stages = {name: frozenset([stage]) for name, stage in names.items()}
+    cuts = cuts_like(other, stages, 6)
+    assert list(cuts) == sorted(set(cuts)) and len(cuts) == 5
+    assert all(crossing[place - 1] is not None for place in cuts)
+    for i, call in enumerate(other.calls):
+        for name in {other.graph.names.get(source.name) for source in call.inputs} & set(names):
+            assert sum(place <= i for place in cuts) == names[name]
+
+
+def test_eval_mode_that_uses_parameters_in_another_order() -> None:
+    stages = {"layers.2.weight": frozenset([1]), "layers.3.weight": frozenset([0])}
+    with pytest.raises(PlanError, match="conv2d_3 would be in another stage"):
+        cuts_like(program(train=False), stages, 2)
+
+
 def test_cuts_by_name_and_those_that_do_not_fit() -> None:
     names = [call.node.name for call in program().calls]
-    places = cut(program(), estimated(program()), 3)
+    places = choose_cuts(program(), estimated(program()), 3)
     assert cuts_at(program(), [names[i] for i in places]) == places
     assert cuts_at(program(), [names[i] for i in reversed(places)]) is None
     assert cuts_at(program(), ["no_such_value"]) is None
@@ -107,7 +125,7 @@ def test_cuts_by_name_and_those_that_do_not_fit() -> None:
 
 def test_more_stages_than_places() -> None:
     with pytest.raises(PlanError, match=r"99 pipeline stages: .* use at most \d+"):
-        cut(program(), {}, 99)
+        choose_cuts(program(), {}, 99)
 
 
 def test_costs_have_every_call() -> None:

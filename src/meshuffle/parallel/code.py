@@ -13,6 +13,8 @@ from torch.fx import Node
 from meshuffle.layout.call import Program
 from meshuffle.layout.layout import Layout, Samples, Shard
 from meshuffle.parallel.moves import num_samples
+from meshuffle.parallel.sync_norm import SyncNorm
+from meshuffle.planner.schedules import Action, Schedule
 
 
 @dataclass
@@ -88,6 +90,36 @@ class Code:
     sources: dict[str, tuple[str, Layout]] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
     leaving: list[Crossing] = field(default_factory=list)
+
+
+def sent_across_cuts(
+    codes: Sequence[Code], program: Program, schedule: Schedule, batch: int
+) -> int:
+    """Return what one replica's ranks send across cuts for a micro-batch, there and back."""
+    return sum(
+        crossing.num_bytes(program, rank, batch) * (1 + crossing.has_grad)
+        for stage, code in enumerate(codes)
+        for crossing in code.leaving
+        for rank in range(program.world)
+        if schedule.ranks[stage] != schedule.ranks[stage + 1]
+    )
+
+
+def predicted_bytes(
+    codes: Sequence[Code], program: Program, schedule: Schedule, micro_batch: int, batch: int
+) -> int:
+    """Return what one replica's ranks send for a micro-batch of `batch` samples, in all stages.
+
+    Where a backward is split in two, the one to the weights repeats that of each batch norm.
+    """
+    total = sent_across_cuts(codes, program, schedule, batch)
+    for stage, code in enumerate(codes):
+        asked = stage > 0 and any(crossing.has_grad for crossing in codes[stage - 1].leaving)
+        is_split = Action(stage, "I", micro_batch) in schedule.orders[schedule.ranks[stage]]
+        for sent in code.sent:
+            twice = asked and is_split and isinstance(code.modules[sent.name], SyncNorm)
+            total += sent.forward + sent.backward * (2 if twice else 1)
+    return total
 
 
 def stages_of(model: nn.Module, codes: Sequence[Code]) -> dict[str, frozenset[int]]:

@@ -26,7 +26,7 @@ from meshuffle.parallel.parts import cut_part, join_parts
 from meshuffle.parallel.ranks import Ranks
 from meshuffle.parallel.sync_norm import SyncNorm
 from meshuffle.planner.costs import estimated, per_rank
-from meshuffle.planner.cut import cut, cuts_at, cuts_like
+from meshuffle.planner.cut import choose_cuts, cuts_at, cuts_like
 
 _HOME = "tp"  # the submodule that holds conversions
 
@@ -36,7 +36,7 @@ class _Mode:
     """What a module runs in train or in eval mode; `written` has this rank's stages."""
 
     assignment: Assignment
-    cuts: tuple[int, ...]
+    places: tuple[int, ...]
     codes: list[Code]
     written: dict[int, fx.GraphModule]
     spec: Any
@@ -59,7 +59,7 @@ class Parallel(nn.Module):
         dp: replicas whose batch statistics are joined.
         device: where this rank computes.
         num_stages: stages of the pipeline; `stages` are this rank's.
-        costs: what `cut` balances, where `cuts` does not say where to cut.
+        costs: what `choose_cuts` balances, where `cuts` does not say where to cut.
         cuts: see `Plan`.
 
     Attributes:
@@ -100,7 +100,7 @@ class Parallel(nn.Module):
         places = cuts_at(assignment.program, cuts) if cuts else None
         if places is None and num_stages > 1:
             seconds = per_rank(assignment, costs(assignment.program))
-            places = cut(assignment.program, seconds, num_stages)
+            places = choose_cuts(assignment.program, seconds, num_stages)
         self.cuts = tuple(assignment.program.calls[i].node.name for i in places or ())
         codes = lower_stages(assignment, rank, places or (), replicas=dp, device=self.device)
         self.shards: dict[str, Shard] = {k: v for code in codes for k, v in code.stored.items()}
@@ -205,7 +205,7 @@ class Parallel(nn.Module):
         self,
         graph: Graph,
         assignment: Assignment,
-        cuts: tuple[int, ...],
+        places: tuple[int, ...],
         codes: list[Code],
         training: bool,
     ) -> None:
@@ -225,7 +225,7 @@ class Parallel(nn.Module):
                     node.target = f"{home}.{node.target}"
             written[stage] = fx.GraphModule(root, code.graph)
         spec = graph.program.call_spec.out_spec
-        self._modes[training] = _Mode(assignment, cuts, codes, written, spec)
+        self._modes[training] = _Mode(assignment, places, codes, written, spec)
         holder.train(training)
         if self._ranks is not None:
             self.bind(self._ranks)
@@ -275,16 +275,16 @@ class Parallel(nn.Module):
         batch = self._example[0].shape[0]
         options = {"batch": batch, "prefer": self._prefer, "stored": self.shards}
         assignment = assign(graph, self._tp, **options)  # type: ignore[arg-type]
-        cuts = cuts_like(assignment.program, self.stages_of) if self.num_stages > 1 else ()
+        places = cuts_like(assignment.program, self.stages_of, self.num_stages)
         codes = lower_stages(
             assignment,
             self._rank,
-            cuts,
+            places,
             replicas=self._dp,
             device=self.device,
             stored=dict(self.shards),
         )
-        self._install(graph, assignment, cuts, codes, mode)
+        self._install(graph, assignment, places, codes, mode)
 
     def forward(self, *inputs: Tensor) -> Any:
         """Return what the model returns, whole on every rank; a pipeline's is without gradient."""
@@ -349,7 +349,7 @@ class Parallel(nn.Module):
             return mode.codes
         again = mode.assignment.resized(batch)
         return lower_stages(
-            again, self._rank, mode.cuts, replicas=self._dp, stored=dict(self.shards)
+            again, self._rank, mode.places, replicas=self._dp, stored=dict(self.shards)
         )
 
     @property

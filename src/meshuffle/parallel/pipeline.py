@@ -25,7 +25,6 @@ from meshuffle.dist.sent_bytes import labelled
 from meshuffle.parallel.code import Crossing
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.ranks import Ranks
-from meshuffle.parallel.sync_norm import SyncNorm
 from meshuffle.planner.schedules import Action, Schedule, all_forward_all_backward
 
 _MOST_CROSSING = 1024
@@ -40,7 +39,6 @@ class _Kept:
 
     given: list[Tensor]
     results: list[Tensor]
-    sends: list[dist.Work]
     weights: Callable[[], Any] | None = None
 
 
@@ -57,6 +55,11 @@ class _Step:
     here: dict[tuple[str, int, int], list[Tensor]] = field(default_factory=dict)
     asked: dict[tuple[str, int, int], list[tuple[dist.Work, Tensor]]] = field(default_factory=dict)
     sent: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
+
+    def wait(self) -> None:
+        """Wait until all that was sent has gone."""
+        for work, _ in self.sent:
+            work.wait()
 
 
 class Pipeline:
@@ -147,8 +150,7 @@ class Pipeline:
             if i == last:
                 before_last()
             self._do(step, action)
-        for work, _ in step.sent:
-            work.wait()
+        step.wait()
 
     @torch.no_grad()
     def whole(self, *inputs: Tensor) -> list[Tensor]:
@@ -173,8 +175,7 @@ class Pipeline:
                 self._ask(step, Action(stage, "F", i))
                 self._forward(step, stage, i)
                 step.kept.clear()
-        for work, _ in step.sent:
-            work.wait()
+        step.wait()
         outputs = []
         source = dist.get_global_rank(self.ranks.pp, self.schedule.ranks[-1])
         for k, (node, dim) in enumerate(zip(program.outputs(), dims, strict=True)):
@@ -220,10 +221,10 @@ class Pipeline:
             result = self.module.run_stage(stage, *arguments)
         if stage + 1 == self.schedule.num_stages:
             loss = step.finish(i, result)
-            step.kept[stage, i] = _Kept(given, [] if loss is None else [loss], [])
+            step.kept[stage, i] = _Kept(given, [] if loss is None else [loss])
             return
         values = [x.detach().to(c.dtype) for x, c in zip(result, self._leaving(stage), strict=True)]
-        step.kept[stage, i] = _Kept(given, list(result), [])
+        step.kept[stage, i] = _Kept(given, list(result))
         self._send(step, "F", stage, i, values)
 
     def _gradients(
@@ -353,31 +354,6 @@ class Pipeline:
             if crossing.has_grad:
                 values.append(torch.zeros_like(x) if x.grad is None else x.grad)
         self._send(step, "B", stage, i, values)
-
-    def predicted_bytes(self, i: int, size: int) -> int:
-        """Return what the ranks of these stages, of one replica, send for micro-batch `i`.
-
-        Where a backward is split in two, the one to the weights repeats that of each batch norm.
-        """
-        module, total = self.module, 0
-        codes = module.codes_for(size)
-        program, tp = module.assignment.program, self.ranks.tp_world
-        order = self.schedule.orders[self.ranks.pp_rank]
-        for stage in module.stages:
-            is_split = stage and Action(stage, "I", i) in order
-            for sent in codes[stage].sent:
-                again = is_split and isinstance(codes[stage].modules[sent.name], SyncNorm)
-                total += sent.forward + sent.backward * (2 if again else 1)
-            forward = [(crossing, 1) for crossing in codes[stage].leaving]
-            backward = [(c, int(c.has_grad)) for c in (codes[stage - 1].leaving if stage else ())]
-            for other, crossings in ((stage + 1, forward), (stage - 1, backward)):
-                if crossings and self.schedule.ranks[other] != self.ranks.pp_rank:
-                    total += sum(
-                        factor * c.num_bytes(program, rank, size)
-                        for c, factor in crossings
-                        for rank in range(tp)
-                    )
-        return total
 
     # Parameters that several stages share
 

@@ -50,6 +50,11 @@ class Ranks:
         self.in_replica = exchange(replica)
         self.draws = DrawState()
 
+    @property
+    def is_first(self) -> bool:
+        """True on the one rank of each replica that speaks for it."""
+        return self.tp_rank == 0 and self.pp_rank == 0
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         """Return itself: process groups are not copied."""
         return self

@@ -93,48 +93,43 @@ def _updating_together(program: Program) -> list[tuple[int, int]]:
     ]
 
 
-def cuts_like(program: Program, stages: Mapping[str, frozenset[int]]) -> tuple[int, ...]:
-    """Return the cuts of another program of the same model: where each has its parameters.
+def cuts_like(
+    program: Program, stages: Mapping[str, frozenset[int]], num_stages: int
+) -> tuple[int, ...]:
+    """Return the cuts of another program of the same model, each as late as it can be.
 
     Args:
         program: for example that of eval mode.
         stages: of each parameter and buffer, by the model's name, the stages that have it.
+        num_stages: some may have no parameters.
 
     Raises:
-        PlanError: this program uses them in another order.
+        PlanError: this program uses them in another order, or has too few places to cut.
     """
-    num_stages = max((max(found) for found in stages.values()), default=0) + 1
     crossing = crossing_bytes(program)
-    cuts: list[int] = []
-    now = 0
+    reached: list[set[int]] = []  # the stages in which a call can be, after those before it
     for i, call in enumerate(program.calls):
         names = (program.graph.names.get(source.name, "") for source in call.inputs)
-        wanted = [stages[name] for name in names if name in stages]
-        if not wanted or any(now in found for found in wanted):
-            continue
-        later = min(min((s for s in found if s > now), default=-1) for found in wanted)
-        places = [
-            p for p in range(cuts[-1] + 1 if cuts else 1, i + 1) if crossing[p - 1] is not None
-        ]
-        if later < 0 or len(places) < later - now:
-            raise PlanError(
-                f"the model uses {next(iter(call.inputs)).name} in another order in eval mode; "
-                "use fewer stages"
-            )
-        cuts += places[-(later - now) :]
-        now = later
-    rest = [
-        p
-        for p in range(cuts[-1] + 1 if cuts else 1, len(program.calls))
-        if crossing[p - 1] is not None
-    ]
-    missing = num_stages - 1 - now
-    if missing:
-        cuts += rest[-missing:]
-    return tuple(cuts)
+        allowed = [stages[name] for name in names if name in stages]
+        found = reached[-1] if reached else {0}
+        if i and crossing[i - 1] is not None:
+            found = found | {stage + 1 for stage in found}
+        reached.append(found.intersection(range(num_stages), *allowed))
+    stage, cuts = num_stages - 1, list[int]()
+    if not reached or stage not in reached[-1]:
+        wrong = next((i for i, found in enumerate(reached) if not found), len(reached) - 1)
+        raise PlanError(
+            f"{num_stages} pipeline stages: eval mode cannot be cut like train mode, its "
+            f"{program.calls[wrong].node.name} would be in another stage; use fewer stages"
+        )
+    for i in range(len(reached) - 1, 0, -1):
+        if crossing[i - 1] is not None and stage - 1 in reached[i - 1]:
+            cuts.append(i)
+            stage -= 1
+    return tuple(reversed(cuts))
 
 
-def cut(program: Program, costs: Mapping[str, float], num_stages: int) -> tuple[int, ...]:
+def choose_cuts(program: Program, costs: Mapping[str, float], num_stages: int) -> tuple[int, ...]:
     """Return how many calls lie in front of each cut.
 
     The slowest stage is as fast as it can be; of the ways that come within 2 % of that, the one

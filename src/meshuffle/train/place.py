@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from meshuffle.dist.exchange import make_exchange
 from meshuffle.dist.group import RankEnv
 from meshuffle.layout.call import Program
+from meshuffle.parallel.code import sent_across_cuts
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.pipeline import Pipeline
 from meshuffle.parallel.ranks import Ranks, join
@@ -116,7 +117,7 @@ def split_model(
         device=device,
         num_stages=schedule.num_stages,
         stages=schedule.stages_of(ranks.pp_rank if ranks else 0),
-        costs=_measured_by_first if ranks else lambda program: measured(program, device),
+        costs=lambda program: (_measured_by_first if ranks else measured)(program, device),
         cuts=plan.cuts,
     )
     if ranks is not None:
@@ -126,9 +127,8 @@ def split_model(
     return split
 
 
-def _measured_by_first(program: Program) -> dict[str, float]:
+def _measured_by_first(program: Program, device: torch.device) -> dict[str, float]:
     """Return what rank 0 measured while the others waited: all must cut in the same places."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     told = [measured(program, device) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(told, src=0)
     assert told[0] is not None
@@ -150,11 +150,10 @@ def describe_split(model: Parallel, config: TrainConfig, plan: Plan) -> list[str
     if plan.pp > 1:
         schedule = schedule_of(config, plan)
         program, size = model.assignment.program, model.assignment.program.batch
-        tensors = [c for code in model.codes for c in code.leaving]
-        crossing = sum(c.num_bytes(program, 0, size) * (1 + c.has_grad) for c in tensors)
+        crossing = sent_across_cuts(model.codes, program, schedule, size) * plan.dp * num
         lines.append(
             f"pipeline: {model.num_stages} stages, {num} micro-batches of {size * plan.dp} images, "
-            f"{crossing * plan.tp * plan.dp * num / 1e6:.3g} MB a step across cuts; "
+            f"{crossing / 1e6:.3g} MB a step across cuts; "
             f"{100 * bubble(schedule):.3g} % of the time is bubble if the stages are even. "
             "Batch norm sees one micro-batch at a time"
         )

@@ -77,24 +77,29 @@ class Step:
         total, sums = sum(counts), torch.zeros(3, dtype=self._sum_dtype, device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
         used = [i for i, count in enumerate(counts) if count]
-        if self.pipeline is not None and used:
+        if not used:
+            return sums
+        if self.pipeline is not None:
             sums += self._run_pipeline(self.pipeline, micro_batches, used, total, draws)
-        for i in used if self.pipeline is None else ():
-            if i == used[-1]:
-                self.parallel.expect_last_backward()
-            if self.draw_state is not None and draws:
-                self.draw_state.set(*draws[i], len(micro_batches[i]))
-            x_NCHW, targets = self._inputs(micro_batches[i])
-            with autocast(self.device, self.precision):
-                logits_NC = self.forward(x_NCHW)
-            loss, own = self._loss(logits_NC, targets, total)
-            loss.backward()
-            sums += own
-        if used:
-            self.parallel.reduce_gradients()
-            if self.pipeline is not None:
-                self.pipeline.sum_tied()
-            self._update(lr)
+        else:
+            for i in used:
+                if i == used[-1]:
+                    self.parallel.expect_last_backward()
+                if self.draw_state is not None and draws:
+                    self.draw_state.set(*draws[i], len(micro_batches[i]))
+                sums += self._forward_backward(micro_batches[i], total)
+        self.parallel.reduce_gradients()
+        if self.pipeline is not None:
+            self.pipeline.sum_tied()
+        self._update(lr)
+        return sums
+
+    def _forward_backward(self, batch: Batch, total: int) -> Tensor:
+        x_NCHW, targets = self._inputs(batch)
+        with autocast(self.device, self.precision):
+            logits_NC = self.forward(x_NCHW)
+        loss, sums = self._loss(logits_NC, targets, total)
+        loss.backward()
         return sums
 
     def _run_pipeline(

@@ -22,6 +22,7 @@ from torch import Tensor
 from meshuffle.dist.group import RankEnv, process_group, rank_env
 from meshuffle.dist.sent_bytes import SentBytes
 from meshuffle.errors import InputError, PlanError, RankFailed, in_words
+from meshuffle.parallel.code import predicted_bytes
 from meshuffle.parallel.draws import draw_key
 from meshuffle.parallel.gradients import sum_gradients
 from meshuffle.parallel.module import Parallel
@@ -170,7 +171,7 @@ class Run:
             squared,
             over_tp=[key for key in state if key.partition("/")[2] in self.module.shards],
             over_dp=[key for key in squared if key.startswith("outputs/")],
-            sent_bytes_predicted=self.predicted() if self.ranks.tp_rank == 0 else 0,
+            sent_bytes_predicted=self.predicted() if self.ranks.is_first else 0,
             sent_bytes_measured=str(counted.by_label["values"] + counted.by_label["stages"]),
             sharded_fraction=assignment.sharded_fraction(),
             imbalance=assignment.imbalance(),
@@ -199,8 +200,13 @@ class Run:
         return not self.module.stages_of[name].isdisjoint(self.module.stages)
 
     def predicted(self) -> int:
-        """Return the bytes that this stage's ranks of a replica send in a step."""
-        return sum(self.pipeline.predicted_bytes(i, len(p)) for i, p in enumerate(self.parts))
+        """Return the bytes that this replica's ranks send in a step, in all stages."""
+        module, schedule = self.module, self.pipeline.schedule
+        program, sizes = module.assignment.program, map(len, self.parts)
+        return sum(
+            predicted_bytes(module.codes_for(size), program, schedule, i, size)
+            for i, size in enumerate(sizes)
+        )
 
 
 def _shape(x: Tensor | None) -> str:

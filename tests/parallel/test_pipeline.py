@@ -1,0 +1,77 @@
+"""A pipeline as its users call it; that it computes what one device does is tested by verify."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from meshuffle.parallel.module import Parallel
+from meshuffle.parallel.pipeline import Pipeline
+from meshuffle.parallel.ranks import join
+from meshuffle.planner.plan import parse_plan
+from meshuffle.planner.schedules import make_schedule
+from tests.ranks import run_ranks
+
+
+class Gated(nn.Module):
+    """Its last layers are scaled by a table that no way from their input leads past."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
+        self.table, self.head = nn.Embedding(1, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        gate = torch.sigmoid(self.table.weight)
+        return self.head(self.layers(x) * gate), gate.sum() + x.new_zeros(())
+
+
+def make() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return Gated().double().train(), torch.randn(7, 6, dtype=torch.float64)
+
+
+def loss_of(result: Any) -> Tensor:
+    outputs, gate = result
+    return outputs.square().sum() + 3 * gate
+
+
+def run(group: dist.ProcessGroup, text: str, edge_groups: bool) -> dict[str, Any]:
+    plan = parse_plan(text)
+    ranks = join(plan, torch.device("cpu"))
+    schedule = make_schedule(plan.pp_kind, plan.pp, plan.num_micro_batches)
+    model, x = make()
+    stages = schedule.stages_of(ranks.pp_rank)
+    split = Parallel(model, (x[:2],), 1, 0, num_stages=schedule.num_stages, stages=stages)
+    pipeline = Pipeline(split.bind(ranks), ranks, schedule, edge_groups=edge_groups)
+    parts = x.tensor_split(plan.num_micro_batches)
+    sizes = [len(part) for part in parts]
+    pipeline.train(sizes, lambda i: (parts[i],), lambda _, result: loss_of(result))
+    gradients = {name: p.grad.clone() for name, p in split.named_parameters()}
+    pipeline.train(sizes[:1], lambda i: (parts[i],), lambda _, result: loss_of(result))
+    again = {name: p.grad for name, p in split.named_parameters()}
+    split.eval()
+    return {"gradients": gradients, "again": again, "outputs": split(x)}
+
+
+@pytest.mark.parametrize(
+    ("text", "edge_groups"), [("pp=2:zero-bubble,mb=4", True), ("pp=2,mb=3", False)]
+)
+def test_gradients_fewer_micro_batches_and_whole_outputs(text: str, edge_groups: bool) -> None:
+    found = run_ranks(run, 2, text, edge_groups)
+    model, x = make()
+    parts = x.tensor_split(parse_plan(text).num_micro_batches)
+    for kind in ("gradients", "again"):
+        for part in parts if kind == "gradients" else parts[:1]:
+            loss_of(model(part)).backward()
+        for rank in found:
+            for name, grad in rank[kind].items():
+                torch.testing.assert_close(grad, model.get_parameter(name).grad)
+        names = [name for rank in found for name in rank[kind]]
+        assert set(names) == {name for name, _ in model.named_parameters()}
+    for rank in found:
+        torch.testing.assert_close(rank["outputs"], model.eval()(x))
