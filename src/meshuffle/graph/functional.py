@@ -64,7 +64,7 @@ def functional_program(graph: Graph) -> tuple[fx.Graph, frozenset[str]]:
             target = node.args[0]
             if target.op == "placeholder":
                 continue
-            copies[node].target = _functional(node.target)
+            _make_functional(copies[node])
             # What reads the target from here on, by any name, reads the result.
             before = copies[target]
             copies |= {n: copies[node] for n, copy in copies.items() if copy is before}
@@ -73,11 +73,16 @@ def functional_program(graph: Graph) -> tuple[fx.Graph, frozenset[str]]:
     return program, frozenset(pinned)
 
 
-def _functional(target: Any) -> Any:
-    if target in _FUNCTIONAL:
-        return _FUNCTIONAL[target]
-    packet = getattr(aten, target._overloadpacket.__name__.removesuffix("_"))
-    return getattr(packet, target._overloadname)
+def _make_functional(node: Node) -> None:
+    """Let a call return what it changed in place; a default that only it had is written out."""
+    before: Any = node.target
+    packet = getattr(aten, before._overloadpacket.__name__.removesuffix("_"), None)
+    after = _FUNCTIONAL.get(before) or getattr(packet, before._overloadname)
+    optional = {a.name: a.default_value for a in before._schema.arguments if a.has_default_value()}
+    for argument in after._schema.arguments[len(node.args) :]:
+        if argument.name in optional and not argument.has_default_value():
+            node.kwargs = {argument.name: optional[argument.name], **node.kwargs}
+    node.target = after
 
 
 def _pinned(graph: Graph) -> set[str]:
