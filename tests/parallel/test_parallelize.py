@@ -112,6 +112,59 @@ def test_gradients_are_averaged_over_replicas() -> None:
     assert run_ranks(average_over_replicas, 4) == [[]] * 4
 
 
+def masks_are_new(group: dist.ProcessGroup) -> list[Tensor]:
+    """Return what two forward passes in train mode and one in eval mode give."""
+    model, x, _ = make()
+    split = parallelize(model, example=x, plan="tp=2:channel")
+    return [split(x).detach(), split(x).detach(), split.eval()(x).detach()]
+
+
+def test_each_forward_draws_new_masks_and_all_ranks_the_same() -> None:
+    (first, second, judged), other = run_ranks(masks_are_new, 2)
+    assert not torch.allclose(first, second) and not torch.allclose(first, judged)
+    for own, theirs in zip((first, second, judged), other, strict=True):
+        torch.testing.assert_close(own, theirs)
+
+
+def mean_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs, targets)
+
+
+def two_steps(group: dist.ProcessGroup, plan: str) -> dict[str, Tensor]:
+    """Return losses, whole gradients that were added up, and the weights behind an update."""
+    plan_rank = dist.get_rank(group) if plan.startswith("dp=2") else 0
+    model, x, y = make()
+    half = slice(3 * plan_rank, 3 * plan_rank + 3) if plan.startswith("dp=2") else slice(None)
+    split = parallelize(model, example=x, plan=plan)
+    optimizer = torch.optim.SGD(split.parameters(), 0.5)
+    found: dict[str, Tensor] = {}
+    for i in (0, 1):
+        found[f"loss {i}"] = split.forward_backward(x[half], y[half], mean_loss)
+    gradients = {f"{name}": p.grad for name, p in split.named_parameters() if p.grad is not None}
+    found |= {f"gradient {name}": split.whole(name, grad) for name, grad in gradients.items()}
+    optimizer.step()
+    found |= {f"state {name}": value for name, value in split.whole_state_dict().items()}
+    split.load_whole({k.removeprefix("state "): v for k, v in found.items() if "state" in k})
+    return found
+
+
+def test_one_line_trains_under_every_plan() -> None:
+    """Masks, losses, added gradients and weights are the same, split or cut, in 4 micro-batches."""
+    plans = ("tp=2:channel,mb=4", "pp=2,mb=4", "pp=2:zero-bubble,mb=4")
+    split, *others = (run_ranks(two_steps, 2, plan) for plan in plans)
+    for pipeline in others:
+        first, last = pipeline
+        assert first.keys() | last.keys() == split[0].keys()
+        for rank in pipeline:
+            for name, value in rank.items():
+                torch.testing.assert_close(value, split[0][name], msg=lambda m, n=name: f"{n}: {m}")
+    replicas = run_ranks(two_steps, 2, "dp=2")
+    whole = run_ranks(two_steps, 1, "dp=1")[0]
+    for rank in replicas:
+        for name, value in rank.items():
+            torch.testing.assert_close(value, whole[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
 class Unsplittable(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.cumsum(0).cumsum(1)
@@ -127,7 +180,8 @@ def bad_input(group: dist.ProcessGroup) -> list[str]:
     told = []
     for model, plan, kind in (
         (nn.Linear(3, 3), "tp=3", PlanError),
-        (nn.Linear(3, 3), "tp=2,pp=2", PlanError),
+        (nn.Linear(3, 3), "pp=2:zbv,mb=4", PlanError),
+        (nn.Linear(3, 3), "dp=2:shard", PlanError),
         (nn.Linear(3, 3), "tp=2:width", PlanError),
         (Unsplittable(), "tp=2", PlanError),
         (Branching(), "tp=2", ModelError),
@@ -143,8 +197,9 @@ def bad_input(group: dist.ProcessGroup) -> list[str]:
 def test_what_cannot_be_split_says_why() -> None:
     first, second = run_ranks(bad_input, 2)
     assert first == second
-    launched, pipeline, width, nothing, branch = first
-    assert "2 ranks were launched" in launched and "dp=N and tp=N only" in pipeline
+    launched, pipeline, sharded, width, nothing, branch = first
+    assert "2 ranks were launched" in launched and "can be cut in 0 places" in pipeline
+    assert "parallelize replicates; use dp=2" in sharded
     assert "channel, spatial, batch" in width and "no op of this model can be split" in nothing
     assert "torch.export cannot capture Branching" in branch
 

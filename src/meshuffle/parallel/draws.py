@@ -113,6 +113,11 @@ class DrawState:
         self.first_sample.fill_(first_sample)
         self.samples, self.calls = samples, 0
 
+    def advance(self, first_sample: int = 0) -> None:
+        """Go on to the key of another forward pass, in the same way on all ranks."""
+        self.key.copy_(_mix(self.key + _GAMMA))
+        self.first_sample.fill_(first_sample)
+
     def to(self, device: torch.device) -> None:
         """Move to a device."""
         self.key, self.first_sample = self.key.to(device), self.first_sample.to(device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +16,13 @@ from meshuffle.graph import Graph, capture
 from meshuffle.layout.assign import Assignment, assign
 from meshuffle.layout.call import Program
 from meshuffle.layout.layout import Shard
+from meshuffle.parallel import printout
 from meshuffle.parallel.batch_norm import exchange_handle
 from meshuffle.parallel.code import Code, stages_of
 from meshuffle.parallel.draws import Draw
 from meshuffle.parallel.lower import lower_stages
 from meshuffle.parallel.moves import Move
-from meshuffle.parallel.parts import cut_part, join_parts
+from meshuffle.parallel.parts import cut_part, join_parts, join_stages
 from meshuffle.parallel.ranks import Ranks
 from meshuffle.parallel.sync_norm import SyncNorm
 from meshuffle.planner.costs import estimated, per_rank
@@ -92,6 +92,7 @@ class Parallel(nn.Module):
         self._skeleton = [_without_values(model)]  # in a list: not a submodule
         self.num_stages, self.stages = num_stages, tuple(stages)
         self.pipeline: Any = None
+        self.forward_backward: Any = None  # see `parallelize`
         self._modes: dict[bool, _Mode] = {}
         self._ranks: Ranks | None = None
         training = model.training
@@ -328,19 +329,9 @@ class Parallel(nn.Module):
 
     def summary(self) -> str:
         """Return what is split, and what a step sends, in a few lines."""
-        assignment, codes = self.assignment, self.codes
-        sent = sum(s.forward + s.backward for code in codes for s in code.sent)
-        reduced = sum(code.reduced_bytes for code in codes)
-        lines = [
-            f"tp={self._tp}: {100 * assignment.sharded_fraction():.1f} % of the FLOPs are split, "
-            f"{100 * self.kept_share:.1f} % of the parameters are on this rank, a step sends "
-            f"{_size(sent)} for values and {_size(reduced)} for gradients"
-        ]
-        alone = assignment.whole_flops()
-        if alone:
-            names = ", ".join(f"{name} ({100 * share:.1f} %)" for name, share in alone[:4])
-            lines.append(f"on every rank: {names}{' …' if len(alone) > 4 else ''}")
-        return "\n".join(lines)
+        return printout.summary(
+            self.assignment, self.codes, self._tp, self.num_stages, self.kept_share
+        )
 
     def codes_for(self, batch: int) -> list[Code]:
         """Return `codes` for another number of samples of a replica: for what they send."""
@@ -360,13 +351,14 @@ class Parallel(nn.Module):
     @property
     def code(self) -> str:
         """The current mode's code, a line per call; conversions say from what to what."""
-        text = "\n".join(str(written.code) for written in self.graph_modules)
-        lines = []
-        for line in re.sub(r";  [\w =]+ = None", "", text).strip().splitlines():
-            called = re.search(rf"self\.({_HOME}(?:_eval)?\.\w+)\(", line)
-            note = f"  # {self._root[0].get_submodule(called[1]).extra_repr()}" if called else ""
-            lines.append(line.rstrip() + note)
-        return "\n".join(lines)
+        return printout.code(self.graph_modules, self._root[0], _HOME)
+
+    def whole_state_dict(self) -> dict[str, Tensor]:
+        """Return the state dict of the plain model, on every rank; all of a replica call it."""
+        whole = {name: self.whole(name, part) for name, part in self.state_dict().items()}
+        if self.num_stages == 1 or self._ranks is None:
+            return whole
+        return join_stages(whole, self._ranks.pp, everywhere=True)
 
     def load_whole(self, tensors: Mapping[str, Tensor]) -> None:
         """Load this rank's parts of a state dict of the plain model.
@@ -374,14 +366,8 @@ class Parallel(nn.Module):
         Raises:
             RuntimeError: as `load_state_dict`.
         """
-        self.load_state_dict({name: self.cut(name, whole) for name, whole in tensors.items()})
-
-
-def _size(num_bytes: int) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= factor:
-            return f"{num_bytes / factor:.1f} {unit}"
-    return f"{num_bytes} B"
+        own = {name: whole for name, whole in tensors.items() if self.has(name)}
+        self.load_state_dict({name: self.cut(name, whole) for name, whole in own.items()})
 
 
 def _without_values(model: nn.Module) -> nn.Module:
