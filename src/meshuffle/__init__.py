@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from meshuffle.graph import capture
     from meshuffle.models import create_model, list_models
     from meshuffle.parallel.api import parallelize
-    from meshuffle.train.api import evaluate, predict, resume, train
+    from meshuffle.train.api import resume, train
     from meshuffle.train.config import TrainConfig
+    from meshuffle.train.inference import evaluate, predict
     from meshuffle.verify.api import verify
 
 __all__ = [
@@ -35,11 +36,11 @@ _HOMES = {
     "TrainConfig": "meshuffle.train.config",
     "capture": "meshuffle.graph",
     "create_model": "meshuffle.models",
-    "evaluate": "meshuffle.train.api",
+    "evaluate": "meshuffle.train.inference",
     "export": "meshuffle.deploy.api",
     "list_models": "meshuffle.models",
     "parallelize": "meshuffle.parallel.api",
-    "predict": "meshuffle.train.api",
+    "predict": "meshuffle.train.inference",
     "resume": "meshuffle.train.api",
 }
 

@@ -13,7 +13,8 @@ from torch import nn
 from meshuffle.data import Preprocess
 from meshuffle.errors import ModelError, RunError
 from meshuffle.models import create_model
-from meshuffle.train.api import evaluate, resume
+from meshuffle.train.api import resume
+from meshuffle.train.inference import evaluate
 from meshuffle.train.weights import (
     Card,
     find_weights,

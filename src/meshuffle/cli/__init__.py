@@ -93,6 +93,13 @@ class Answer:
         self.value, self.text, self.exit_code = value, text, exit_code
 
 
+def from_main(answer: Answer) -> Answer | None:
+    """Let one rank speak where a launcher has started many."""
+    from meshuffle.dist.group import RankEnv, rank_env
+
+    return answer if (rank_env() or RankEnv()).is_main else None
+
+
 def _show(answer: object, as_json: bool) -> None:
     if not isinstance(answer, Answer):
         return

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
-from meshuffle.cli import Answer
-from meshuffle.cli.options import Debug, Json, Model
+from meshuffle.cli import Answer, from_main
+from meshuffle.cli.options import Debug, Json, Model, Spread
 
 
 def register(app: App) -> None:
@@ -26,10 +26,11 @@ def evaluate(
         Parameter(help="Default: test where the data has one, else val."),
     ] = None,
     batch: Annotated[int, Parameter(help="Images at a time.")] = 64,
+    plan: Spread = "dp=1",
     model: Model = None,
     json: Json = False,
     debug: Debug = False,
-) -> Answer:
+) -> Answer | None:
     """Evaluate the best weights of a run, or a weights file.
 
     Parameters
@@ -37,9 +38,11 @@ def evaluate(
     target
         A run folder, or a weights file of one.
     """
-    from meshuffle.train.api import evaluate as run_evaluation
+    from meshuffle.train.inference import evaluate as run_evaluation
 
-    evaluation, used = run_evaluation(target, data=data, split=split, batch=batch, model=model)
+    evaluation, used = run_evaluation(
+        target, data=data, split=split, batch=batch, model=model, plan=plan
+    )
     metrics = {key: round(value, 6) for key, value in evaluation.metrics.items()}
     value = {"task": "classify", "num_samples": evaluation.num_samples, "metrics": metrics}
     parts = [f"top-1 {metrics['top1']:.2f} %"]
@@ -49,4 +52,4 @@ def evaluate(
         f"{used}: {', '.join(parts)}, loss {metrics['loss']:.4f} on {evaluation.num_samples} images"
     )
     skipped = [f"skipped: {message}" for message in evaluation.skipped]
-    return Answer(value | {"skipped_inputs": len(skipped)}, "\n".join([*skipped, text]))
+    return from_main(Answer(value | {"skipped_inputs": len(skipped)}, "\n".join([*skipped, text])))

@@ -16,3 +16,9 @@ Model = Annotated[
     str | None,
     Parameter(help="Repeat the name of a package.module:function model, to run its code."),
 ]
+Spread = Annotated[
+    str,
+    Parameter(
+        name="--plan", help="How to spread it over ranks, for example dp=2, tp=2:spatial or pp=2."
+    ),
+]

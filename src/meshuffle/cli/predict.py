@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
-from meshuffle.cli import Answer
-from meshuffle.cli.options import Debug, Json, Model
+from meshuffle.cli import Answer, from_main
+from meshuffle.cli.options import Debug, Json, Model, Spread
 
 
 def register(app: App) -> None:
@@ -20,10 +21,12 @@ def predict(
     images: list[Path],
     /,
     *,
+    batch: Annotated[int, Parameter(help="Images at a time.")] = 64,
+    plan: Spread = "dp=1",
     model: Model = None,
     json: Json = False,
     debug: Debug = False,
-) -> Answer:
+) -> Answer | None:
     """Predict the class of images.
 
     Parameters
@@ -33,9 +36,9 @@ def predict(
     images
         Image files, or folders of them.
     """
-    from meshuffle.train.api import predict as run_prediction
+    from meshuffle.train.inference import predict as run_prediction
 
-    values = run_prediction(target, images, model=model)
+    values = run_prediction(target, images, batch=batch, model=model, plan=plan)
     broken = [value for value in values if "error" in value]
     lines = [
         f"{value['file']}: {value['error']}"
@@ -45,4 +48,4 @@ def predict(
     ]
     if broken:
         lines.append(f"{len(broken)} of {len(values)} images could not be read")
-    return Answer(values, "\n".join(lines), exit_code=2 if broken else 0)
+    return from_main(Answer(values, "\n".join(lines), exit_code=2 if broken else 0))

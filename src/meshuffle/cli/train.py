@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, ArgumentCollection, Parameter
 
-from meshuffle.cli import Answer
+from meshuffle.cli import Answer, from_main
 from meshuffle.cli.options import Debug, Json
 from meshuffle.errors import ConfigError
 from meshuffle.train.config import FIELDS, Origin, TrainConfig, check, config_key, read_config
@@ -65,7 +65,8 @@ def train(
         return Answer(*describe_config(settings, origins))
     from meshuffle.train.api import train as run_training
 
-    return _answer(run_training(settings, origins))
+    result = run_training(settings, origins)
+    return from_main(Answer(result, result["run"]))
 
 
 def _resume(run: Path, data: str | None, config: Path | None, model: str) -> Answer | None:
@@ -80,7 +81,8 @@ def _resume(run: Path, data: str | None, config: Path | None, model: str) -> Ans
         )
     from meshuffle.train.api import resume as run_resume
 
-    return _answer(run_resume(run, model=model if own_code else None))
+    result = run_resume(run, model=model if own_code else None)
+    return from_main(Answer(result, result["run"]))
 
 
 def _merged(
@@ -102,10 +104,3 @@ def _merged(
 
         require_repeated(merged.model, None)
     return merged, origins
-
-
-def _answer(result: dict[str, Any]) -> Answer | None:
-    """Let one rank speak where a launcher has started many."""
-    from meshuffle.dist.group import RankEnv, rank_env
-
-    return Answer(result, result["run"]) if (rank_env() or RankEnv()).is_main else None

@@ -1,4 +1,4 @@
-"""What the verbs do, as functions: train, resume, evaluate, predict."""
+"""What the verbs do, as functions: train and resume; `inference` has the others."""
 
 from __future__ import annotations
 
@@ -6,25 +6,19 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from meshuffle.data import decode_image, eval_loader, open_data, relabel
-from meshuffle.data.base import Data
+from meshuffle.data import open_data
 from meshuffle.dist.device import pick_device
 from meshuffle.dist.group import RankEnv, process_group, rank_env
-from meshuffle.errors import DataError, ImageError, MeshuffleError
-from meshuffle.train import evaluate as evaluation
+from meshuffle.errors import MeshuffleError
 from meshuffle.train.config import Origin, TrainConfig, to_toml
 from meshuffle.train.rank import train_rank
-from meshuffle.train.run import Prepared, absolute_data, launch, prepare, reopen, resolve_for
-from meshuffle.train.weights import load_model
-
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+from meshuffle.train.run import Prepared, launch, prepare, reopen, resolve_for
 
 
 def train(config: TrainConfig, origins: Mapping[str, Origin] | None = None) -> dict[str, Any]:
@@ -121,86 +115,3 @@ def describe_config(
     }
     values = {k: {"value": v, "origin": full[k]} for k, v in dataclasses.asdict(resolved).items()}
     return values, to_toml(resolved, full).rstrip()
-
-
-def evaluate(
-    target: Path,
-    *,
-    data: str | None = None,
-    split: str | None = None,
-    batch: int = 64,
-    model: str | None = None,
-) -> tuple[evaluation.Evaluation, str]:
-    """Evaluate the weights of `target`; returns the evaluation and `DATA split`.
-
-    Args:
-        target: a run folder or a weights file.
-        data: DATA; None is the one that the weights were trained on. All of another folder that
-            has no splits is evaluated, as its train split.
-        split: None is test where the data has one, else val.
-
-    Raises:
-        DataError: no such split; RunError: no such weights.
-    """
-    network, card = load_model(target, model)
-    opened = open_data(data or card.data, need=())
-    own = data is None or absolute_data(data) == card.data
-    if own and "train" in opened.splits and "val" not in opened.splits:
-        opened = open_data(card.data, need=("train", "val"))  # the part that training set aside
-    opened = relabel(opened, card.classes)
-    split = split or _last_split(opened)
-    if split not in opened.splits:
-        raise DataError(f"{opened.spec} has no {split} split; it has {', '.join(opened.splits)}")
-    device = pick_device()
-    batches = eval_loader(opened.splits[split], card.preprocess, batch_size=batch)
-    found = evaluation.evaluate(network.to(device), batches, card.classes, card.preprocess, device)
-    return found, f"{opened.spec} {split}"
-
-
-def _last_split(data: Data) -> str:
-    return next((s for s in ("test", "val", "train") if s in data.splits), "val")
-
-
-@torch.inference_mode()
-def predict(
-    target: Path, images: Sequence[Path], *, model: str | None = None
-) -> list[dict[str, Any]]:
-    """Return `{"file", "label", "probability"}` per image, or `{"file", "error"}`.
-
-    Args:
-        target: a run folder or a weights file.
-        images: image files, or folders that hold some.
-
-    Raises:
-        DataError: a path does not exist, or a folder holds no image.
-    """
-    network, card = load_model(target, model)
-    device = pick_device()
-    network.to(device)
-    values: list[dict[str, Any]] = []
-    for path in _expanded(images):
-        try:
-            bytes_1CHW = card.preprocess.to_uint8(decode_image(path))[None].to(device)
-        except ImageError as error:
-            values.append({"file": str(path), "error": str(error)})
-            continue
-        probability, label = network(card.preprocess.normalise(bytes_1CHW)).softmax(1).max(1)
-        name = card.classes[int(label)]
-        shown = card.titles.get(name, name)
-        values.append({"file": str(path), "label": shown, "probability": float(probability)})
-    return values
-
-
-def _expanded(paths: Sequence[Path]) -> list[Path]:
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in _IMAGE_SUFFIXES)
-            if not inside:
-                raise DataError(f"{path}: no image in this folder ({', '.join(_IMAGE_SUFFIXES)})")
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
-            raise DataError(f"{path}: no such file or folder")
-    return found

@@ -33,10 +33,10 @@ from meshuffle.train.evaluate import Evaluation, evaluate
 from meshuffle.train.memory import out_of_memory
 from meshuffle.train.meter import Meter
 from meshuffle.train.optim import hold_frozen, learning_rate
-from meshuffle.train.place import common_positions
+from meshuffle.train.shared import replica_group, shared
 from meshuffle.train.signals import StopRequest
 from meshuffle.train.state import TrainState
-from meshuffle.train.step import gather_over_ranks, select, sum_over_ranks
+from meshuffle.train.step import gather_over_ranks, sum_over_ranks
 from meshuffle.train.task import seed_step
 from meshuffle.train.watch import Watch
 
@@ -49,7 +49,6 @@ class _Agreed:
         counts: valid samples of each micro-batch, over all replicas.
         firsts: of these, how many belong to the replicas before this one.
         stop, save, lost: whether any rank is asked to stop, wants to save, has lost its loader.
-        may_differ: whether ranks of a replica may have read different samples.
     """
 
     counts: list[int]
@@ -57,7 +56,6 @@ class _Agreed:
     stop: int
     save: int
     lost: int
-    may_differ: bool
 
 
 class Loop:
@@ -84,6 +82,7 @@ class Loop:
         config = state.config
         assert config.batch is not None and config.epochs is not None
         self.num_epochs = config.epochs
+        self.replica = replica_group(state.place)
         self.transform = build_train_transform(state.step.augment, state.card.preprocess)
         self.sampler = EpochSampler(
             len(data.splits["train"]),
@@ -122,21 +121,24 @@ class Loop:
         if self.state.step.ranks is None:
             hold_frozen(self.state.model, self.state.frozen)
         self._meter = Meter(self.state, self.watch)
-        loader = train_loader(
-            self.data.splits["train"],
-            self.transform,
-            self.sampler,
-            progress.epoch,
-            start_step=progress.epoch_step,
-            num_workers=self.num_workers,
-            pin_memory=self.state.step.device.type == "cuda",
-        )
         waiting = time.perf_counter()
-        for batch in self._batches(loader):
+        for batch in shared(self._read_epoch, self.replica):
             self._meter.wait_s += time.perf_counter() - waiting
             self._step(batch)
             waiting = time.perf_counter()
         self._meter.show(self.exchange)
+
+    def _read_epoch(self) -> Iterator[Batch | None]:
+        loader = train_loader(
+            self.data.splits["train"],
+            self.transform,
+            self.sampler,
+            self.state.progress.epoch,
+            start_step=self.state.progress.epoch_step,
+            num_workers=self.num_workers,
+            pin_memory=self.state.step.device.type == "cuda",
+        )
+        return self._batches(loader)
 
     def _batches(self, loader: Iterator[Batch]) -> Iterator[Batch | None]:
         """Yield the loader's batches, and None at the end where a signal took the others."""
@@ -162,11 +164,6 @@ class Loop:
         if batch is None or agreed.lost:
             self._pause(agreed.stop)
             return
-        if agreed.may_differ:
-            nominal = len(batch) + len(batch.skipped)
-            batch = self._common(batch)
-            micro_batches = step.micro_batches(batch, nominal)
-            agreed = self._agree(micro_batches, batch)
         for message in self.skips.note(batch.skipped):
             self.watch.event(f"skipped: {message}")
         place, seed = self.state.place, self.state.config.seed
@@ -198,26 +195,19 @@ class Loop:
         own = [float(len(micro)) for micro in micro_batches]
         own += [0.0] * (num - len(own))
         save = self.env.is_main and self._save_due()
-        skipped = 0 if batch is None else len(batch.skipped)
-        values = [*own, *map(float, (self.stop.number, save, batch is None, skipped))]
+        values = [*own, *map(float, (self.stop.number, save, batch is None))]
         rows = gather_over_ranks(values, self.exchange)
         speakers = [rows[place.replica(dp_rank)[0]] for dp_rank in range(place.dp)]
         replicas = [list(map(round, row[:num])) for row in speakers]
         columns = list(zip(*rows, strict=True))
-        stop, saves, lost, skips = (round(sum(column)) for column in columns[num:])
+        stop, saves, lost = (round(sum(column)) for column in columns[num:])
         return _Agreed(
             counts=[sum(column) for column in zip(*replicas, strict=True)],
             firsts=[sum(row[i] for row in replicas[: place.dp_rank]) for i in range(num)],
             stop=stop,
             save=saves,
             lost=lost,
-            may_differ=place.is_split and skips > 0,
         )
-
-    def _common(self, batch: Batch) -> Batch:
-        """Return the samples that all ranks of this replica have."""
-        kept = common_positions(batch.positions, self.state.place, self.control)
-        return select(batch, kept)
 
     def _steps_left(self) -> int:
         return self.num_epochs * self.sampler.steps_per_epoch - self.state.progress.step
@@ -306,25 +296,28 @@ class Loop:
             Interrupted: a signal has ended a rank's loader.
         """
         state, source = self.state, self.data.splits[split]
-        assert state.config.batch is not None
-        loader = eval_loader(
-            source,
-            state.card.preprocess,
-            batch_size=-(-state.config.batch // state.step.num_micro_batches),  # as training holds
-            rank=state.place.dp_rank,
-            world=state.place.dp,
-            num_workers=self.num_workers,
-        )
+        batch = state.config.batch
+        assert batch is not None
         num_lost = 0
+
+        def read() -> Iterator[Batch | None]:
+            loader = eval_loader(
+                source,
+                state.card.preprocess,
+                batch_size=-(-batch // state.step.num_micro_batches),  # as training holds
+                rank=state.place.dp_rank,
+                world=state.place.dp,
+                num_workers=self.num_workers,
+            )
+            return self._batches(loader)
 
         def until_lost() -> Iterator[Batch]:
             nonlocal num_lost
-            for batch in self._batches(loader):
-                agreed = self._agree([], batch) if state.place.is_split else None
-                if batch is None or (agreed and agreed.lost):
+            for images in shared(read, self.replica):
+                if images is None:
                     num_lost = 1
                     return
-                yield self._common(batch) if agreed and agreed.may_differ else batch
+                yield images
 
         evaluation = evaluate(
             state.judged,

@@ -158,14 +158,3 @@ def describe_split(model: Parallel, config: TrainConfig, plan: Plan) -> list[str
             "Batch norm sees one micro-batch at a time"
         )
     return lines
-
-
-def common_positions(positions: Tensor, place: Place, control: dist.ProcessGroup) -> Tensor:
-    """Return the positions of samples that all ranks of this replica could read.
-
-    A file may vanish after one rank has read it. Every rank of every replica calls this.
-    """
-    lists: list[list[int]] = [[] for _ in range(dist.get_world_size(control))]
-    dist.all_gather_object(lists, positions.tolist(), group=control)
-    own = set(positions.tolist()).intersection(*(lists[rank] for rank in place.replica()))
-    return torch.tensor([position in own for position in positions.tolist()], dtype=torch.bool)

@@ -1,0 +1,321 @@
+"""Evaluate and predict, on one device or under a plan: replicas see different images.
+
+evaluate, predict ──▶ job ──▶ this process, or ranks started by torchrun ──▶ answer
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from meshuffle.data import (
+    EvalTransform,
+    ImageSource,
+    auto_workers,
+    decode_image,
+    eval_loader,
+    open_data,
+    relabel,
+)
+from meshuffle.data.base import Data
+from meshuffle.dist.device import check_device, pick_device
+from meshuffle.dist.group import RankEnv, new_group, process_group, rank_env
+from meshuffle.dist.launch import end_with_parent, report_failure, torchrun
+from meshuffle.errors import DataError, PlanError
+from meshuffle.parallel.module import Parallel
+from meshuffle.parallel.pipeline import Pipeline
+from meshuffle.planner.plan import Plan, parse_plan, read_plan
+from meshuffle.planner.schedules import make_schedule
+from meshuffle.train import evaluate as evaluation
+from meshuffle.train.evaluate import Evaluation
+from meshuffle.train.files import write_json
+from meshuffle.train.place import join_ranks, place_of
+from meshuffle.train.run import absolute_data, threads_per_rank
+from meshuffle.train.shared import replica_group, shared
+from meshuffle.train.weights import Card, load_model
+
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+
+
+def evaluate(
+    target: Path,
+    *,
+    data: str | None = None,
+    split: str | None = None,
+    batch: int = 64,
+    model: str | None = None,
+    plan: str = "dp=1",
+) -> tuple[Evaluation, str]:
+    """Evaluate the weights of `target`; returns the evaluation and `DATA split`.
+
+    Args:
+        target: a run folder or a weights file.
+        data: DATA; None is the one that the weights were trained on. All of another folder that
+            has no splits is evaluated, as its train split.
+        split: None is test where the data has one, else val.
+        batch: images at a time, over all ranks.
+        plan: how to spread the work; where a launcher has started ranks, those of the plan.
+
+    Raises:
+        DataError: no such split; RunError: no such weights; PlanError: nothing can be split so.
+    """
+    return _answer(Question(str(target), model, batch, data, split), parse_plan(plan))
+
+
+def predict(
+    target: Path,
+    images: Sequence[Path],
+    *,
+    batch: int = 64,
+    model: str | None = None,
+    plan: str = "dp=1",
+) -> list[dict[str, Any]]:
+    """Return `{"file", "label", "probability"}` per image, or `{"file", "error"}`.
+
+    Args:
+        target: a run folder or a weights file.
+        images: image files, or folders that hold some.
+        batch, plan: see `evaluate`.
+
+    Raises:
+        DataError: a path does not exist, or a folder holds no image.
+    """
+    paths = [str(path) for path in _expanded(images)]
+    question = Question(str(target), model, batch, files=paths)
+    found, _ = _answer(question, parse_plan(plan))
+    _, card = load_model(target, model)
+    rows = {int(index): row for row, index in enumerate(found.indices)}
+    return [_prediction(i, path, rows, found, card) for i, path in enumerate(paths)]
+
+
+def _prediction(
+    i: int, path: str, rows: dict[int, int], found: Evaluation, card: Card
+) -> dict[str, Any]:
+    if i not in rows:
+        error = next(text for text in found.skipped if text.startswith(f"{path}: "))
+        return {"file": path, "error": error}
+    name = card.classes[int(found.top_classes[rows[i], 0])]
+    probability = float(found.top_probabilities[rows[i], 0])
+    return {"file": path, "label": card.titles.get(name, name), "probability": probability}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to judge: a split of a data set, or `files`."""
+
+    target: str
+    model: str | None
+    batch: int
+    data: str | None = None
+    split: str | None = None
+    files: list[str] = field(default_factory=list)
+
+
+def _answer(question: Question, plan: Plan) -> tuple[Evaluation, str]:
+    """Judge in this process, or with the ranks of the plan."""
+    env = rank_env()
+    _check_plan(plan, question, env)
+    if env is not None or plan.num_ranks == 1:
+        return judge_rank(question, plan, env or RankEnv())
+    with tempfile.TemporaryDirectory(prefix="meshuffle-judge-") as name:
+        folder = Path(name)
+        write_json(folder / "question.json", dataclasses.asdict(question))
+        write_json(folder / "plan.json", plan.to_dict())
+        threads = threads_per_rank(plan)
+        torchrun(__name__, [name], plan.num_ranks, threads=threads)
+        found = torch.load(folder / "answer.pt", weights_only=True)
+    arrays: dict[str, Any] = {
+        k: v.numpy() if isinstance(v, Tensor) else v for k, v in found["evaluation"].items()
+    }
+    return Evaluation(**arrays), found["what"]
+
+
+def _check_plan(plan: Plan, question: Question, env: RankEnv | None) -> None:
+    world = env.world if env else plan.num_ranks
+    if plan.num_ranks != world:
+        raise PlanError(f"plan {plan} has {plan.num_ranks} ranks, but the launcher started {world}")
+    if plan.dp_kind is not None:
+        raise PlanError(f"plan {plan}: dp=N:{plan.dp_kind} is for training; use dp={plan.dp}")
+    if world > 1 and platform.system() != "Linux":
+        raise PlanError(f"plan {plan}: {platform.system()} runs a single rank; use dp=1")
+    if question.batch < plan.dp:
+        raise PlanError(
+            f"plan {plan}: {plan.dp} replicas share a batch of {question.batch}; "
+            f"use --batch {plan.dp} or more, or a smaller dp"
+        )
+    make_schedule(plan.pp_kind, plan.pp, plan.num_micro_batches)
+    check_device("auto", env.local_world if env else plan.num_ranks)
+
+
+def judge_rank(question: Question, plan: Plan, env: RankEnv) -> tuple[Evaluation, str]:
+    """Judge as one rank of `plan`; every rank returns the whole answer."""
+    device = pick_device(local_rank=env.local_rank)
+    network, card = load_model(Path(question.target), question.model)
+    source, what = _source(question, card)
+    with contextlib.ExitStack() as stack:
+        control = None
+        if env.world > 1:
+            stack.enter_context(process_group(env, device))
+            control = new_group(backend="gloo")
+        place = place_of(plan, env)
+        threads = threads_per_rank(plan, env.local_world) if device.type == "cpu" else 1
+        read = partial(
+            eval_loader,
+            source,
+            card.preprocess,
+            batch_size=question.batch,
+            rank=place.dp_rank,
+            world=place.dp,
+            num_workers=auto_workers(source, env.local_world, threads),
+        )
+        batches = shared(read, replica_group(place))
+        example = torch.empty(-(-question.batch // plan.dp), *_input_size(card), device="meta")
+        judged = own_part(network, example, plan, env, device)
+        found = evaluation.evaluate(
+            judged,
+            (batch for batch in batches if batch is not None),
+            card.classes,
+            card.preprocess,
+            device,
+            group=control,
+            speaks=place.speaks,
+        )
+    return found, what
+
+
+def own_part(
+    network: nn.Module, example: Tensor, plan: Plan, env: RankEnv, device: torch.device
+) -> nn.Module:
+    """Return this rank's part of a model, for its forward in eval mode.
+
+    Args:
+        network: with its weights; it computes no gradients any more.
+        example: a replica's batch; only shape and dtype count.
+        env: of the ranks that are joined.
+    """
+    network.eval().requires_grad_(False)
+    ranks = join_ranks(plan, env, device)
+    if ranks is None:
+        return network.to(device)
+    schedule = make_schedule(plan.pp_kind, plan.pp, plan.num_micro_batches)
+    part = Parallel(
+        network,
+        (example,),
+        plan.tp,
+        ranks.tp_rank,
+        prefer=plan.tp_kind,
+        device=device,
+        num_stages=schedule.num_stages,
+        stages=schedule.stages_of(ranks.pp_rank),
+        cuts=plan.cuts,
+    )
+    part.bind(ranks)
+    if plan.pp > 1:
+        Pipeline(part, ranks, schedule)
+    return part
+
+
+def _input_size(card: Card) -> tuple[int, int, int]:
+    return (3, *EvalTransform(card.preprocess).size)
+
+
+def _source(question: Question, card: Card) -> tuple[ImageSource, str]:
+    """Return the images to judge, and what they are called."""
+    if question.files:
+        return _Files(tuple(question.files), card.classes), "files"
+    opened = _opened(question.data, card)
+    split = question.split or _last_split(opened)
+    if split not in opened.splits:
+        raise DataError(f"{opened.spec} has no {split} split; it has {', '.join(opened.splits)}")
+    return opened.splits[split], f"{opened.spec} {split}"
+
+
+def _opened(data: str | None, card: Card) -> Data:
+    opened = open_data(data or card.data, need=())
+    own = data is None or absolute_data(data) == card.data
+    if own and "train" in opened.splits and "val" not in opened.splits:
+        opened = open_data(card.data, need=("train", "val"))  # the part that training set aside
+    return relabel(opened, card.classes)
+
+
+def _last_split(data: Data) -> str:
+    return next((s for s in ("test", "val", "train") if s in data.splits), "val")
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Images without labels."""
+
+    paths: tuple[str, ...]
+    classes: tuple[str, ...]
+    in_memory: bool = False
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        return np.zeros(len(self.paths), np.int64)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def image(self, index: int) -> Image.Image:
+        return decode_image(self.paths[index])
+
+    def name(self, index: int) -> str:
+        return self.paths[index]
+
+    def content(self, index: int) -> bytes:
+        return Path(self.paths[index]).read_bytes()
+
+
+def _expanded(paths: Sequence[Path]) -> list[Path]:
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in _IMAGE_SUFFIXES)
+            if not inside:
+                raise DataError(f"{path}: no image in this folder ({', '.join(_IMAGE_SUFFIXES)})")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise DataError(f"{path}: no such file or folder")
+    return found
+
+
+def main() -> int:
+    """Run as one of torchrun's ranks; the exit code says how it ended."""
+    end_with_parent()
+    folder, env = Path(sys.argv[1]), rank_env() or RankEnv()
+    try:
+        question = Question(**json.loads((folder / "question.json").read_text()))
+        plan = read_plan(folder / "plan.json")
+        torch.set_num_threads(threads_per_rank(plan, env.local_world))
+        found, what = judge_rank(question, plan, env)
+        if env.is_main:
+            values = {
+                k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v
+                for k, v in vars(found).items()
+            }
+            torch.save({"evaluation": values, "what": what}, folder / "answer.pt")
+    except Exception as error:  # noqa: BLE001  # the launcher says it, in one line
+        return report_failure(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
