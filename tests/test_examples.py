@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
         "mlp.py",
         "lstm.py",
         "gpt2.py",
+        f"gpt2.py {ROOT / 'README.md'} pp=2:zero-bubble,mb=4",
         "bert.py",
         "wav2vec2.py",
         "image_classifier.py shufflenet_v1_x1_0_g8 tp=2:channel",
@@ -43,3 +44,4 @@ def test_example(command: str) -> None:
     losses = [float(text) for text in re.findall(r"loss ([\d.]+)", found.stdout)]
     assert len(losses) >= 5 and losses[-1] < 0.9 * losses[0]
     assert "% of the FLOPs are split" in found.stdout
+    assert ("2 pipeline stages" in found.stdout) == ("pp=2" in command)
