@@ -2,8 +2,8 @@
 
     python benchmarks/pipeline_memory.py [NAME] [--pp 4] [--schedule 1f1b] [--batch 32] [--mb 8]
 
-Nothing is computed: every rank's step, forward, backward and SGD with momentum, runs in turn on fake
-tensors in a fake process group, under torch's MemTracker. Prints a table and appends to
+Nothing is computed: every rank's step, forward, backward and SGD with momentum, runs in turn on
+fake tensors in a fake process group, under torch's MemTracker. Prints a table and appends to
 results/pipeline_memory.csv.
 """
 
