@@ -68,7 +68,11 @@ class ParityError(MeshuffleError):
 
 
 class RankFailed(MeshuffleError):
-    """A rank died or did not answer in time."""
+    """A rank died or did not answer in time; `op` is what was asked of it."""
+
+    def __init__(self, message: str, op: str = "") -> None:
+        super().__init__(message)
+        self.op = op
 
 
 class Interrupted(MeshuffleError):

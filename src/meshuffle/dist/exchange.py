@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from meshuffle.dist.group import patience
 from meshuffle.errors import RankFailed
 
 _SLOT_BYTES = 1 << 18
@@ -70,13 +71,12 @@ class SharedExchange(Exchange):
     a rank leaves its process id, so that nobody waits for one that has died.
 
     Args:
-        group: ranks of one host.
-        timeout_s: how long to wait for the slowest rank, seconds.
+        group: ranks of one host; it says how long to wait for the slowest.
     """
 
-    def __init__(self, group: dist.ProcessGroup, timeout_s: float = 1800) -> None:
+    def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group)
-        self._timeout_s, self._number = timeout_s, 0
+        self.group, self._number = group, 0
         header = 64 * self.world  # one cache line per counter
         size = header + 2 * self.world * _SLOT_BYTES
         path = [_new_file(size) if self.rank == 0 else None]
@@ -117,13 +117,14 @@ class SharedExchange(Exchange):
                 if waited < _YIELD_S:
                     os.sched_yield()
                 elif not _alive(counters[place + 1]) and counters[place] < number:
-                    raise RankFailed(f"rank {other} of {self.world} has died")
-                elif waited < self._timeout_s:
+                    raise RankFailed(f"rank {other} of {self.world} has died", "an exchange")
+                elif waited < (limit := patience(self.group).total_seconds()):
                     time.sleep(0.0002)
                 else:
                     raise RankFailed(
                         f"rank {other} of {self.world} did not answer rank {self.rank} for "
-                        f"{self._timeout_s:.0f} s (exchange {number})"
+                        f"{limit:.0f} s (exchange {number})",
+                        "an exchange",
                     )
 
 

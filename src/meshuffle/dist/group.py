@@ -12,12 +12,14 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from meshuffle.dist.device import backend_for
-from meshuffle.errors import ConfigError
+from meshuffle.errors import ConfigError, RankFailed, in_words
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,41 @@ def new_group(
     group = dist.new_group(ranks, backend=backend, use_local_synchronization=local)
     assert isinstance(group, dist.ProcessGroup) or dist.get_rank() not in (ranks or [])
     return group  # type: ignore[return-value]  # of those that are no member: never used
+
+
+def patience(group: dist.ProcessGroup) -> datetime.timedelta:
+    """Return how long a group's ranks wait for each other on the CPU."""
+    options: Any = group._get_backend(torch.device("cpu")).options
+    waits: datetime.timedelta = options._timeout
+    return waits
+
+
+def set_patience(seconds: float) -> None:
+    """Let each group that exists wait so long for its ranks, not torch's half an hour."""
+    apply = getattr(distributed_c10d, "set_timeout", None) or distributed_c10d._set_pg_timeout
+    for group in list(distributed_c10d._world.pg_map):
+        apply(datetime.timedelta(seconds=seconds), group)
+
+
+def wait(work: dist.Work, group: dist.ProcessGroup, what: str) -> None:
+    """Wait for a message, as long as the group does for its collectives.
+
+    gloo's messages would wait for ever; NCCL has a watchdog of its own, and a wait with a limit
+    would stop the host.
+
+    Args:
+        what: is awaited, for the error.
+
+    Raises:
+        RankFailed: the other rank is gone, or silent.
+    """
+    try:
+        if dist.get_backend(group) == "gloo":
+            work.wait(patience(group))
+        else:
+            work.wait()
+    except RuntimeError as error:
+        raise RankFailed(f"{what}: {in_words(error)}", what) from error
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 from torch.nn import Parameter
 from torch.utils import _pytree as pytree
 
+from meshuffle.dist.group import wait
 from meshuffle.dist.sent_bytes import labelled
 from meshuffle.parallel.code import Crossing
 from meshuffle.parallel.module import Parallel
@@ -56,10 +57,10 @@ class _Step:
     asked: dict[tuple[str, int, int], list[tuple[dist.Work, Tensor]]] = field(default_factory=dict)
     sent: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
 
-    def wait(self) -> None:
+    def wait(self, group: dist.ProcessGroup) -> None:
         """Wait until all that was sent has gone."""
         for work, _ in self.sent:
-            work.wait()
+            wait(work, group, "what was sent to another stage")
 
 
 class Pipeline:
@@ -150,7 +151,7 @@ class Pipeline:
             if i == last:
                 before_last()
             self._do(step, action)
-        step.wait()
+        step.wait(self.ranks.pp)
 
     @torch.no_grad()
     def whole(self, *inputs: Tensor) -> list[Tensor]:
@@ -175,7 +176,7 @@ class Pipeline:
                 self._ask(step, Action(stage, "F", i))
                 self._forward(step, stage, i)
                 step.kept.clear()
-        step.wait()
+        step.wait(self.ranks.pp)
         outputs = []
         source = dist.get_global_rank(self.ranks.pp, self.schedule.ranks[-1])
         for k, (node, dim) in enumerate(zip(program.outputs(), dims, strict=True)):
@@ -327,7 +328,10 @@ class Pipeline:
             return step.here.pop(key)
         asked = step.asked.pop(key)
         for work, _ in asked:
-            work.wait()
+            what = (
+                f"{'values' if way == 'F' else 'gradients'} of micro-batch {i} from stage {sender}"
+            )
+            wait(work, self._group(way, sender), what)
         return [buffer for _, buffer in asked]
 
     def _send(self, step: _Step, way: str, stage: int, i: int, values: Sequence[Tensor]) -> None:

@@ -121,6 +121,9 @@ class TrainConfig:
         Literal["auto", "on", "off"], _option("torch.compile; auto where it pays.", "Machine")
     ] = "auto"
     workers: Annotated[int | None, _option("Loader processes per rank.", "Machine")] = None
+    timeout: Annotated[
+        float, _option("Seconds that ranks wait for one that is silent.", "Machine")
+    ] = 1800.0
     strict: Annotated[bool, _option("Stop at the first unreadable image.", "Machine")] = False
     save_every: Annotated[
         str, _option("Checkpoint interval: 10m (minutes) or 500 (steps).", "Machine")
@@ -144,7 +147,7 @@ def check(config: TrainConfig) -> TrainConfig:
     """
     at_least = {"epochs": 1, "batch": 1, "input_size": 8, "accumulate": 1, "repeats": 1}
     at_least |= {"workers": 0, "unfreeze_epoch": 0, "early_stop": 0, "warmup_epochs": 0}
-    at_least |= {"weight_decay": 0, "clip_norm": 0, "lr": 0, "seed": 0}
+    at_least |= {"timeout": 1, "weight_decay": 0, "clip_norm": 0, "lr": 0, "seed": 0}
     for name, least in at_least.items():
         value = getattr(config, name)
         if value is not None and not value >= least:

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from meshuffle.data import auto_workers, open_data, prepare_workers
 from meshuffle.dist.device import keep_freed_pages, pick_device
 from meshuffle.dist.exchange import make_exchange
-from meshuffle.dist.group import RankEnv, new_group, process_group, rank_env
+from meshuffle.dist.group import RankEnv, new_group, process_group, rank_env, set_patience
 from meshuffle.dist.launch import end_with_parent, report_failure
+from meshuffle.dist.lost import told_when_lost
 from meshuffle.errors import Interrupted
 from meshuffle.parallel.module import Parallel
 from meshuffle.planner.plan import read_plan
@@ -75,8 +76,10 @@ def train_rank(run: Path) -> dict[str, Any]:
         for line in lines:
             watch.event(line)
         loop = Loop(run, state, data, env, control, exchange, watch, stop, workers)
-        loop.fit()
-        return _finish(run, loop, env)
+        set_patience(config.timeout)
+        with told_when_lost(run / "lost", env.rank, env.world, lambda: state.progress.step + 1):
+            loop.fit()
+            return _finish(run, loop, env)
 
 
 def _watch(run: Path, state: TrainState, env: RankEnv) -> contextlib.AbstractContextManager[Watch]:

@@ -18,7 +18,8 @@ from meshuffle.data import Data, EpochSampler, augmentation_for, open_data
 from meshuffle.dist.device import check_device, num_accelerators, num_cores
 from meshuffle.dist.group import RankEnv
 from meshuffle.dist.launch import torchrun
-from meshuffle.errors import PlanError, RunError
+from meshuffle.dist.lost import read_waiting
+from meshuffle.errors import PlanError, RankFailed, RunError
 from meshuffle.planner.plan import Plan, parse_plan, read_plan
 from meshuffle.train.candidates import fastest_plan
 from meshuffle.train.compiling import CompileChoice
@@ -128,7 +129,36 @@ def launch(prepared: Prepared, module: str = "meshuffle.train.rank") -> None:
         train_rank(prepared.run)
     else:
         threads = threads_per_rank(prepared.plan)
-        torchrun(module, [str(prepared.run)], prepared.plan.num_ranks, threads=threads)
+        try:
+            torchrun(module, [str(prepared.run)], prepared.plan.num_ranks, threads=threads)
+        except RankFailed as failed:
+            raise explained(failed, prepared.run) from None
+
+
+def explained(failed: RankFailed, run: Path) -> RankFailed:
+    """Add to a lost rank's message what the others waited for, and how to go on."""
+    waiting = read_waiting(run / "lost")
+    if not waiting:
+        return failed
+    world, step = waiting[0].world, max(each.step for each in waiting)
+    silent = sorted(set(range(world)) - {each.rank for each in waiting})
+    text = str(failed)
+    if silent and all(each.is_late for each in waiting):
+        text = f"{_ranks(silent)} of {world} did not answer"
+    ops = " and ".join(sorted({each.op for each in waiting}))
+    saved = max((int(path.name[5:]) for path in (run / "state").glob("step-*")), default=None)
+    kept = "nothing is saved yet" if saved is None else f"saved: step {saved}; continue with: "
+    go_on = "" if saved is None else f"meshuffle train --resume {run}"
+    found = RankFailed(
+        f"{text}; {_ranks([each.rank for each in waiting])} waited for {ops} at step {step} "
+        f"(see {run / 'lost'}); {kept}{go_on}"
+    )
+    found.exit_code = failed.exit_code
+    return found
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def threads_per_rank(plan: Plan, local_world: int | None = None) -> int:
