@@ -17,8 +17,8 @@ from torch import Tensor
 from meshuffle.errors import Interrupted, RunError
 from meshuffle.train import loop
 from meshuffle.train.api import evaluate, predict, resume, train
-from meshuffle.train.checkpoint import latest_checkpoint
 from meshuffle.train.config import TrainConfig
+from meshuffle.train.intact import latest_checkpoint
 from meshuffle.train.weights import read_weights
 
 RICH: dict[str, Any] = {

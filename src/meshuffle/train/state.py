@@ -168,8 +168,12 @@ class TrainState:
         self.judged.load_state_dict(own)
 
     def restore(self, folder: Path) -> None:
-        """Continue from the newest checkpoint of the run folder, whatever plan wrote it."""
-        tensors, meta = checkpoint.latest_checkpoint(folder / "state")
+        """Continue from a checkpoint, whatever plan wrote it.
+
+        Raises:
+            RunError: it cannot be read, or does not fit the model.
+        """
+        tensors, meta = checkpoint.read_checkpoint(folder)
         known = {f.name for f in dataclasses.fields(Progress)}
         self.progress = Progress(**{k: v for k, v in meta.items() if k in known})
         if self.config.unfreeze_epoch and self.progress.epoch >= self.config.unfreeze_epoch - 1:
@@ -179,7 +183,7 @@ class TrainState:
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise RunError(
-                f"{folder}: its checkpoint does not fit the model of its config.toml; "
+                f"{folder}: does not fit the model of the run's config.toml; "
                 f"was that edited? ({reason})"
             ) from None
 
