@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from meshuffle.errors import RunError
 from meshuffle.train import intact
@@ -17,6 +18,9 @@ from meshuffle.train.api import resume, train
 from meshuffle.train.checkpoint import save_checkpoint
 from meshuffle.train.config import TrainConfig
 from meshuffle.train.intact import find_checkpoint, latest_checkpoint
+
+from ..ranks import run_ranks
+from .test_split_training import new_run, train_all
 
 SHARD = "__0_0.distcp"
 
@@ -169,3 +173,39 @@ def test_without_verification_the_damage_goes_unseen(
     monkeypatch.setattr(intact, "find_damage", lambda _: [])
     tensors, _ = latest_checkpoint(state)
     assert not torch.equal(tensors["model.weight"], torch.full((40, 50), 2.0))
+
+
+def go_on_and_fail(group: dist.ProcessGroup, run: str) -> tuple[bool, str, int]:
+    """Train, continue with a damaged checkpoint, and try with none; as one rank.
+
+    Returns whether the second run ended as the first, and the third one's error.
+    """
+    state, first = Path(run) / "state", dist.get_rank(group) == 0
+    train_all(group, [run])
+    expected, _ = latest_checkpoint(state)
+    dist.barrier(group)
+    if first:
+        damage_newest(Path(run))
+    dist.barrier(group)
+    train_all(group, [run])
+    found, _ = latest_checkpoint(state)
+    dist.barrier(group)
+    if first:
+        for folder in state.iterdir():
+            truncate(folder)
+    dist.barrier(group)
+    with pytest.raises(RunError) as error:
+        train_all(group, [run])
+    same = all(torch.equal(found[name], expected[name]) for name in expected)
+    return same, str(error.value), error.value.exit_code
+
+
+def test_ranks_of_a_split_model_take_the_same_one(photos: Path, tmp_path: Path) -> None:
+    run = new_run(photos, "simple tp=2:channel", tmp_path / "run", epochs=1, save_every="4")
+    for same, error, exit_code in run_ranks(go_on_and_fail, 2, str(run)):
+        assert same
+        assert re.search(r"no checkpoint is whole: step-00000006 \(.*step-00000004 \(", error)
+        assert exit_code == 2
+    log = (run / "log.jsonl").read_text()
+    assert "checkpoint step-00000006 is damaged: __0_0.distcp has changed" in log
+    assert "one before, step 4;" in log
