@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,12 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from meshuffle.dist.group import RankEnv
 from meshuffle.errors import RunError
 from meshuffle.train import intact
 from meshuffle.train.api import resume, train
-from meshuffle.train.checkpoint import save_checkpoint
+from meshuffle.train.checkpoint import checkpoints, save_checkpoint
 from meshuffle.train.config import TrainConfig
-from meshuffle.train.intact import find_checkpoint, latest_checkpoint
+from meshuffle.train.intact import agree_on_checkpoint, find_checkpoint, latest_checkpoint
 
 from ..ranks import run_ranks
 from .test_split_training import new_run, train_all
@@ -175,15 +177,31 @@ def test_without_verification_the_damage_goes_unseen(
     assert not torch.equal(tensors["model.weight"], torch.full((40, 50), 2.0))
 
 
-def go_on_and_fail(group: dist.ProcessGroup, run: str) -> tuple[bool, str, int]:
+def agree_on_damaged(group: dist.ProcessGroup, state: Path) -> dict[str, tuple[str, str]]:
+    """Return for each damage of the newest checkpoint which folder is taken, and what is told."""
+    env, told = RankEnv(dist.get_rank(group), dist.get_world_size(group)), {}
+    for name, (damage, _) in DAMAGES.items():
+        copy = state.with_name(f"{state.name} {name}")
+        if env.is_main:
+            shutil.copytree(state, copy)
+            damage(checkpoints(copy)[0])
+        found = agree_on_checkpoint(copy, env, group)
+        told[name] = (found.folder.name if found.folder else "none", found.lines[0])
+    return told
+
+
+def go_on_and_fail(
+    group: dist.ProcessGroup, run: str
+) -> tuple[bool, str, int, dict[str, tuple[str, str]]]:
     """Train, continue with a damaged checkpoint, and try with none; as one rank.
 
-    Returns whether the second run ended as the first, and the third one's error.
+    Returns whether the second run ended as the first, the third one's error and exit code, and what
+    `agree_on_damaged` returned.
     """
     state, first = Path(run) / "state", dist.get_rank(group) == 0
     train_all(group, [run])
     expected, _ = latest_checkpoint(state)
-    dist.barrier(group)
+    told = agree_on_damaged(group, state)
     if first:
         damage_newest(Path(run))
     dist.barrier(group)
@@ -197,15 +215,21 @@ def go_on_and_fail(group: dist.ProcessGroup, run: str) -> tuple[bool, str, int]:
     with pytest.raises(RunError) as error:
         train_all(group, [run])
     same = all(torch.equal(found[name], expected[name]) for name in expected)
-    return same, str(error.value), error.value.exit_code
+    return same, str(error.value), error.value.exit_code, told
 
 
 def test_ranks_of_a_split_model_take_the_same_one(photos: Path, tmp_path: Path) -> None:
     run = new_run(photos, "simple tp=2:channel", tmp_path / "run", epochs=1, save_every="4")
-    for same, error, exit_code in run_ranks(go_on_and_fail, 2, str(run)):
+    results = run_ranks(go_on_and_fail, 2, str(run))
+    for same, error, exit_code, told in results:
         assert same
+        assert told == results[0][3]
         assert re.search(r"no checkpoint is whole: step-00000006 \(.*step-00000004 \(", error)
         assert exit_code == 2
+    for name, (_, words) in DAMAGES.items():
+        taken, line = results[0][3][name]
+        assert taken == "step-00000004"
+        assert re.search(rf"step-00000006 is damaged: .*{words}.*one before, step 4;", line)
     log = (run / "log.jsonl").read_text()
     assert "checkpoint step-00000006 is damaged: __0_0.distcp has changed" in log
     assert "one before, step 4;" in log

@@ -27,16 +27,14 @@ def find_damage(folder: Path) -> list[str]:
     Raises:
         FileNotFoundError: the folder has no checksums.
     """
-    text = (folder / CHECKSUMS).read_bytes()
     try:
-        expected = {name: (int(e["bytes"]), str(e["sha256"])) for name, e in _read(text)}
-    except (ValueError, TypeError, LookupError, AttributeError):
-        return [f"{CHECKSUMS} cannot be read"]
+        listed: dict[str, Any] = json.loads((folder / CHECKSUMS).read_bytes())
+        expected = {name: (int(e["bytes"]), str(e["sha256"])) for name, e in listed.items()}
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        return [f"{CHECKSUMS} cannot be read ({type(error).__name__})"]
     return [told for name, facts in expected.items() if (told := _damage(folder / name, *facts))]
-
-
-def _read(text: bytes) -> list[tuple[str, Any]]:
-    return list(json.loads(text).items())
 
 
 def _facts(path: Path) -> dict[str, Any]:
