@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,8 @@ def test_a_failed_write_ends_the_next_step(
     def counted(self: loop.Loop, batch: Any) -> None:
         step(self, batch)
         steps.append(1)
-        time.sleep(0.2)  # in which the write fails
+        if job := self.saver._job:
+            futures.wait([job], 60)
 
     monkeypatch.setattr(loop.Loop, "_step", counted)
     failing(monkeypatch)
