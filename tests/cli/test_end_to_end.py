@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from meshuffle.train.checkpoint import latest_checkpoint
+from meshuffle.train.intact import latest_checkpoint
 
 from ..ranks import free_port
 from .conftest import FAST, make_photos

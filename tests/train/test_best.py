@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshuffle.train.loop import is_better, is_chance
+from meshuffle.train.best import is_better, is_chance
 
 
 @pytest.mark.parametrize(

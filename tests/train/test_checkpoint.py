@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import errno
 import pickle
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from meshuffle.data import Preprocess
 from meshuffle.errors import MeshuffleError, RunError
 from meshuffle.train import files, state
 from meshuffle.train.api import resume, train
-from meshuffle.train.checkpoint import latest_checkpoint, locked, save_checkpoint
+from meshuffle.train.checkpoint import checkpoints, locked, read_checkpoint, save_checkpoint
 from meshuffle.train.config import TrainConfig
+from meshuffle.train.intact import latest_checkpoint
 from meshuffle.train.weights import Card, read_weights, save_weights
 
 TENSORS = {
@@ -40,7 +43,7 @@ def test_round_trip(folder: Path) -> None:
     for name, tensor in TENSORS.items():
         assert torch.equal(tensors[name], tensor)
         assert tensors[name].dtype == tensor.dtype
-    assert meta == {"step": 12, "epoch": 2, "skipped": ["a.png: broken"]}
+    assert meta == {"step": 12, "epoch": 2, "skipped": ["a.png: broken"], "checksums": True}
 
 
 def test_only_the_two_newest_are_kept(folder: Path) -> None:
@@ -74,6 +77,11 @@ def test_a_malicious_index_runs_no_code(folder: Path, tmp_path: Path) -> None:
     trace = tmp_path / "executed"
     (saved / ".metadata").write_bytes(pickle.dumps(Malice(trace)))
     with pytest.raises(RunError, match="which no checkpoint needs"):
+        read_checkpoint(saved)
+    with pytest.raises(RunError, match=r"\.metadata has"):
+        latest_checkpoint(folder)
+    (saved / "checksums.json").unlink()  # as of an earlier version, which is read to verify it
+    with pytest.raises(RunError, match="which no checkpoint needs"):
         latest_checkpoint(folder)
     assert not trace.exists()
     pickle.loads((saved / ".metadata").read_bytes())  # the plant works where it is let
@@ -85,7 +93,7 @@ def test_a_broken_index(folder: Path, content: bytes) -> None:
     saved = save_checkpoint(folder, 1, TENSORS, {})
     (saved / ".metadata").write_bytes(content)
     with pytest.raises(RunError, match="cannot be read") as error:
-        latest_checkpoint(folder)
+        read_checkpoint(saved)
     assert "\n" not in str(error.value)
 
 
@@ -94,16 +102,43 @@ def test_broken_numbers(folder: Path, meta: str) -> None:
     saved = save_checkpoint(folder, 1, TENSORS, {})
     (saved / "meta.json").write_text(meta)
     with pytest.raises(RunError, match="cannot be read"):
-        latest_checkpoint(folder)
+        read_checkpoint(saved)
 
 
-def test_a_truncated_shard(folder: Path) -> None:
-    saved = save_checkpoint(folder, 1, TENSORS, {})
-    for shard in saved.glob("*.distcp"):
-        shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(RunError, match="delete it to continue from the one before") as error:
-        latest_checkpoint(folder)
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_kill_between_the_renames_of_one_step(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    """The step is written again: before the new folder has its place, and before the old goes."""
+    save_checkpoint(folder, 1, TENSORS, {"try": 1})
+    with monkeypatch.context() as patch:
+        if stage == 1:
+            patch.setattr(Path, "replace", only_files(Path.replace))
+            with pytest.raises(MeshuffleError):
+                save_checkpoint(folder, 1, TENSORS, {"try": 2})
+        else:
+            patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+            save_checkpoint(folder, 1, TENSORS, {"try": 2})
+    names = [path.name for path in checkpoints(folder)]
+    assert names == ["step-00000001", "step-00000001.before"][2 - stage :]
+    assert latest_checkpoint(folder)[1]["try"] == stage
+    save_checkpoint(folder, 1, TENSORS, {"try": 3})
+    assert latest_checkpoint(folder)[1]["try"] == 3
+    assert [path.name for path in checkpoints(folder)] == ["step-00000001"]
+
+
+def only_files(replace: Callable[..., Any]) -> Callable[..., Any]:
+    def moved(self: Path, target: Path) -> Path:
+        return full() if self.name.endswith(".tmp") and self.is_dir() else replace(self, target)
+
+    return moved
+
+
+def test_steps_are_numbers(folder: Path) -> None:
+    for step in (99_999_999, 100_000_000):
+        save_checkpoint(folder, step, TENSORS, {})
+    (folder / "step-by-step").mkdir()
+    assert latest_checkpoint(folder)[1]["step"] == 100_000_000
 
 
 def test_what_a_kill_left_is_ignored_and_removed(folder: Path, tmp_path: Path) -> None:
@@ -185,6 +220,6 @@ def test_a_checkpoint_of_another_model(small: TrainConfig) -> None:
     run = Path(train(dataclasses.replace(small, epochs=1))["run"])
     text = (run / "config.toml").read_text()
     (run / "config.toml").write_text(text.replace('head_channels = "32"', 'head_channels = "16"'))
-    with pytest.raises(RunError, match="does not fit the model of its config") as error:
+    with pytest.raises(RunError, match="does not fit the model of the run's config") as error:
         resume(run)
     assert "\n" not in str(error.value)

@@ -17,9 +17,9 @@ from torch import Tensor
 from meshuffle.errors import Interrupted, RunError
 from meshuffle.train import loop
 from meshuffle.train.api import resume, train
-from meshuffle.train.checkpoint import latest_checkpoint
 from meshuffle.train.config import TrainConfig
 from meshuffle.train.inference import evaluate, predict
+from meshuffle.train.intact import latest_checkpoint
 from meshuffle.train.weights import read_weights
 
 RICH: dict[str, Any] = {

@@ -17,9 +17,9 @@ from meshuffle.data import Preprocess, folder
 from meshuffle.errors import ImageError
 from meshuffle.planner.plan import parse_plan
 from meshuffle.train import rank, report, state
-from meshuffle.train.checkpoint import latest_checkpoint
 from meshuffle.train.config import TrainConfig
 from meshuffle.train.files import write_json
+from meshuffle.train.intact import latest_checkpoint
 from meshuffle.train.run import prepare
 from meshuffle.train.weights import load_model, read_weights
 

@@ -1,8 +1,9 @@
 """The state of a run, from which it continues bit for bit.
 
 `state/` holds folders `step-00001200/`, each a torch Distributed Checkpoint whose tensors carry
-the model's own names, and a `meta.json`. A folder is written under a temporary name, synced and
-renamed, so one with its final name is whole; the two newest are kept.
+the model's own names, a `meta.json`, and the checksums of these files. A folder is written under a
+temporary name, synced and renamed, so one with its final name was whole; the two newest are kept.
+What happened to it since is for `intact.py` to find.
 
 Reading runs no code: Distributed Checkpoint keeps its index as a pickle, which is read here by
 an unpickler that knows the index's own classes and nothing else.
@@ -14,6 +15,7 @@ import fcntl
 import json
 import os
 import pickle
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -31,9 +33,13 @@ from meshuffle.errors import RunError
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.parts import join_stages
 from meshuffle.parallel.ranks import Ranks
+from meshuffle.train.checksums import write_checksums
 from meshuffle.train.files import disk_errors, sync, write_json
 
+META = "meta.json"
 _KEPT = 2
+_BEFORE = ".before"  # what a folder of the same step is called while the new one takes its place
+_NAME = re.compile(r"step-(\d+)(\.before)?")
 _METADATA = "torch.distributed.checkpoint.metadata"
 _INDEX_NAMES = {
     (_METADATA, name)
@@ -55,6 +61,10 @@ _INDEX_NAMES = {
     ("pathlib", "PosixPath"),
 }
 
+# Each rank's state is the whole, and no process group is in use. Said here and not around the call:
+# filters are the process's, and the call is made beside the loop's thread.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
 
 def save_checkpoint(state: Path, step: int, tensors: Mapping[str, Tensor], meta: Any) -> Path:
     """Write `tensors` and `meta` (plain JSON) as the checkpoint of `step`; returns its folder.
@@ -74,56 +84,54 @@ def _save(state: Path, step: int, tensors: Mapping[str, Tensor], meta: Any) -> P
     try:
         writer = dcp.FileSystemWriter(temporary, sync_files=True)
         plain = {name: tensor.detach() for name, tensor in tensors.items()}
-        with _alone():
-            dcp.save(plain, storage_writer=writer, no_dist=True)
-        write_json(temporary / "meta.json", {"step": step, **meta})
-        if final.exists():
-            shutil.rmtree(final)
+        dcp.save(plain, storage_writer=writer, no_dist=True)
+        write_json(temporary / META, {"step": step, **meta, "checksums": True})
+        write_checksums(temporary)
+        before = state / f"{final.name}{_BEFORE}"
+        if final.exists():  # a folder that is not empty cannot be replaced in one move
+            shutil.rmtree(before, ignore_errors=True)
+            final.replace(before)
         temporary.replace(final)
         sync(state)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in sorted(state.glob("step-*"))[:-_KEPT]:
+    shutil.rmtree(before, ignore_errors=True)
+    for old in checkpoints(state)[_KEPT:]:
         shutil.rmtree(old)
     return final
 
 
-def latest_checkpoint(state: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the meta data of the newest checkpoint in `state`.
+def checkpoints(state: Path) -> list[Path]:
+    """Return the folders of checkpoints in `state`, the newest first."""
+    found = [
+        (int(match[1]), match[2] is None, path)
+        for path in state.glob("step-*")
+        if (match := _NAME.fullmatch(path.name))
+    ]
+    return [path for *_, path in sorted(found, reverse=True)]
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the meta data of a checkpoint.
 
     Raises:
-        RunError: there is none, or it cannot be read.
+        RunError: it cannot be read.
     """
-    folders = sorted(state.glob("step-*"))
-    if not folders:
-        raise RunError(f"{state}: no checkpoint yet; start the run again without --resume")
-    folder = folders[-1]
     try:
-        meta = dict(json.loads((folder / "meta.json").read_text()))
+        meta = dict(json.loads((folder / META).read_text()))
         reader = _SafeReader(folder)
         tensors: dict[str, Any] = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)
             for name, entry in reader.read_metadata().state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        with _alone():
-            dcp.load(tensors, storage_reader=reader, no_dist=True)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     # A pickle that is not one raises anything, and CheckpointException is no Exception.
     except (Exception, dcp.CheckpointException) as failed:  # noqa: BLE001
         first = next(iter(getattr(failed, "failures", {}).values()), (failed, None))[0]
         reason = str(first).partition("\n")[0] or type(first).__name__
-        raise RunError(
-            f"{folder}: cannot be read ({reason}); delete it to continue from the one before"
-        ) from None
+        raise RunError(f"{folder}: cannot be read ({reason})") from None
     return tensors, meta
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Silence the remark that no process group is in use: each rank's state is the whole."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
 
 
 class _IndexUnpickler(pickle.Unpickler):

@@ -27,12 +27,14 @@ from meshuffle.dist.exchange import Exchange
 from meshuffle.dist.group import RankEnv
 from meshuffle.errors import Interrupted
 from meshuffle.parallel.draws import draw_key
+from meshuffle.train.best import is_better
 from meshuffle.train.compiling import CompileChoice
 from meshuffle.train.config import save_interval
 from meshuffle.train.evaluate import Evaluation, evaluate
 from meshuffle.train.memory import out_of_memory
 from meshuffle.train.meter import Meter
 from meshuffle.train.optim import hold_frozen, learning_rate
+from meshuffle.train.saver import Saver
 from meshuffle.train.shared import replica_group, shared
 from meshuffle.train.signals import StopRequest
 from meshuffle.train.state import TrainState
@@ -98,9 +100,15 @@ class Loop:
         self.compile = CompileChoice(config, state.progress.compiled)
         self._save_s, self._save_steps = save_interval(config.save_every)
         self._saved_at = time.monotonic()
+        self.saver = Saver()
 
     def fit(self) -> None:
-        """Train until the last epoch, or until early stopping."""
+        """Train until the last epoch, or until early stopping; then all files are written."""
+        with self.saver:
+            self._train_epochs()
+        dist.barrier(self.control)
+
+    def _train_epochs(self) -> None:
         progress = self.state.progress
         while progress.epoch < self.num_epochs and not progress.finished:
             if progress.epoch + 1 == self.state.config.unfreeze_epoch and not progress.epoch_step:
@@ -159,6 +167,7 @@ class Loop:
         """Agree with the other ranks on what this step is, do it, and save where it is due."""
         progress, step = self.state.progress, self.state.step
         began = time.perf_counter()
+        self.saver.check()
         micro_batches = [] if batch is None else step.micro_batches(batch)
         agreed = self._agree(micro_batches, batch)
         if batch is None or agreed.lost:
@@ -220,17 +229,20 @@ class Loop:
     def _pause(self, stop: int | bool) -> None:
         """Save in mid-epoch; with `stop`, end the run here."""
         self._meter.show(self.exchange)
-        self._save()
+        self._save(finish=bool(stop))
         if stop:
             progress = self.state.progress
             where = f"epoch {progress.epoch + 1}, step {progress.step}"
             self.watch.event(f"stopped in {where}; continue with: {resume_command(self.run)}")
             raise Interrupted(f"stopped in {where}; saved", self.stop.number or 15)
 
-    def _save(self) -> None:
+    def _save(self, *, finish: bool = False) -> None:
+        """Let a checkpoint be written; with `finish`, until it is: a rank that ends, ends all."""
         self._collect_skipped()
         if self.state.place.dp_rank == 0:
-            self.state.save(self.run, write=self.env.is_main)
+            self.state.save(self.run, self.saver, write=self.env.is_main)
+        if finish:
+            self.saver.wait()
         self._saved_at = time.monotonic()
         dist.barrier(self.control)
 
@@ -286,7 +298,7 @@ class Loop:
             progress.best_epoch = progress.epoch
             if self.state.place.dp_rank == 0:
                 path = self.run / "weights" / "best.safetensors"
-                self.state.save_weights(path, metrics, write=self.env.is_main)
+                self.state.save_weights(path, metrics, self.saver, write=self.env.is_main)
         return better
 
     def evaluate(self, split: str) -> Evaluation:
@@ -336,38 +348,6 @@ class Loop:
         for message in self.skips.note(evaluation.skipped):
             self.watch.event(f"skipped: {message}")
         return evaluation
-
-
-def is_better(
-    top1: float, loss: float, kept: tuple[float, float] | None, highest: float, num: int
-) -> bool:
-    """Whether an epoch beats the kept one on a validation split of `num` images.
-
-    Of the epochs whose top-1 is the highest but for its standard error, at least one image (0.7
-    points of 143, 0.2 of 50,000), the one with the lowest loss is the best: the highest of many
-    such top-1 is chance. The loss is the one that training minimises; without its label smoothing
-    it would be lowest in an epoch that is not yet trained to the end.
-
-    Args:
-        top1, loss: of the epoch, in percent and nats.
-        kept: the same of the kept epoch, or None before the first.
-        highest: top-1 of all epochs up to this one.
-        num: images of the split.
-    """
-    if kept is None:
-        return True
-    kept_top1, kept_loss = kept
-    if not is_chance(kept_top1, highest, num):
-        return top1 > kept_top1
-    return is_chance(top1, highest, num) and loss < kept_loss
-
-
-def is_chance(top1: float, highest: float, num: int) -> bool:
-    """Whether `top1` of `num` images is below `highest` by no more than its standard error."""
-    share = (highest / 100 * num + 1) / (num + 2)  # Laplace's, so that 100 % has an error too
-    standard_error = 100 * math.sqrt(share * (1 - share) / max(1, num))
-    one_image = 100.5 / max(1, num)  # and a little, for rounding
-    return highest - top1 <= max(standard_error, one_image)
 
 
 def median_step_ms(state: TrainState) -> float | None:

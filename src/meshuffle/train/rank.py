@@ -26,6 +26,7 @@ from meshuffle.planner.plan import read_plan
 from meshuffle.train.checkpoint import locked
 from meshuffle.train.config import TrainConfig, read_config
 from meshuffle.train.files import write_json
+from meshuffle.train.intact import agree_on_checkpoint
 from meshuffle.train.loop import Loop, median_step_ms
 from meshuffle.train.place import describe_split
 from meshuffle.train.run import threads_per_rank
@@ -36,7 +37,7 @@ from meshuffle.train.weights import load_model
 
 
 def train_rank(run: Path) -> dict[str, Any]:
-    """Train as one rank of the plan of `run`, from its newest checkpoint if there is one.
+    """Train as one rank of the plan of `run`, from its newest whole checkpoint if there is one.
 
     Returns the content of `result.json`, which the main rank also writes.
     """
@@ -54,6 +55,7 @@ def train_rank(run: Path) -> dict[str, Any]:
         group = stack.enter_context(process_group(env, device))
         control = new_group(backend="gloo")
         one_host = env.local_world >= env.world
+        found = agree_on_checkpoint(run / "state", env, control)
         exchange = make_exchange(control, torch.device("cpu"), one_host)
         data = open_data(config.data, need=("train", "val"))
         workers = config.workers
@@ -64,12 +66,11 @@ def train_rank(run: Path) -> dict[str, Any]:
             prepare_workers()
         card = make_card(config, data)
         state, lines = build_state(config, plan, card, env, device, group)
-        resumed = any((run / "state").glob("step-*"))
-        if resumed:
-            state.restore(run)
+        if found.folder is not None:
+            state.restore(found.folder)
             where = f"epoch {state.progress.epoch + 1}, step {state.progress.step}"
             done = "all epochs are done; evaluating again and writing the report"
-            lines = [done if state.progress.finished else f"resumed at {where}"]
+            lines = [*found.lines, done if state.progress.finished else f"resumed at {where}"]
         watch = stack.enter_context(_watch(run, state, env))
         if isinstance(state.model, Parallel):
             lines = [*describe_split(state.model, config, plan), *lines]

@@ -28,6 +28,7 @@ from meshuffle.planner.plan import Plan
 from meshuffle.train import checkpoint, optim, weights
 from meshuffle.train.config import TrainConfig, parse_knobs
 from meshuffle.train.place import Place, join_ranks, num_micro_batches, place_of, split_model
+from meshuffle.train.saver import Saver
 from meshuffle.train.step import Step
 from meshuffle.train.task import Classify
 
@@ -139,27 +140,37 @@ class TrainState:
             tensors |= {f"ema.{k}": v for k, v in self.average.state_dict().items()}
         return checkpoint.whole_tensors(self.model, tensors, self.step.ranks, everywhere)
 
-    def save(self, folder: Path, *, write: bool) -> None:
-        """Write the checkpoint and `weights/last.safetensors`.
+    def save(self, folder: Path, saver: Saver, *, write: bool) -> None:
+        """Copy the state, and let `saver` write the checkpoint and `weights/last.safetensors`.
 
         Args:
             write: True on the main rank. The other ranks of its replica call this too.
         """
         tensors = self.tensors()
-        meta = dataclasses.asdict(self.progress)
-        if write:
-            checkpoint.save_checkpoint(folder / "state", self.progress.step, tensors, meta)
-        del tensors
-        self.save_weights(folder / "weights" / "last.safetensors", {}, write=write)
+        if not write:
+            return
+        tensors = saver.copy(tensors)
+        step, meta = self.progress.step, dataclasses.asdict(self.progress)
+        judged = _under(tensors, "model." if self.average is None else "ema.module.")
+        card = dataclasses.replace(self.card, epoch=self.progress.epoch)
 
-    def save_weights(self, path: Path, metrics: Mapping[str, float], *, write: bool) -> None:
-        """Write the judged model's weights with their card; `write` as of `save`."""
+        def job() -> None:
+            checkpoint.save_checkpoint(folder / "state", step, tensors, meta)
+            weights.save_weights(folder / "weights" / "last.safetensors", judged, card)
+
+        saver.submit(job)
+
+    def save_weights(
+        self, path: Path, metrics: Mapping[str, float], saver: Saver, *, write: bool
+    ) -> None:
+        """Let `saver` write the judged model's weights with their card; `write` as of `save`."""
         judged = {f"model.{k}": v for k, v in self.judged.state_dict().items()}
         whole = checkpoint.whole_tensors(self.model, judged, self.step.ranks)
-        tensors = _under(whole, "model.")
+        if not write:
+            return
+        tensors = saver.copy(_under(whole, "model."))
         card = dataclasses.replace(self.card, epoch=self.progress.epoch, metrics=dict(metrics))
-        if write:
-            weights.save_weights(path, tensors, card)
+        saver.submit(lambda: weights.save_weights(path, tensors, card))
 
     def judge(self, tensors: Mapping[str, Tensor]) -> None:
         """Load the weights of a plain model into the judged one."""
@@ -168,8 +179,12 @@ class TrainState:
         self.judged.load_state_dict(own)
 
     def restore(self, folder: Path) -> None:
-        """Continue from the newest checkpoint of the run folder, whatever plan wrote it."""
-        tensors, meta = checkpoint.latest_checkpoint(folder / "state")
+        """Continue from a checkpoint, whatever plan wrote it.
+
+        Raises:
+            RunError: it cannot be read, or does not fit the model.
+        """
+        tensors, meta = checkpoint.read_checkpoint(folder)
         known = {f.name for f in dataclasses.fields(Progress)}
         self.progress = Progress(**{k: v for k, v in meta.items() if k in known})
         if self.config.unfreeze_epoch and self.progress.epoch >= self.config.unfreeze_epoch - 1:
@@ -179,7 +194,7 @@ class TrainState:
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise RunError(
-                f"{folder}: its checkpoint does not fit the model of its config.toml; "
+                f"{folder}: does not fit the model of the run's config.toml; "
                 f"was that edited? ({reason})"
             ) from None
 
