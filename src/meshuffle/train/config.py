@@ -128,6 +128,9 @@ class TrainConfig:
     check_every: Annotated[
         int, _option("Steps between comparisons of the ranks' parameters; 0 is off.", "Machine")
     ] = 100
+    trace: Annotated[bool, _option("Write a few steps of all ranks to trace.json.", "Machine")] = (
+        False
+    )
     out: Annotated[str | None, _option("Run folder; default runs/MODEL-DATA-N.", "Machine")] = None
 
 
