@@ -50,3 +50,10 @@ def _rank(
         result = function(group, *arguments)
         dist.barrier(group)
     torch.save(result, Path(folder) / f"{rank}.pt")
+
+
+def as_launched(group: dist.ProcessGroup) -> None:
+    """Set what torchrun sets, so that `train_rank` finds its rank; it prints to standard error."""
+    own, world = str(dist.get_rank(group)), str(dist.get_world_size(group))
+    os.environ |= {"RANK": own, "WORLD_SIZE": world, "LOCAL_RANK": own, "LOCAL_WORLD_SIZE": world}
+    os.environ["MESHUFFLE_QUIET_STDOUT"] = "1"

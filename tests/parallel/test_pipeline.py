@@ -75,3 +75,38 @@ def test_gradients_fewer_micro_batches_and_whole_outputs(text: str, edge_groups:
         assert set(names) == {name for name, _ in model.named_parameters()}
     for rank in found:
         torch.testing.assert_close(rank["outputs"], model.eval()(x))
+
+
+class Half(nn.Module):
+    """Half of what `second` makes is used: a view, and where it is cut, the result of a stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.second(self.first(x).tanh())[:, :4].tanh())
+
+
+def half() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return Half().double().train(), torch.randn(8, 6, dtype=torch.float64)
+
+
+def run_half(group: dist.ProcessGroup) -> dict[str, Tensor]:
+    ranks, schedule = join(parse_plan("pp=2"), torch.device("cpu")), make_schedule("zbv", 2, 4)
+    (model, x), stages = half(), schedule.stages_of(ranks.pp_rank)
+    cuts = ("tanh", "tanh_1", "linear_2")
+    split = Parallel(model, (x[:2],), 1, 0, num_stages=4, stages=stages, cuts=cuts)
+    assert split.cuts == cuts
+    pipeline, parts = Pipeline(split.bind(ranks), ranks, schedule), x.chunk(4)
+    pipeline.train([2] * 4, lambda i: (parts[i],), lambda _, result: result.square().sum())
+    return {name: p.grad.clone() for name, p in split.named_parameters()}
+
+
+def test_a_stage_whose_result_is_a_view() -> None:
+    found = run_ranks(run_half, 2)
+    model, x = half()
+    model(x).square().sum().backward()
+    for name, grad in (pair for rank in found for pair in rank.items()):
+        torch.testing.assert_close(grad, model.get_parameter(name).grad)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from meshuffle.train.intact import latest_checkpoint
 from meshuffle.train.run import prepare
 from meshuffle.train.weights import load_model, read_weights
 
-from ..ranks import run_ranks
+from ..ranks import as_launched, run_ranks
 from .conftest import SMALL
 
 pytestmark = pytest.mark.xdist_group("split training")
@@ -66,9 +65,7 @@ def train_all(group: dist.ProcessGroup, runs: list[str], blind: Sequence[int] = 
     Args:
         blind: the ranks that cannot.
     """
-    own, world = str(dist.get_rank(group)), str(dist.get_world_size(group))
-    os.environ |= {"RANK": own, "WORLD_SIZE": world, "LOCAL_RANK": own, "LOCAL_WORLD_SIZE": world}
-    os.environ["MESHUFFLE_QUIET_STDOUT"] = "1"
+    as_launched(group)
     create, normalise = state.create_model, Preprocess.normalise
     state.create_model = lambda *a, **k: create(*a, **k).double()  # type: ignore[attr-defined]
     Preprocess.normalise = lambda self, x: normalise(self, x).double()  # type: ignore[method-assign]

@@ -157,16 +157,18 @@ def _their_orders(
     return tuple(found)
 
 
-def bubble(schedule: Schedule, *, backward: float = 2.0) -> float:
-    """Return the share of the ranks' time in which they wait, where all stages take the same time.
+def timed(schedule: Schedule, *, backward: float = 2.0) -> dict[Action, tuple[float, float]]:
+    """Return (begin, end) of each action, in forwards of a stage, where all stages take the same.
 
     Args:
         backward: time of a whole backward, in forwards; `I` and `W` take half of it each.
+
+    Raises:
+        PlanError: the schedule waits for itself.
     """
     cost = {"F": 1.0, "B": backward, "I": backward / 2, "W": backward / 2}
-    done: dict[Action, float] = {}
+    done: dict[Action, tuple[float, float]] = {}
     clock, place = [0.0] * len(schedule.orders), [0] * len(schedule.orders)
-    busy = sum(cost[action.work] for order in schedule.orders for action in order)
     left = sum(map(len, schedule.orders))
     while left:
         before = left
@@ -176,9 +178,10 @@ def bubble(schedule: Schedule, *, backward: float = 2.0) -> float:
                 needed = needs(action, schedule.num_stages)
                 if not all(any(n in done for n in ways) for ways in needed):
                     break
-                ready = [done[n] for ways in needed for n in ways if n in done]
-                clock[rank] = max([clock[rank], *ready]) + cost[action.work]
-                done[action] = clock[rank]
+                ready = [done[n][1] for ways in needed for n in ways if n in done]
+                begin = max([clock[rank], *ready])
+                clock[rank] = begin + cost[action.work]
+                done[action] = begin, clock[rank]
                 place[rank] += 1
                 left -= 1
         if left == before:
@@ -186,7 +189,14 @@ def bubble(schedule: Schedule, *, backward: float = 2.0) -> float:
                 str(o[p]) for o, p in zip(schedule.orders, place, strict=True) if p < len(o)
             )
             raise PlanError(f"this schedule waits for itself at {stuck}")
-    return 1 - busy / (max(clock) * len(schedule.orders))
+    return done
+
+
+def bubble(schedule: Schedule, *, backward: float = 2.0) -> float:
+    """Return the share of the ranks' time in which they wait, under what `timed` supposes."""
+    times = timed(schedule, backward=backward).values()
+    busy = sum(end - begin for begin, end in times)
+    return 1 - busy / (max(end for _, end in times) * len(schedule.orders))
 
 
 def needs(action: Action, num_stages: int) -> list[tuple[Action, ...]]:

@@ -60,6 +60,11 @@ class CompileChoice:
         self._eager_s = 0.0
         self._watch: Watch | None = None
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether steps of the usual size run compiled now."""
+        return bool(self.decided or self._trying)
+
     def forward(self, model: nn.Module, num: int, watch: Watch) -> Callable[[Tensor], Tensor]:
         """Return what to call on a step of `num` samples, over all ranks.
 
@@ -70,7 +75,7 @@ class CompileChoice:
             watch.event(self.note)
             self.note = ""
         self._usual = self._usual or num
-        if not (self.decided or self._trying) or num != self._usual:
+        if not self.is_compiled or num != self._usual:
             return model
         if self._compiled is None or self._model is not model:
             self._model, self._compiled = model, compiled(model)

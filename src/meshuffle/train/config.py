@@ -128,6 +128,12 @@ class TrainConfig:
     save_every: Annotated[
         str, _option("Checkpoint interval: 10m (minutes) or 500 (steps).", "Machine")
     ] = "10m"
+    check_every: Annotated[
+        int, _option("Steps between comparisons of the ranks' parameters; 0 is off.", "Machine")
+    ] = 100
+    trace: Annotated[bool, _option("Write a few steps of all ranks to trace.json.", "Machine")] = (
+        False
+    )
     out: Annotated[str | None, _option("Run folder; default runs/MODEL-DATA-N.", "Machine")] = None
 
 
@@ -147,7 +153,8 @@ def check(config: TrainConfig) -> TrainConfig:
     """
     at_least = {"epochs": 1, "batch": 1, "input_size": 8, "accumulate": 1, "repeats": 1}
     at_least |= {"workers": 0, "unfreeze_epoch": 0, "early_stop": 0, "warmup_epochs": 0}
-    at_least |= {"timeout": 1, "weight_decay": 0, "clip_norm": 0, "lr": 0, "seed": 0}
+    at_least |= {"check_every": 0, "timeout": 1}
+    at_least |= {"weight_decay": 0, "clip_norm": 0, "lr": 0, "seed": 0}
     for name, least in at_least.items():
         value = getattr(config, name)
         if value is not None and not value >= least:

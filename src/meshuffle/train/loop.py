@@ -30,6 +30,7 @@ from meshuffle.parallel.draws import draw_key
 from meshuffle.train.best import is_better
 from meshuffle.train.compiling import CompileChoice
 from meshuffle.train.config import save_interval
+from meshuffle.train.consistency import Consistency
 from meshuffle.train.evaluate import Evaluation, evaluate
 from meshuffle.train.memory import out_of_memory
 from meshuffle.train.meter import Meter
@@ -98,6 +99,7 @@ class Loop:
         self.skips = SkipLog(strict=config.strict)
         self.skips.note(state.progress.skipped)
         self.compile = CompileChoice(config, state.progress.compiled)
+        self.consistency = Consistency(run, state, exchange, control)
         self._save_s, self._save_steps = save_interval(config.save_every)
         self._saved_at = time.monotonic()
         self.saver = Saver()
@@ -118,6 +120,7 @@ class Loop:
             self._close_epoch()
         if not progress.finished:
             progress.finished = True
+            self.consistency.before_saving()
             self._save()
 
     def _train_epoch(self) -> None:
@@ -195,6 +198,7 @@ class Loop:
         self._meter.add(sums, lr, self.exchange)
         self.compile.timed(time.perf_counter() - began, self._steps_left(), self.exchange)
         progress.compiled = self.compile.decided
+        self.consistency.after_step()
         if agreed.stop or agreed.save:
             self._pause(agreed.stop)
 
@@ -229,6 +233,7 @@ class Loop:
     def _pause(self, stop: int | bool) -> None:
         """Save in mid-epoch; with `stop`, end the run here."""
         self._meter.show(self.exchange)
+        self.consistency.before_saving()
         self._save(finish=bool(stop))
         if stop:
             progress = self.state.progress
@@ -283,6 +288,7 @@ class Loop:
         if patience and not better and progress.epoch - progress.best_epoch >= patience:
             self.watch.event(f"no better epoch since {progress.best_epoch}: stopping early")
             progress.finished = True
+            self.consistency.before_saving()
             self._save()
 
     def _keep_best(self, evaluation: Evaluation) -> bool:

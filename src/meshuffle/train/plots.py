@@ -135,7 +135,7 @@ def draw_chart(chart: Chart, ticks: tuple[list[float], list[str]], theme: Theme)
     _dress(axes, theme)
     axes.set_xlim(0, 1.01 * max(max(line.x) for line in chart.lines if line.x))
     _title(figure, chart.title, theme)
-    return _png(figure)
+    return png(figure)
 
 
 def draw_confusion(confusion: NDArray[np.int64], names: Sequence[str]) -> bytes:
@@ -157,7 +157,7 @@ def draw_confusion(confusion: NDArray[np.int64], names: Sequence[str]) -> bytes:
     axes.set_ylabel("true", color=LIGHT.muted, fontsize=9)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    return _png(figure)
+    return png(figure)
 
 
 def _finest(record: Record, column: str) -> Line:
@@ -258,7 +258,8 @@ def _dress(axes: Axes, theme: Theme) -> None:
     axes.margins(x=0.02)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """Return the PNG of a figure."""
     file = io.BytesIO()
     with warnings.catch_warnings():
         # A class name in a script that matplotlib's font lacks shows as boxes.

@@ -32,6 +32,7 @@ from meshuffle.train.place import describe_split
 from meshuffle.train.run import threads_per_rank
 from meshuffle.train.signals import stop_requests
 from meshuffle.train.state import TrainState, build_state, make_card
+from meshuffle.train.timeline import traced
 from meshuffle.train.watch import SilentWatch, Watch, watch_run
 from meshuffle.train.weights import load_model
 
@@ -79,7 +80,8 @@ def train_rank(run: Path) -> dict[str, Any]:
         loop = Loop(run, state, data, env, control, exchange, watch, stop, workers)
         set_patience(config.timeout)
         with told_when_lost(run / "lost", env.rank, env.world, lambda: state.progress.step + 1):
-            loop.fit()
+            with traced(loop):
+                loop.fit()
             return _finish(run, loop, env)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from meshuffle.data import ImageSource
 from meshuffle.errors import ImageError
 from meshuffle.train import page
+from meshuffle.train.diagram import timeline_section
 from meshuffle.train.evaluate import Evaluation
 from meshuffle.train.files import replaced
 from meshuffle.train.page import section, text
@@ -57,6 +58,7 @@ def write_report(
         (
             _headline(record, evaluation, card, split),
             section("Training", _curves(record, run / "plots")),
+            timeline_section(run),
             section(f"Confusion{_on(split)}", _confusion(evaluation, names, run / "plots")),
             section("Worst mistakes", gallery.mistakes()),
             section("Sample predictions", gallery.samples()),

@@ -92,15 +92,22 @@ class Step:
         if self.pipeline is not None:
             self.pipeline.sum_tied()
         self._update(lr)
+        self.parallel.share_update()
         return sums
 
     def _forward_backward(self, batch: Batch, total: int) -> Tensor:
         x_NCHW, targets = self._inputs(batch)
+        loss, sums = self._forward(x_NCHW, targets, total)
+        self._backward(loss)
+        return sums
+
+    def _forward(self, x_NCHW: Tensor, targets: Tensor, total: int) -> tuple[Tensor, Tensor]:
         with autocast(self.device, self.precision):
             logits_NC = self.forward(x_NCHW)
-        loss, sums = self._loss(logits_NC, targets, total)
+        return self._loss(logits_NC, targets, total)
+
+    def _backward(self, loss: Tensor) -> None:
         loss.backward()
-        return sums
 
     def _run_pipeline(
         self,
@@ -139,7 +146,6 @@ class Step:
                 group["lr"] = lr
             clip_gradients(self.model, self.clip_norm, self.ranks)
             self.optimizer.step()
-        self.parallel.share_update()
 
     def _loss(self, logits_NC: Tensor, targets: Tensor, total: int) -> tuple[Tensor, Tensor]:
         """Return what goes backward, and [loss sum, correct, samples], (3,)."""
