@@ -44,12 +44,12 @@ from meshuffle.verify.compare import Judgement, Norm, judge
 from verify_zoo import capture_once
 
 SOURCES = (
-    *("dp=1", "dp=2", "dp=3", "tp=2:channel", "tp=2:spatial", "dp=2,tp=2"),
+    *("dp=1", "dp=2", "dp=3:shard", "tp=2:channel", "tp=2:spatial", "dp=2,tp=2"),
     *("pp=2", "tp=2,pp=2"),
 )
 TARGETS = (
     *("dp=4", "tp=2", "tp=3", "tp=2:batch", "dp=2,tp=2:spatial"),
-    *("pp=4", "dp=2,pp=2:gpipe", "tp=2,pp=2:interleaved-1f1b"),
+    *("pp=4", "dp=2:shard,pp=2:gpipe", "tp=2,pp=2:interleaved-1f1b"),
     "one process",
 )
 ONE = "dp=1"
@@ -192,8 +192,7 @@ def save(env: RankEnv, plan: str, run: Path) -> None:
     with process_group(env, CPU) as group, Saver() as saver:
         state = new_state(env, plan, group)
         train_steps(state)
-        if state.place.dp_rank == 0:
-            state.save(run, saver, write=env.is_main)
+        state.save(run, saver, write=env.is_main)
 
 
 def go_on(env: RankEnv, plan: str, home: Path) -> None:
@@ -206,7 +205,7 @@ def go_on(env: RankEnv, plan: str, home: Path) -> None:
             assert found.folder is not None and not found.lines
             state.restore(found.folder)
             train_steps(state)
-            tensors = state.tensors() if state.place.dp_rank == 0 else {}
+            tensors = state.tensors()
             if env.is_main:
                 row = judged(tensors, home, home / str(number) / "weights" / "last.safetensors")
                 row["seconds"] = round(time.perf_counter() - began, 2)

@@ -79,7 +79,6 @@ def test_help_does_not_import_torch() -> None:
         ("train digits --plan pp=2 --accumulate 2", "both say how many micro-batches"),
         ("train digits --plan pp=2 --compile on", "stages are not compiled yet"),
         ("train digits --plan dp=2:central,tp=2", "central updates know no tp"),
-        ("train digits --plan dp=2:shard", "sharded states do not exist yet"),
         ("train digits --plan dq=2", "the parts are dp, tp, pp"),
         ("train digits --plan none.json", "No such file"),
         ("train digits --plan dp=3 --batch 2", "use --batch 3 or more"),

@@ -54,10 +54,12 @@ def train_three_steps(
         if step == 0:
             found["grads"] = {n: p.grad.clone() for n, p in model.named_parameters()}
         if parallel.updates_here:
+            parallel.drop_others()
             optimizer.step()
         parallel.share_update()
         found["loss"].append(float(loss.detach()))
     found["state"] = {k: v.clone() for k, v in model.state_dict().items()}
+    found["kept"] = [name for name, p in model.named_parameters() if optimizer.state.get(p)]
     return found
 
 
@@ -117,6 +119,7 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     [
         (2, 8, "replicate", False),
         (2, 7, "central", True),
+        (3, 10, "shard", False),
         (3, 7, "replicate", True),
         (3, 2, "replicate", False),
     ],
@@ -129,7 +132,10 @@ def test_ranks_equal_one_process(world: int, batch: int, mode: str, shared: bool
         assert sum(f["loss"][step] for f in found) == pytest.approx(expected["loss"][step], 1e-9)
     for rank in found:
         assert worst(rank["state"], expected["state"]) < 1e-8
-    updating = found if mode == "replicate" else found[:1]
+    if mode == "shard":
+        kept = [rank["kept"] for rank in found]
+        assert all(kept) and sorted(n for names in kept for n in names) == sorted(expected["grads"])
+    updating = found[:1] if mode == "central" else found
     for rank in updating:
         assert worst(rank["grads"], expected["grads"]) < 1e-8
 

@@ -41,7 +41,8 @@ RICH: dict[str, Any] = {
     "unfreeze_epoch": 2,
     "clip_norm": 1.0,
 }
-SIMPLE_PLANS = ("dp=1", "dp=2", "tp=2:channel", "tp=2:spatial", "dp=2,tp=2")
+SHARDED = "dp=2:shard,tp=2:channel"
+SIMPLE_PLANS = ("dp=1", "dp=2", "tp=2:channel", "tp=2:spatial", "dp=2,tp=2", SHARDED)
 RICH_PLANS = ("dp=1", "tp=2:channel", "pp=2,mb=2", "tp=2:channel,pp=2,mb=2")
 NAMES = (*(f"simple {p}" for p in SIMPLE_PLANS), *(f"rich {p}" for p in RICH_PLANS))
 MATRIX = ("dp=1", "dp=2", "tp=2:channel", "dp=2,tp=2")
@@ -51,7 +52,9 @@ WAYS += [(f"rich {RICH_PLANS[-1]}", "tp=2:channel,mb=2"), ("rich dp=1", RICH_PLA
 QUICK_WAYS = [
     ("simple tp=2:channel", "dp=1"),
     ("simple tp=2:channel", "tp=2:channel"),
-    ("simple dp=2,tp=2", "tp=2:channel"),
+    ("simple dp=2,tp=2", SHARDED),
+    (f"simple {SHARDED}", "tp=2:channel"),
+    (f"simple {SHARDED}", SHARDED),
     ("rich dp=1", "tp=2:channel"),
     ("rich dp=1", "pp=2,mb=2"),
     ("rich pp=2,mb=2", "pp=2,mb=2"),

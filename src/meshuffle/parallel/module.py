@@ -22,7 +22,7 @@ from meshuffle.parallel.code import Code, stages_of
 from meshuffle.parallel.draws import Draw
 from meshuffle.parallel.lower import lower_stages
 from meshuffle.parallel.moves import Move
-from meshuffle.parallel.parts import cut_part, join_parts, join_stages
+from meshuffle.parallel.parts import cut_part, gather_named, join_parts
 from meshuffle.parallel.ranks import Ranks
 from meshuffle.parallel.sync_norm import SyncNorm
 from meshuffle.planner.costs import estimated, per_rank
@@ -358,7 +358,7 @@ class Parallel(nn.Module):
         whole = {name: self.whole(name, part) for name, part in self.state_dict().items()}
         if self.num_stages == 1 or self._ranks is None:
             return whole
-        return join_stages(whole, self._ranks.pp, everywhere=True)
+        return gather_named(whole, self._ranks.pp, everywhere=True)
 
     def load_whole(self, tensors: Mapping[str, Tensor]) -> None:
         """Load this rank's parts of a state dict of the plain model.

@@ -42,14 +42,14 @@ def join_parts(part: Tensor, shard: Shard, group: dist.ProcessGroup) -> Tensor:
     return whole.movedim(0, shard.dim).contiguous()
 
 
-def join_stages(
+def gather_named(
     tensors: Mapping[str, Tensor], group: dist.ProcessGroup, *, everywhere: bool
 ) -> dict[str, Tensor]:
-    """Return the tensors of all pipeline stages; of a name that several have, the first's.
+    """Return the tensors of all ranks of a group; of a name that several have, the first's.
 
     Args:
-        tensors: of this rank's stages, whole.
-        group: one rank per stage; all of them call it.
+        tensors: of this rank, whole: of its pipeline stages, or of the states that it keeps.
+        group: all of its ranks call it.
         everywhere: on every rank; otherwise on the group's first, and the others get their own.
     """
     rank, world = dist.get_rank(group), dist.get_world_size(group)

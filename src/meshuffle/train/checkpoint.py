@@ -18,7 +18,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 
 from meshuffle.errors import RunError
 from meshuffle.parallel.module import Parallel
-from meshuffle.parallel.parts import join_stages
+from meshuffle.parallel.parts import gather_named
 from meshuffle.parallel.ranks import Ranks
 from meshuffle.train.checksums import write_checksums
 from meshuffle.train.files import disk_errors, sync, write_json
@@ -189,7 +189,7 @@ def whole_tensors(
     }
     if ranks.pp_world == 1 or not (everywhere or ranks.tp_rank == 0):
         return whole
-    return join_stages(whole, ranks.pp, everywhere=everywhere)
+    return gather_named(whole, ranks.pp, everywhere=everywhere)
 
 
 def own_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -217,9 +217,14 @@ def _owner(name: str) -> str:
     return rest.rpartition(".")[0] if kind == "optim" else rest.removeprefix("module.")
 
 
-def load_optimizer(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` returned."""
-    trained = {p for group in optimizer.param_groups for p in group["params"]}
+def load_optimizer(
+    model: nn.Module,
+    optimizer: Optimizer,
+    tensors: Mapping[str, Tensor],
+    keeps: Callable[[nn.Parameter], bool] = lambda _: True,
+) -> None:
+    """Put back what `optimizer_tensors` returned, of the parameters whose state this rank keeps."""
+    trained = {p for group in optimizer.param_groups for p in group["params"] if keeps(p)}
     for name, parameter in model.named_parameters():
         prefix = f"optim.{name}."
         state = {

@@ -244,8 +244,7 @@ class Loop:
     def _save(self, *, finish: bool = False) -> None:
         """Let a checkpoint be written; with `finish`, until it is: a rank that ends, ends all."""
         self._collect_skipped()
-        if self.state.place.dp_rank == 0:
-            self.state.save(self.run, self.saver, write=self.env.is_main)
+        self.state.save(self.run, self.saver, write=self.env.is_main)
         if finish:
             self.saver.wait()
         self._saved_at = time.monotonic()

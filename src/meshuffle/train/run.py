@@ -184,8 +184,6 @@ def _check_plan(plan: Plan, config: TrainConfig, env: RankEnv | None) -> None:
     """Refuse what a later version will do, and what this batch or these ranks cannot."""
     if plan.pp > 1 or plan.mb:
         _check_micro_batches(plan, config)
-    if plan.dp_kind == "shard":
-        raise PlanError(f"plan {plan}: sharded states do not exist yet; use dp={plan.dp}")
     if plan.dp_kind == "central" and plan.tp * plan.pp > 1:
         raise PlanError(f"plan {plan}: central updates know no tp and no pp; use dp={plan.dp}")
     if plan.num_ranks > 1 and platform.system() != "Linux":

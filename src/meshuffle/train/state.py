@@ -23,6 +23,7 @@ from meshuffle.parallel.data_parallel import DataParallel, Mode, broadcast_from_
 from meshuffle.parallel.draws import DrawState
 from meshuffle.parallel.keyed import key_dropout
 from meshuffle.parallel.module import Parallel
+from meshuffle.parallel.parts import gather_named
 from meshuffle.parallel.ranks import Ranks
 from meshuffle.planner.plan import Plan
 from meshuffle.train import checkpoint, optim, weights
@@ -129,24 +130,35 @@ class TrainState:
             self.average = optim.average(self.model, self.config.ema)
 
     def tensors(self, *, everywhere: bool = False) -> dict[str, Tensor]:
-        """Return all tensors of a checkpoint, whole; each rank of a replica calls it.
+        """Return all tensors of a checkpoint, whole, on the ranks of the first replica.
+
+        Each of those calls it; under dp=N:shard every rank, and there all get them.
 
         Args:
             everywhere: also on ranks that do not write.
         """
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= checkpoint.optimizer_tensors(self.model, self.step.optimizer)
+        own = checkpoint.optimizer_tensors(self.model, self.step.optimizer)
+        if self.plan.dp_kind == "shard":
+            own = gather_named(own, self.step.parallel.group, everywhere=everywhere)
+            if self.place.dp_rank and not everywhere:
+                return {}
+        tensors |= own
         if self.average is not None:
             tensors |= {f"ema.{k}": v for k, v in self.average.state_dict().items()}
         return checkpoint.whole_tensors(self.model, tensors, self.step.ranks, everywhere)
+
+    @property
+    def _has_part_of_checkpoint(self) -> bool:
+        return self.place.dp_rank == 0 or self.plan.dp_kind == "shard"
 
     def save(self, folder: Path, saver: Saver, *, write: bool) -> None:
         """Copy the state, and let `saver` write the checkpoint and `weights/last.safetensors`.
 
         Args:
-            write: True on the main rank. The other ranks of its replica call this too.
+            write: True on the main rank. All other ranks call this too.
         """
-        tensors = self.tensors()
+        tensors = self.tensors() if self._has_part_of_checkpoint else {}
         if not write:
             return
         tensors = saver.copy(tensors)
@@ -204,7 +216,8 @@ class TrainState:
         if self.average is not None:
             self.average.load_state_dict(_under(tensors, "ema."))
         if self.step.parallel.updates_here:
-            checkpoint.load_optimizer(self.model, self.step.optimizer, tensors)
+            keeps = self.step.parallel.keeps_state_of
+            checkpoint.load_optimizer(self.model, self.step.optimizer, tensors, keeps)
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -323,10 +336,11 @@ def _own_part(
 def _data_parallel(
     model: nn.Module, group: dist.ProcessGroup, plan: Plan, ranks: Ranks | None
 ) -> DataParallel:
-    mode: Mode = "central" if plan.dp_kind == "central" else "replicate"
+    modes: dict[str | None, Mode] = {"central": "central", "shard": "shard"}
+    mode = modes.get(plan.dp_kind, "replicate")
     if ranks is None or not isinstance(model, Parallel):
         return DataParallel(model, group, mode)
-    return DataParallel(model, ranks.dp, terms=model.partial, every=ranks.every)
+    return DataParallel(model, ranks.dp, mode, terms=model.partial, every=ranks.every)
 
 
 def _to_channels_last(model: nn.Module) -> None:

@@ -145,6 +145,7 @@ class Step:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             clip_gradients(self.model, self.clip_norm, self.ranks)
+            self.parallel.drop_others()
             self.optimizer.step()
 
     def _loss(self, logits_NC: Tensor, targets: Tensor, total: int) -> tuple[Tensor, Tensor]:

@@ -148,7 +148,7 @@ def _hook_collectives(spans: Spans, step: Step, loop: Loop) -> None:
     for kind in (GroupExchange, SharedExchange):
         spans.hook(kind, "all_gather", "communication", exchange)
     spans.hook(step.parallel, "reduce_gradients", "communication", _named("sum of gradients"))
-    if step.parallel.mode == "central":
+    if step.parallel.mode != "replicate":
         spans.hook(step.parallel, "share_update", "communication", _named("broadcast"))
     if not loop.compile.is_compiled:  # a hook would have the code compiled anew
         for name in ("all_reduce", "all_to_all", "swap"):
