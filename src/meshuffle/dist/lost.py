@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,16 @@ def _write(folder: Path, found: Waiting) -> None:
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps({**vars(found), "flight_recorder": _recorded()}))
     temporary.replace(path)
+
+
+def ranks_in_words(ranks: Sequence[int]) -> str:
+    """Return ranks as a message names them.
+
+    >>> ranks_in_words([0, 2])
+    'ranks 0, 2'
+    """
+    listed = ", ".join(map(str, ranks[:8])) + (f" … ({len(ranks)})" if len(ranks) > 8 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed}"
 
 
 def read_waiting(folder: Path) -> list[Waiting]:

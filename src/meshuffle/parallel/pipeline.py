@@ -55,11 +55,16 @@ class _Step:
     kept: dict[tuple[int, int], _Kept] = field(default_factory=dict)
     here: dict[tuple[str, int, int], list[Tensor]] = field(default_factory=dict)
     asked: dict[tuple[str, int, int], list[tuple[dist.Work, Tensor]]] = field(default_factory=dict)
-    sent: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
+    sent: dict[tuple[str, int, int], list[tuple[dist.Work, Tensor]]] = field(default_factory=dict)
 
     def wait(self, group: dist.ProcessGroup) -> None:
         """Wait until all that was sent has gone."""
-        for work, _ in self.sent:
+        for key in list(self.sent):
+            self.received(key, group)
+
+    def received(self, key: tuple[str, int, int], group: dist.ProcessGroup) -> None:
+        """Let go of what was sent, once the other stage has it."""
+        for work, _ in self.sent.pop(key, ()):
             wait(work, group, "what was sent to another stage")
 
 
@@ -328,11 +333,12 @@ class Pipeline:
         if key in step.here:
             return step.here.pop(key)
         asked = step.asked.pop(key)
+        kind = "values" if way == "F" else "gradients"
         for work, _ in asked:
-            what = (
-                f"{'values' if way == 'F' else 'gradients'} of micro-batch {i} from stage {sender}"
-            )
+            what = f"{kind} of micro-batch {i} from stage {sender}"
             wait(work, self._group(way, sender), what)
+        if way == "B":  # they are of values that were sent there
+            step.received(("F", sender - 1, i), self._group("F", sender - 1))
         return [buffer for _, buffer in asked]
 
     def _send(self, step: _Step, way: str, stage: int, i: int, values: Sequence[Tensor]) -> None:
@@ -348,7 +354,7 @@ class Pipeline:
             with labelled("stages"):
                 work = dist.isend(whole, dst=target, group=self._group(way, stage), tag=tag)
             assert work is not None
-            step.sent.append((work, whole))
+            step.sent.setdefault((way, stage, i), []).append((work, whole))
 
     def _send_back(self, step: _Step, stage: int, i: int) -> None:
         if stage == 0:

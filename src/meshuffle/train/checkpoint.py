@@ -111,6 +111,14 @@ def checkpoints(state: Path) -> list[Path]:
     return [path for *_, path in sorted(found, reverse=True)]
 
 
+def way_back(run: Path) -> str:
+    """Return how to go on with a run that has failed."""
+    found = checkpoints(run / "state")
+    step = int(_NAME.fullmatch(found[0].name)[1]) if found else None  # type: ignore[index]
+    where = "start again" if step is None else f"continue from step {step}, the last checkpoint,"
+    return f"{where} with: meshuffle train --resume {run}"
+
+
 def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the meta data of a checkpoint.
 

@@ -26,8 +26,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshuffle.dist.exchange import Exchange
+from meshuffle.dist.lost import ranks_in_words
 from meshuffle.errors import MeshuffleError
 from meshuffle.parallel.module import Parallel
+from meshuffle.train.checkpoint import way_back
 from meshuffle.train.place import Place
 from meshuffle.train.state import TrainState
 
@@ -133,7 +135,7 @@ class Consistency:
         raise MeshuffleError(
             f"ranks that should hold the same do not, found after step {steps[0]}: "
             f"{'; '.join(told[:_MOST_NAMED])}{more}. Memory or a link is at fault, or code that "
-            f"does not do the same on all ranks. No checkpoint holds this; {_way_back(self._run)}"
+            f"does not do the same on all ranks. No checkpoint holds this; {way_back(self._run)}"
         )
 
 
@@ -218,16 +220,4 @@ def _differing(name: str, values: Mapping[int, int]) -> str:
         return ""
     right = max(groups.values(), key=len)
     wrong = sorted(rank for group in groups.values() if group is not right for rank in group)
-    return f"{name} of {_in_words(wrong)} differs from that of {_in_words(sorted(right))}"
-
-
-def _in_words(ranks: Sequence[int]) -> str:
-    listed = ", ".join(map(str, ranks[:8])) + (f" … ({len(ranks)})" if len(ranks) > 8 else "")
-    return f"rank{'s' if len(ranks) > 1 else ''} {listed}"
-
-
-def _way_back(run: Path) -> str:
-    found = [p.name.removeprefix("step-") for p in (run / "state").glob("step-*")]
-    steps = [int(text) for text in found if text.isdigit()]
-    where = f"continue from step {max(steps)}, the last checkpoint," if steps else "start again"
-    return f"{where} with: meshuffle train --resume {run}"
+    return f"{name} of {ranks_in_words(wrong)} differs from that of {ranks_in_words(sorted(right))}"

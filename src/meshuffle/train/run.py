@@ -18,10 +18,11 @@ from meshuffle.data import Data, EpochSampler, augmentation_for, open_data
 from meshuffle.dist.device import check_device, num_accelerators, num_cores
 from meshuffle.dist.group import RankEnv
 from meshuffle.dist.launch import torchrun
-from meshuffle.dist.lost import read_waiting
+from meshuffle.dist.lost import ranks_in_words, read_waiting
 from meshuffle.errors import PlanError, RankFailed, RunError
 from meshuffle.planner.plan import Plan, parse_plan, read_plan
 from meshuffle.train.candidates import fastest_plan
+from meshuffle.train.checkpoint import way_back
 from meshuffle.train.compiling import CompileChoice
 from meshuffle.train.config import Origin, TrainConfig, read_config, resolve, to_toml
 from meshuffle.train.files import write_json, write_text
@@ -144,21 +145,14 @@ def explained(failed: RankFailed, run: Path) -> RankFailed:
     silent = sorted(set(range(world)) - {each.rank for each in waiting})
     text = str(failed)
     if silent and all(each.is_late for each in waiting):
-        text = f"{_ranks(silent)} of {world} did not answer"
+        text = f"{ranks_in_words(silent)} of {world} did not answer"
     ops = " and ".join(sorted({each.op for each in waiting}))
-    saved = max((int(path.name[5:]) for path in (run / "state").glob("step-*")), default=None)
-    kept = "nothing is saved yet" if saved is None else f"saved: step {saved}; continue with: "
-    go_on = "" if saved is None else f"meshuffle train --resume {run}"
+    late = ranks_in_words([each.rank for each in waiting])
     found = RankFailed(
-        f"{text}; {_ranks([each.rank for each in waiting])} waited for {ops} at step {step} "
-        f"(see {run / 'lost'}); {kept}{go_on}"
+        f"{text}; {late} waited for {ops} at step {step} (see {run / 'lost'}); {way_back(run)}"
     )
     found.exit_code = failed.exit_code
     return found
-
-
-def _ranks(ranks: list[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def threads_per_rank(plan: Plan, local_world: int | None = None) -> int:
