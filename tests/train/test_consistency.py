@@ -17,16 +17,14 @@ from torch import Tensor, nn
 
 from meshuffle.errors import ConfigError, MeshuffleError
 from meshuffle.train import consistency, rank, report
-from meshuffle.train.checkpoint import latest_checkpoint
 from meshuffle.train.config import TrainConfig, check
 from meshuffle.train.consistency import fingerprint, members
+from meshuffle.train.intact import latest_checkpoint
 from meshuffle.train.place import Place
 from meshuffle.train.run import prepare
 
 from ..ranks import as_launched, run_ranks
 from .conftest import SMALL
-
-pytestmark = pytest.mark.xdist_group("consistency")
 
 WORDS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int16}
 MODELS = {"tied": f"{__name__}:make_tied"}

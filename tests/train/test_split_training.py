@@ -25,8 +25,6 @@ from meshuffle.train.weights import load_model, read_weights
 from ..ranks import as_launched, run_ranks
 from .conftest import SMALL
 
-pytestmark = pytest.mark.xdist_group("split training")
-
 EPOCHS = 3
 # 26 images in batches of 5: the last has one, so that a replica has none. The clip acts.
 SIMPLE: dict[str, Any] = {"batch": 5, "ema": 0.9, "clip_norm": 0.05}

@@ -35,8 +35,6 @@ from meshuffle.train.timeline import LANES, TRACED_STEPS, WARM_STEPS
 from ..ranks import as_launched, run_ranks
 from .conftest import SMALL
 
-pytestmark = pytest.mark.xdist_group("timeline")
-
 PLANS = {
     "1f1b": "pp=2,mb=4",
     "zbv": "pp=2:zbv,mb=4",

@@ -13,8 +13,6 @@ from meshuffle.verify.job import Job
 from meshuffle.verify.reference import Reference
 from tests.verify.faults import CASES
 
-pytestmark = pytest.mark.xdist_group("verify-faults")
-
 _NAMED = {
     "skip_an_all_reduce": "aten.add.Tensor (add, as psum)",
     "skip_an_all_reduce_backward": "gradient at table: ",

@@ -18,7 +18,6 @@ from meshuffle.verify.reference import squared_difference
 from tests.verify import models
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.xdist_group("verify")
 
 IMAGE = "3x16x16"
 

@@ -47,7 +47,7 @@ from meshuffle.train.files import write_json
 from meshuffle.train.place import join_ranks, place_of
 from meshuffle.train.run import absolute_data, threads_per_rank
 from meshuffle.train.shared import replica_group, shared
-from meshuffle.train.weights import Card, load_model
+from meshuffle.train.weights import Card, find_weights, load_model
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
@@ -95,6 +95,7 @@ def predict(
     Raises:
         DataError: a path does not exist, or a folder holds no image.
     """
+    find_weights(target)  # the run first, if both are wrong
     paths = [str(path) for path in _expanded(images)]
     question = Question(str(target), model, batch, files=paths)
     found, _ = _answer(question, parse_plan(plan))
