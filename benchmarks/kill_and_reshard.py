@@ -4,9 +4,10 @@
 
 The images are scikit-learn's handwritten digits as a folder of PNG files. For each seed: a run
 under dp=2,pp=2 loses a rank behind its first checkpoint, and continues under tp=2 (its plan.json
-edited); a run of one process, from the same seed; and for the first seed a run that nobody kills,
-whose state of the same step continues under tp=2: its weights must be those of the first, bit for
-bit. Prints a table and appends to results/kill_and_reshard.csv.
+edited); and a run of one process, from the same seed. For the first seed there is also a run that
+nobody kills, of the same plan.json and so cut in the same places, whose state of the same step
+continues under tp=2: its weights must be those of the first, bit for bit. Prints a table and
+appends to results/kill_and_reshard.csv.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from meshuffle.data import open_data
 
 RESULTS = Path(__file__).parents[1] / "results" / "kill_and_reshard.csv"
 FIRST, THEN = {"dp": 2, "pp": 2, "mb": 2}, {"tp": 2, "mb": 2}
-SAVED = 40
+SAVED, FIRST_PLAN = 40, "first-plan.json"
 SETTINGS = (
     *("--model", "shufflenet_v2_x0_5", "--batch", "32", "--input-size", "48", "--lr", "0.1"),
     *("--flip", "0", "--crop-scale", "0", "--compile", "off", "--save-every", str(SAVED)),
@@ -52,7 +53,8 @@ def main() -> int:
             row: dict[str, Any] = {"seed": seed, "epochs": options.epochs}
             row |= killed(photos, home / f"killed-{seed}", common)
             if seed == options.seeds[0]:
-                twin = left_alone(photos, home / f"alone-{seed}", common)
+                plan = str(home / f"killed-{seed}" / FIRST_PLAN)
+                twin = left_alone(photos, home / f"alone-{seed}", common, plan)
                 row["equal_bits"] = same_weights(home / f"killed-{seed}", twin)
             one = home / f"one-{seed}"
             command("train", str(photos), "--plan", "dp=1,mb=2", "--out", str(one), *common)
@@ -88,9 +90,8 @@ def command(*arguments: str) -> None:
     )
 
 
-def start(photos: Path, run: Path, common: list[str]) -> subprocess.Popen[str]:
-    """Start a run under the first plan; return it when its first checkpoint is written."""
-    plan = ",".join(f"{axis}={size}" for axis, size in FIRST.items())
+def start(photos: Path, run: Path, common: list[str], plan: str) -> subprocess.Popen[str]:
+    """Start a run; return it when its first checkpoint is written."""
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "meshuffle", "train", str(photos)),
@@ -108,7 +109,7 @@ def start(photos: Path, run: Path, common: list[str]) -> subprocess.Popen[str]:
 
 
 def killed(photos: Path, run: Path, common: list[str]) -> dict[str, Any]:
-    process = start(photos, run, common)
+    process = start(photos, run, common, ",".join(f"{k}={v}" for k, v in FIRST.items()))
     ranks = ranks_of(run)
     os.kill(ranks[2], signal.SIGKILL)
     message = process.communicate()[1].strip().splitlines()[-1].replace(str(run), "RUN")
@@ -118,9 +119,9 @@ def killed(photos: Path, run: Path, common: list[str]) -> dict[str, Any]:
     return {"killed_after": saved, "message": message}
 
 
-def left_alone(photos: Path, run: Path, common: list[str]) -> Path:
+def left_alone(photos: Path, run: Path, common: list[str], plan: str) -> Path:
     """Return a run that went on under the second plan from the first checkpoint of the first."""
-    process = start(photos, run, common)
+    process = start(photos, run, common, plan)
     twin = run.with_name(f"{run.name}-twin")
     shutil.copytree(run, twin, ignore=shutil.ignore_patterns(".lock"))
     process.kill()
@@ -130,6 +131,7 @@ def left_alone(photos: Path, run: Path, common: list[str]) -> Path:
 
 
 def go_on(run: Path) -> None:
+    (run / "plan.json").rename(run / FIRST_PLAN)
     (run / "plan.json").write_text(json.dumps(THEN))
     command("train", "--resume", str(run))
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -75,7 +75,15 @@ def test_v1_computes_with_any_combination(knobs):
     assert_computes("shufflenet_v1_x1_0_g3", knobs)
 
 
+NARROW = {
+    **{"stage_channels": [8, 8, 8], "width": 0.75, "depths": (1, 1, 1), "stem_channels": [1]},
+    **{"head_channels": 1, "branches": "auto", "input_size": 57, "in_channels": 1},
+    "num_classes": 1,
+}
+
+
 @given(v2_knobs)
+@example(NARROW)
 @some
 def test_v2_computes_with_any_combination(knobs):
     assert_computes("shufflenet_v2_x1_0", knobs)

@@ -62,6 +62,15 @@ def branch_widths(num_channels: int, num_branches: int) -> tuple[int, ...]:
     return (*widths, left)
 
 
+def most_branches(num_channels: int) -> int:
+    """Return how many branches `num_channels` suffice for, one channel for the last.
+
+    >>> [most_branches(channels) for channels in (1, 3, 4, 58)]
+    [1, 2, 3, 6]
+    """
+    return num_channels.bit_length()
+
+
 def per_unit(
     name: str, value: PerUnit, map_sides: Sequence[int], rule: Callable[[int], int]
 ) -> tuple[int, ...]:

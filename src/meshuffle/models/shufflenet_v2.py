@@ -20,6 +20,7 @@ from meshuffle.models.knobs import (
     auto_kernel_size,
     auto_num_branches,
     branch_widths,
+    most_branches,
     per_unit,
     require_at_least,
     require_depths,
@@ -239,6 +240,11 @@ class ShuffleNetV2(nn.Module):
         num_branches = per_unit("branches", branches, sides, auto_num_branches)
         for count in num_branches:
             require_at_least("branches", count, 1)
+        if branches == "auto":  # as far as the channels of a unit go
+            halves = [
+                c // 2 for c, depth in zip(channels, depths, strict=True) for _ in range(depth)
+            ]
+            num_branches = tuple(map(min, num_branches, map(most_branches, halves)))
 
         self.conv1 = _stem(in_channels, stem_channels)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
