@@ -9,7 +9,6 @@ appends it to results/check_cost.csv; `cost_percent` is that of a comparison eve
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
 import tempfile
@@ -25,8 +24,8 @@ from meshuffle.train.api import train
 from meshuffle.train.config import TrainConfig
 from meshuffle.train.consistency import Consistency
 from meshuffle.train.loop import Loop
+from rows import append
 
-RESULTS = Path(__file__).parents[1] / "results" / "check_cost.csv"
 EVERY = 100
 WARM_STEPS = 5
 
@@ -78,12 +77,7 @@ def figures(steps: list[float], checks: list[float]) -> dict[str, Any]:
 
 def write(row: dict[str, Any]) -> None:
     print(*row.values())
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    append("check_cost", [row])
 
 
 if __name__ == "__main__":

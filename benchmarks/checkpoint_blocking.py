@@ -11,7 +11,6 @@ results/checkpoint_blocking.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import os
 import statistics
@@ -33,10 +32,10 @@ from meshuffle.train.intact import find_checkpoint
 from meshuffle.train.saver import Saver
 from meshuffle.train.state import TrainState, augment_values, build_state
 from meshuffle.train.weights import Card
+from rows import append
 from train_throughput import cpu_features
 
 CLASSES, SIZE = 1000, 64
-RESULTS = Path(__file__).parents[1] / "results" / "checkpoint_blocking.csv"
 
 
 def main() -> None:
@@ -61,12 +60,7 @@ def main() -> None:
     }
     for key, value in row.items():
         print(f"{key:<20}{value}")
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    append("checkpoint_blocking", [row])
 
 
 def make_state(model: str, batch: int, group: Any) -> TrainState:

@@ -9,7 +9,6 @@ and is the same for all.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import json
 import statistics
@@ -18,6 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from rows import append
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,13 +53,7 @@ def main() -> None:
             }
             rows.append(row)
             print(row, flush=True)
-    path = ROOT / "results" / "digits_seeds.csv"
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append("digits_seeds", rows)
     values = [row["test_top1"] for row in rows]
     print(f"test top-1: mean {statistics.mean(values):.2f} %, lowest {min(values):.2f} %")
 

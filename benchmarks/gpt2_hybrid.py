@@ -11,7 +11,6 @@ results/gpt2_hybrid.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import sys
 import tempfile
@@ -33,10 +32,10 @@ import meshuffle
 from meshuffle.dist.group import rank_env
 from meshuffle.dist.launch import end_with_parent, torchrun
 from meshuffle.planner.plan import Plan, parse_plan
+from rows import append
 
 BATCH, LENGTH, LAYERS = 16, gpt2.LENGTH, 4
 EXACT_STEPS, STEPS, TOLD = 3, 200, 20
-RESULTS = ROOT / "results" / "gpt2_hybrid.csv"
 
 
 def main() -> None:
@@ -114,13 +113,8 @@ def report(plan: str, one: dict[str, Any], many: dict[str, Any]) -> None:
         rows.append(
             {"plan": plan, "dtype": "float32", "step": step, "one_device": a, "under_plan": b}
         )
-    is_new = not RESULTS.exists()
     columns = ("plan", "dtype", "step", "worst_weight", "one_device", "under_plan", *versions)
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        if is_new:
-            writer.writeheader()
-        writer.writerows({**row, **versions} for row in rows)
+    append("gpt2_hybrid", [{**row, **versions} for row in rows], columns)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ appends to results/kill_and_reshard.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import shutil
@@ -29,8 +28,8 @@ import torch
 from safetensors.torch import load_file
 
 from meshuffle.data import open_data
+from rows import append
 
-RESULTS = Path(__file__).parents[1] / "results" / "kill_and_reshard.csv"
 FIRST, THEN = {"dp": 2, "pp": 2, "mb": 2}, {"tp": 2, "mb": 2}
 SAVED, FIRST_PLAN = 40, "first-plan.json"
 SETTINGS = (
@@ -65,13 +64,8 @@ def main() -> int:
         sum(row[key] for row in rows) / len(rows) for key in ("one_device_top1", "resumed_top1")
     ]
     print(f"test top-1, mean of {len(rows)}: one device {means[0]:.2f}, resumed {means[1]:.2f}")
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        columns = ("seed", "epochs", "killed_after", "equal_bits", "one_device_top1")
-        writer = csv.DictWriter(file, (*columns, "resumed_top1", "message", "torch"))
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+    columns = ("seed", "epochs", "killed_after", "equal_bits", "one_device_top1", "resumed_top1")
+    append("kill_and_reshard", rows, (*columns, "message", "torch"))
     return int(abs(means[0] - means[1]) > 1 or not rows[0]["equal_bits"])
 
 

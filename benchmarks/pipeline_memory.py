@@ -10,9 +10,7 @@ results/pipeline_memory.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +27,8 @@ from meshuffle.parallel.ranks import join
 from meshuffle.planner.costs import estimated
 from meshuffle.planner.plan import Plan
 from meshuffle.planner.schedules import make_schedule
+from rows import append
 
-RESULTS = Path(__file__).parents[1] / "results" / "pipeline_memory.csv"
 CPU = torch.device("cpu")
 
 
@@ -60,12 +58,7 @@ def main() -> None:
             }
         )
         print(f"rank {rank} of {plan}: {peak / 1e9:.2f} GB, {peak / one:.3f}", flush=True)
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append("pipeline_memory", rows)
 
 
 def whole_step(name: str, images: Tensor) -> int:

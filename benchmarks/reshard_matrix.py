@@ -16,9 +16,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from forks import run_forked
 from meshuffle.data import AugmentConfig, Batch, Preprocess, shard_bounds
 from meshuffle.dist.group import RankEnv, process_group
 from meshuffle.errors import in_words
@@ -106,33 +104,13 @@ def report(rows: list[dict[str, Any]]) -> int:
 
 def launch(plan: str, work: Callable[[RankEnv], None]) -> None:
     """Do `work` as each rank of `plan`, in forks of this process."""
-    world, children = parse_plan(plan).num_ranks, []
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
-    for rank in range(world):
-        child = os.fork()
-        if child == 0:
-            os._exit(in_process(work, RankEnv(rank, world, rank, world)))
-        children.append(child)
-    left = set(children)
-    while left:
-        child, status = os.wait()
-        left.discard(child)
-        if status:
-            for other in left:
-                os.kill(other, signal.SIGKILL)
-            raise SystemExit(f"a rank of {plan} failed")
+    world = parse_plan(plan).num_ranks
 
+    def failed(rank: int, error: BaseException) -> None:
+        print(f"rank {rank}: {in_words(error)}", flush=True)
 
-def in_process(work: Callable[[RankEnv], None], env: RankEnv) -> int:
-    try:
-        torch.set_num_threads(1)
-        work(env)
-    except BaseException as error:  # noqa: BLE001  # there is no one else to tell
-        print(f"rank {env.rank}: {in_words(error)}", flush=True)
-        return 1
-    return 0
+    if not run_forked(world, lambda rank: work(RankEnv(rank, world, rank, world)), failed):
+        raise SystemExit(f"a rank of {plan} failed")
 
 
 def settings(**changes: Any) -> TrainConfig:

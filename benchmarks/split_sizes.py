@@ -10,8 +10,6 @@ results/split_sizes.csv and results/shufflenet_v1_bytes.csv.
 
 from __future__ import annotations
 
-import csv
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,13 +19,13 @@ from meshuffle.graph import Graph, capture
 from meshuffle.layout import assign
 from meshuffle.models import create_model
 from meshuffle.parallel.lower import Code, lower
+from rows import append
 
 BATCH, SIZE = 32, 224
 KEPT = (
     *(("shufflenet_v1_x1_0_g8", tp) for tp in (2, 4, 8)),
     *((f"torchvision:{name}", tp) for name in ("resnet50", "vgg16") for tp in (2, 3)),
 )
-RESULTS = Path(__file__).parents[1] / "results"
 
 
 def captured(name: str) -> Graph:
@@ -87,24 +85,18 @@ def sent(graph: Graph, tp: int) -> dict[str, Any]:
     }
 
 
-def append(name: str, rows: list[dict[str, Any]]) -> None:
-    path = RESULTS / name
+def write(name: str, rows: list[dict[str, Any]]) -> None:
     rows = [{**row, "torch": torch.__version__} for row in rows]
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append(name, rows)
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
 
 
 def main() -> None:
     graphs = {name: captured(name) for name, _ in KEPT}
-    append("split_sizes.csv", [kept(name, graphs[name], tp) for name, tp in KEPT])
+    write("split_sizes", [kept(name, graphs[name], tp) for name, tp in KEPT])
     graph = graphs["shufflenet_v1_x1_0_g8"]
-    append("shufflenet_v1_bytes.csv", [sent(graph, tp) for tp in (2, 4, 8)])
+    write("shufflenet_v1_bytes", [sent(graph, tp) for tp in (2, 4, 8)])
 
 
 if __name__ == "__main__":

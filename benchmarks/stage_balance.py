@@ -10,12 +10,10 @@ stage over the mean, of the medians.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +23,10 @@ from torch.utils import _pytree as pytree
 from meshuffle.models import create_model
 from meshuffle.parallel.module import Parallel
 from meshuffle.planner.costs import estimated, measured
+from rows import append
 
 NAMES = ("torchvision:resnet50", "torchvision:shufflenet_v2_x2_0", "torchvision:vit_b_16")
 ROUNDS = 7
-RESULTS = Path(__file__).parents[1] / "results" / "stage_balance.csv"
 
 
 def main() -> None:
@@ -42,12 +40,7 @@ def main() -> None:
         for how in ("measured", "estimated"):
             rows.append(balance(name, options.pp, options.batch, how))
             print(*rows[-1].values(), flush=True)
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append("stage_balance", rows)
 
 
 def balance(name: str, pp: int, batch: int, how: str) -> dict[str, Any]:

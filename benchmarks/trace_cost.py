@@ -11,7 +11,6 @@ what the recorded calls of a step cost on their own. A run traces 5 of its steps
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
 import tempfile
@@ -27,8 +26,8 @@ from meshuffle.train import report, timeline
 from meshuffle.train.api import train
 from meshuffle.train.config import TrainConfig
 from meshuffle.train.loop import Loop
+from rows import append
 
-RESULTS = Path(__file__).parents[1] / "results" / "trace_cost.csv"
 WARM_STEPS = 4
 
 
@@ -111,12 +110,7 @@ def figures(plain: list[float], traced: list[float], num_calls: float) -> dict[s
 
 def write(row: dict[str, Any]) -> None:
     print(*row.values())
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    append("trace_cost", [row])
 
 
 if __name__ == "__main__":

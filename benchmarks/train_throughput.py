@@ -17,7 +17,6 @@ results/train_throughput.csv. `ours / max(torchvision, ddp)` is the figure to wa
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import json
 import os
@@ -27,8 +26,9 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
+
+from rows import append
 
 NUM_TURNS = 6
 NUM_BATCHES = 4
@@ -270,7 +270,6 @@ def record(result: dict[str, Any], options: argparse.Namespace) -> None:
     import torch
     import torchvision
 
-    path = Path(__file__).parents[1] / "results" / "train_throughput.csv"
     row = {
         "date": datetime.date.today().isoformat(),
         "torchvision_images_per_s": result["torchvision"],
@@ -289,12 +288,7 @@ def record(result: dict[str, Any], options: argparse.Namespace) -> None:
         "machine": f"{options.device} {platform.machine()} {cpu_features()}",
         "load": round(os.getloadavg()[0], 2),
     }
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    append("train_throughput", [row])
 
 
 def cpu_features() -> str:

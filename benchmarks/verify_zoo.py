@@ -20,8 +20,6 @@ import csv
 import gc
 import os
 import pickle
-import signal
-import socket
 import tempfile
 import time
 import warnings
@@ -34,6 +32,7 @@ import torchvision
 from torch.nn import Parameter
 
 import small_vit
+from forks import run_forked
 from meshuffle.dist.device import num_cores
 from meshuffle.errors import MeshuffleError, RankFailed, in_words
 from meshuffle.graph import Graph, capture
@@ -100,31 +99,11 @@ def main() -> int:
 def fork_ranks(_: str, arguments: Sequence[str], num_ranks: int, **__: Any) -> None:
     """Do what `dist.launch.torchrun` does for verify, in forks of this process."""
     folder, work = Path(arguments[0]), {"check": Run.check, "trace": trace}[arguments[1]]
-    children = []
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    for rank in range(num_ranks):
-        child = os.fork()
-        if child == 0:
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
-            try:
-                torch.set_num_threads(1)
-                work_through(folder, work)
-            except BaseException as error:  # noqa: BLE001  # the parent reads it
-                (folder / f"failed.{rank}").write_text(in_words(error))
-                os._exit(1)
-            os._exit(0)
-        children.append(child)
-    left = set(children)
-    while left:
-        child, status = os.wait()
-        left.discard(child)
-        if status:
-            time.sleep(2)  # for the others' own words
-            for other in left:
-                os.kill(other, signal.SIGKILL)
+
+    def failed(rank: int, error: BaseException) -> None:
+        (folder / f"failed.{rank}").write_text(in_words(error))
+
+    run_forked(num_ranks, lambda _: work_through(folder, work), failed)
     told = sorted(folder.glob("failed.*"))
     if told:
         raise RankFailed(told[0].read_text())
