@@ -146,7 +146,7 @@ def in_fork(function: Any) -> Any:
 
 
 def make_reference(job: Any, path: Path) -> Any:
-    model = build_model(job, job.torch_dtype)
+    model = build_model(job, job.torch_dtype, filled=False)
     capture_once(model, make_inputs(job, model, job.torch_dtype))  # here, for the ranks
     del model
     return in_fork(reference.make_reference)(job, path)

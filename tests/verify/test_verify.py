@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import meshuffle
 from meshuffle.cli import main
 from meshuffle.errors import InputError
 from meshuffle.planner.plan import SCHEDULES
 from meshuffle.verify.api import verify
-from meshuffle.verify.job import Job, loss_of, rows_of
+from meshuffle.verify.job import Job, _Unfilled, build_model, loss_of, rows_of
 from meshuffle.verify.reference import squared_difference
 from tests.verify import models
 
@@ -166,3 +167,18 @@ def test_infinities_are_equal_to_themselves() -> None:
     a = torch.tensor([1.0, -torch.inf, torch.inf])
     assert squared_difference(a, a.clone()) == 0
     assert squared_difference(a, torch.tensor([1.0, -torch.inf, 2.0])) == float("inf")
+
+
+def test_a_rank_builds_a_model_without_filling_its_parameters() -> None:
+    with _Unfilled():
+        layer = nn.Linear(3, 3)
+        layer.weight = nn.Parameter(torch.zeros(3, 3))
+        nn.init.kaiming_uniform_(layer.weight)
+        nn.init.trunc_normal_(layer.weight)
+        layer.weight.requires_grad_(False).fill_(1.0)
+    assert not layer.weight.any() and not layer.weight.requires_grad
+    job = Job("torchvision:swin_t", "tp=2", "3x64x64", 2, "float64", 0)
+    whole, empty = build_model(job, torch.float64), build_model(job, torch.float64, filled=False)
+    sizes = [[(n, p.shape, p.dtype) for n, p in m.named_parameters()] for m in (whole, empty)]
+    assert sizes[0] == sizes[1]
+    assert all(map(torch.equal, whole.buffers(), empty.buffers()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -159,14 +160,14 @@ class _Session:
         for _, same in itertools.groupby(ordered, key=lambda entry: entry.world):
             ready: list[_Entry] = []
             for entry in same:
-                files = list(self.folder.glob("reference-*.safetensors"))
+                files = self.folder.glob("reference-*/*")
                 used = sum(file.stat().st_size for file in files)
                 if used > _MOST_REFERENCE_BYTES and entry.job.reference_key not in self.references:
                     self._check(ready)
                     ready = []
                     self.references.clear()
-                    for file in self.folder.glob("reference-*"):
-                        file.unlink()
+                    for path in self.folder.glob("reference-*"):
+                        shutil.rmtree(path)
                 reference = self._reference(entry.job)
                 if isinstance(reference, Reference):
                     entry.reference = reference
@@ -178,7 +179,7 @@ class _Session:
     def _reference(self, job: Job) -> Reference | Exception:
         key = job.reference_key
         if key not in self.references:
-            path = self.folder / f"reference-{len(self.references)}.safetensors"
+            path = self.folder / f"reference-{len(self.references)}"
             try:
                 self.references[key] = make_reference(job, path)
             except Exception as error:  # noqa: BLE001  # of one case; the others go on

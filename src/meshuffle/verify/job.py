@@ -6,6 +6,7 @@ cast, so that every dtype sees the same numbers.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from meshuffle.data.sampler import shard_bounds
@@ -116,10 +118,31 @@ def name_of(model: Model) -> str:
     return f"{model.__module__}:{name}"
 
 
-def build_model(job: Job, dtype: torch.dtype) -> nn.Module:
-    """Return the model in train mode, with the weights of the seed."""
-    model = create_model(job.model, seed=job.seed).train()
-    return model.double() if dtype == torch.float64 else model.float()
+def build_model(job: Job, dtype: torch.dtype, *, filled: bool = True) -> nn.Module:
+    """Return the model in train mode, with the weights of the seed.
+
+    Args:
+        filled: False leaves parameters as they come, in memory that is not touched: a rank loads
+            its parts of the reference's. What else a model makes has its values.
+    """
+    with contextlib.nullcontext() if filled else _Unfilled():
+        model = create_model(job.model, seed=job.seed).train()
+    for parameter in () if filled else model.parameters():
+        parameter.data = torch.empty_like(parameter, dtype=dtype)
+    return model.to(dtype)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Skips what a constructor writes into parameters in place."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Return the parameter as it is, or what the function returns."""
+        kwargs = kwargs or {}
+        name, target = getattr(func, "__name__", ""), args[0] if args else kwargs.get("tensor")
+        writes = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        if writes and isinstance(target, nn.Parameter):
+            return target
+        return func(*args, **kwargs)
 
 
 def make_inputs(job: Job, model: nn.Module, dtype: torch.dtype) -> tuple[Tensor, ...]:

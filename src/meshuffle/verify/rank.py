@@ -11,7 +11,7 @@ import datetime
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class Run:
     def __init__(self, job: Job, reference: Reference, plan: Plan, ranks: Ranks) -> None:
         self.job, self.reference, self.plan, self.ranks = job, reference, plan, ranks
         self.where = "capture"
-        model = build_model(job, job.torch_dtype)
+        model = build_model(job, job.torch_dtype, filled=False)
         inputs = make_inputs(job, model, job.torch_dtype)
         parts = job.micro_batches()
         self.parts = [replicas[ranks.dp_rank] for replicas in parts]
@@ -95,12 +95,12 @@ class Run:
             if name.startswith("tp"):
                 part.register_forward_pre_hook(lambda *_, name=name: setattr(self, "where", name))
 
-    def train(self) -> tuple[dict[str, Tensor], SentBytes]:
-        """Train for three steps; return tensors by `kind/name`, and the bytes of the first."""
+    def train(self) -> tuple[dict[str, float], SentBytes]:
+        """Train for three steps; return ‖a − b‖² of each tensor, and the bytes of the first."""
         facts, counted = self.reference.facts, SentBytes()
         known = dict(self.module.named_parameters(remove_duplicate=False))
         names = [name for name in self.reference.names("parameters") if name in known]
-        trained = {name: known[name] for name in names}
+        squared: dict[str, float] = {}
 
         def run_step(step: int) -> tuple[list[Tensor], Tensor]:
             with counted if step == 0 else SentBytes():
@@ -108,16 +108,24 @@ class Run:
             self.where = "sum of gradients"
             sum_gradients(self.module, self.ranks)
             self.pipeline.sum_tied()
+            dist.all_reduce(loss, group=self.ranks.dp)
             return outputs, loss
 
-        found, _ = train(trained, run_step, facts.learning_rate)
-        for key in [key for key in found if key.startswith("loss/")]:
-            dist.all_reduce(found[key], group=self.ranks.dp)
-            if not self.pipeline.has_last:
-                del found[key]
-        found |= {f"parameters/{name}": p for name, p in trained.items()}
-        buffers = self.module.named_buffers(remove_duplicate=False)
-        return found | {f"buffers/{name}": x for name, x in buffers}, counted
+        def see(kind: str, tensors: Mapping[str, Tensor]) -> None:
+            if kind == "loss" and not self.pipeline.has_last:
+                return
+            for name in self.reference.names(kind):
+                key = f"{kind}/{name}"
+                if name not in tensors and not self._expects(key):
+                    continue
+                found, expected = tensors.get(name), self._part(key)
+                if found is None or found.shape != expected.shape:
+                    raise RankFailed(f"{key} is {_shape(found)}, not {_shape(expected)}")
+                squared[key] = squared_difference(found, expected)
+
+        train({name: known[name] for name in names}, run_step, facts.learning_rate, see)
+        see("buffers", dict(self.module.named_buffers(remove_duplicate=False)))
+        return squared, counted
 
     def run_micro_batches(self, step: int, num: int | None = None) -> tuple[list[Tensor], Tensor]:
         """Go forward and backward; return the outputs and the loss, on the last stage's ranks.
@@ -152,15 +160,7 @@ class Run:
 
     def check(self) -> dict[str, Any]:
         """Train, compare, and return a `Report` as plain data."""
-        found, counted = self.train()
-        squared: dict[str, float] = {}
-        for key in self.reference.norms:
-            if key not in found and not self._expects(key):
-                continue
-            expected = self._part(key)
-            if key not in found or found[key].shape != expected.shape:
-                raise RankFailed(f"{key} is {_shape(found.get(key))}, not {_shape(expected)}")
-            squared[key] = squared_difference(found[key], expected)
+        squared, counted = self.train()
         state = [key for key in squared if not key.startswith(("outputs/", "loss/"))]
         own = sum(p.numel() * p.itemsize for p in self.module.parameters())
         assignment = self.module.assignment

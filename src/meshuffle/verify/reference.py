@@ -1,7 +1,8 @@
 """What one device computes: the model itself, not captured code, on the whole batch.
 
-Three steps of SGD with momentum; kept are the outputs and gradients of the first, the losses of
-all, and the parameters and buffers behind the last. The random numbers are those of the plans.
+Three steps of SGD with momentum; seen are the outputs and gradients of the first, the losses of
+all, and the parameters and buffers behind the last: each when it exists, so that no copy of the
+model is kept. The random numbers are those of the plans.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import io
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,12 +29,15 @@ from meshuffle.graph import Graph, capture
 from meshuffle.graph.draws import number_draws
 from meshuffle.layout.call import Program
 from meshuffle.parallel.draws import ReferenceDraws, draw_key
-from meshuffle.verify.compare import Norm
+from meshuffle.verify.compare import Norm, kind_of
 from meshuffle.verify.job import Job, build_model, join_rows, loss_of, make_inputs, tensors_of
 
 NUM_STEPS, MOMENTUM, RELATIVE_STEP = 3, 0.9, 0.01
+_FACTS = "facts.json"
 
-Tensors = dict[str, Tensor]
+Tensors = Mapping[str, Tensor]
+See = Callable[[str, Tensors], None]
+"""Takes a kind (`outputs`, `gradients`, …) and its tensors by name, which are valid until then."""
 
 
 @dataclass(frozen=True)
@@ -54,34 +59,33 @@ class Reference:
     """A reference on disk.
 
     Args:
-        path: of a safetensors file with `kind/name` tensors; kinds are `initial`, `outputs`,
-            `loss`, `gradients`, `parameters` and `buffers`. A trace lies beside it.
+        path: of a folder with a safetensors file per kind: `initial`, `outputs`, `loss`,
+            `gradients`, `parameters` and `buffers`. A trace lies beside them.
 
     Attributes:
         noise: what `own_difference` found, by its number of rounded runs, where it was asked.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.trace_path = path, path.with_suffix(".trace")
+        self.path, self.trace_path = path, path / "trace.safetensors"
         self.noise: dict[int, dict[str, float]] = {}
-        with safe_open(path, "pt") as file:
-            self.keys = list(file.keys())
-            told = file.metadata()
-        self.facts = Facts(**json.loads(told["facts"]))
-        self.norms = {key: Norm(**norm) for key, norm in json.loads(told["norms"]).items()}
+        told = json.loads((path / _FACTS).read_text())
+        self.facts = Facts(**told["facts"])
+        self.norms = {key: Norm(**norm) for key, norm in told["norms"].items()}
 
     def __getitem__(self, key: str) -> Tensor:
-        with safe_open(self.path, "pt") as file:
-            tensor: Tensor = file.get_tensor(key)
+        kind, _, name = key.partition("/")
+        with safe_open(self.path / f"{kind}.safetensors", "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
             return tensor
 
     def names(self, kind: str) -> list[str]:
         """Return the names of a kind's tensors."""
-        return [key.partition("/")[2] for key in self.keys if key.startswith(f"{kind}/")]
+        return [key.partition("/")[2] for key in self.norms if kind_of(key) == kind]
 
 
 def make_reference(job: Job, path: Path) -> Reference:
-    """Run the reference of `job` in float64 and save it.
+    """Run the reference of `job` in float64 and save it in the folder `path`.
 
     Raises:
         ModelError: the model cannot be captured, or draws random numbers of its own.
@@ -91,18 +95,38 @@ def make_reference(job: Job, path: Path) -> Reference:
     parts = [torch.cat(replicas) for replicas in job.micro_batches()]
     example = tuple(x[parts[0]] if len(parts[0]) > 1 else x[:2] for x in inputs)
     facts = _facts(_captured(model, example), len(example[0]))
-    initial = {f"initial/{name}": x.clone() for name, x in model.state_dict().items()}
     before = {name: x.clone() for name, x in model.named_buffers()}
-    found, rate = _run(job, model, inputs, facts, parts)
-    still = {f"buffers/{n}" for n, x in model.named_buffers() if torch.equal(x, before[n])}
-    norms = {key: _norm(x, key in still) for key, x in found.items()}
+    norms: dict[str, Norm] = {}
+
+    def see(kind: str, tensors: Tensors) -> None:
+        for name, x in tensors.items():
+            still = kind == "buffers" and torch.equal(x, before[name])
+            norms[f"{kind}/{name}"] = _norm(x, still)
+        _save(tensors, path / f"{kind}.safetensors")
+
+    path.mkdir()
+    _save(model.state_dict(), path / "initial.safetensors")
+    rate = _run(job, model, inputs, facts, parts, see)
     told = {
-        "facts": json.dumps(asdict(replace(facts, learning_rate=rate))),
-        "norms": json.dumps({key: asdict(norm) for key, norm in norms.items()}),
+        "facts": asdict(replace(facts, learning_rate=rate)),
+        "norms": {key: asdict(norm) for key, norm in norms.items()},
     }
-    kept = {key: x.contiguous().clone() for key, x in (initial | found).items()}
-    save_file(kept, path, metadata=told)
+    (path / _FACTS).write_text(json.dumps(told))
     return Reference(path)
+
+
+def _save(tensors: Tensors, path: Path) -> None:
+    """Write tensors; those that share memory, or have gaps in it, are copied."""
+    shared = Counter(x.untyped_storage().data_ptr() for x in tensors.values())
+    save_file(
+        {
+            name: x.contiguous().clone()
+            if shared[x.untyped_storage().data_ptr()] > 1
+            else x.detach().contiguous()
+            for name, x in tensors.items()
+        },
+        path,
+    )
 
 
 def own_difference(job: Job, reference: Reference, *, num_rounded: int = 0) -> dict[str, float]:
@@ -128,6 +152,13 @@ def own_difference(job: Job, reference: Reference, *, num_rounded: int = 0) -> d
     runs += [(parts, False)] * num_rounded
     draws = torch.Generator().manual_seed(job.seed + 4)
     found: dict[str, float] = {}
+
+    def see(kind: str, tensors: Tensors) -> None:
+        for name, x in tensors.items():
+            key = f"{kind}/{name}"
+            difference = math.sqrt(squared_difference(x, reference[key]))
+            found[key] = max(found.get(key, 0.0), difference)
+
     for i, (order, channels_last) in enumerate(runs):
         model, given = build_model(job, dtype), inputs
         if channels_last:
@@ -135,10 +166,7 @@ def own_difference(job: Job, reference: Reference, *, num_rounded: int = 0) -> d
             given = tuple(_channels_last(x) for x in given)
         if i >= len(runs) - num_rounded:
             _round_at_random(model, draws)
-        tensors, _ = _run(job, model, given, facts, order)
-        for key in reference.norms:
-            difference = math.sqrt(squared_difference(tensors[key], reference[key]))
-            found[key] = max(found.get(key, 0.0), difference)
+        _run(job, model, given, facts, order, see)
     return found
 
 
@@ -186,9 +214,14 @@ def _facts(graph: Graph, batch: int) -> Facts:
 
 
 def _run(
-    job: Job, model: nn.Module, inputs: Sequence[Tensor], facts: Facts, parts: Sequence[Tensor]
-) -> tuple[Tensors, float]:
-    """Train for three steps; return the tensors, and the learning rate.
+    job: Job,
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    facts: Facts,
+    parts: Sequence[Tensor],
+    see: See,
+) -> float:
+    """Train for three steps; return the learning rate.
 
     Args:
         parts: the samples of each micro-batch, in any order; results are put back in order.
@@ -209,10 +242,9 @@ def _run(
         return joined, torch.stack(losses).sum()
 
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found, rate = train(trained, run_step, facts.learning_rate)
-    found |= {f"parameters/{name}": p.detach() for name, p in trained.items()}
-    found |= {f"buffers/{name}": x for name, x in model.named_buffers()}
-    return found, rate
+    rate = train(trained, run_step, facts.learning_rate, see)
+    see("buffers", dict(model.named_buffers()))
+    return rate
 
 
 def _rows(x: Tensor, samples: Tensor) -> Tensor:
@@ -229,37 +261,44 @@ def reference_draws(job: Job, facts: Facts, step: int, micro_batch: int = 0) -> 
 
 
 def train(
-    trained: dict[str, nn.Parameter],
+    trained: Mapping[str, nn.Parameter],
     run_step: Callable[[int], tuple[list[Tensor], Tensor]],
     rate: float | None,
-) -> tuple[Tensors, float]:
-    """Train for three steps; return `outputs`, `gradients` and `loss`, and the learning rate.
+    see: See,
+) -> float:
+    """Train for three steps; return the learning rate.
 
     Args:
         trained: parameters by name.
         run_step: returns the outputs and the loss of a step; gradients are then complete.
         rate: the learning rate, or None to choose it by the first step.
+        see: is given `outputs`, `gradients`, `loss` and `parameters`.
     """
     optimizer = torch.optim.SGD(trained.values(), 0.0, momentum=MOMENTUM)
-    found: Tensors = {}
-    losses: Tensors = {}
+    losses = {}
     for step in range(NUM_STEPS):
         optimizer.zero_grad(set_to_none=False)
         outputs, loss = run_step(step)
-        losses[f"loss/{step + 1}"] = loss.detach()
+        losses[f"{step + 1}"] = loss.detach()
         if step == 0:
-            found |= {f"outputs/{i}": x.detach().clone() for i, x in enumerate(outputs)}
-            for name, p in trained.items():
-                grad = torch.zeros_like(p) if p.grad is None else p.grad
-                found[f"gradients/{name}"] = grad.detach().clone()
+            see("outputs", {str(i): x.detach() for i, x in enumerate(outputs)})
+            grads = {
+                name: torch.zeros_like(p) if p.grad is None else p.grad
+                for name, p in trained.items()
+            }
+            see("gradients", grads)
             rate = _learning_rate(trained) if rate is None else rate
             optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
+    optimizer.zero_grad()
+    optimizer.state.clear()
+    see("loss", losses)
+    see("parameters", {name: p.detach() for name, p in trained.items()})
     assert rate is not None
-    return found | losses, rate
+    return rate
 
 
-def _learning_rate(trained: dict[str, nn.Parameter]) -> float:
+def _learning_rate(trained: Mapping[str, nn.Parameter]) -> float:
     size = math.sqrt(sum(float(p.detach().square().sum()) for p in trained.values()))
     grads = [p.grad for p in trained.values() if p.grad is not None]
     slope = math.sqrt(sum(float(g.square().sum()) for g in grads))
