@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import platform
 import re
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +88,32 @@ def fill_rendezvous(environ: dict[str, str]) -> None:
         environ["MASTER_ADDR"] = first_host(nodes)
     if "MASTER_PORT" not in environ:
         environ["MASTER_PORT"] = str(20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000)
+
+
+def choose_interface(environ: dict[str, str]) -> None:
+    """Let gloo use the network interface that leads to MASTER_ADDR, unless the user chose one.
+
+    By itself it takes the address of the host's name, which is often the loopback's, so that ranks
+    of other hosts are never reached. Sets GLOO_SOCKET_IFNAME; on Linux, for IPv4.
+    """
+    if "GLOO_SOCKET_IFNAME" in environ or platform.system() != "Linux":
+        return
+    with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
+        probe.connect((environ["MASTER_ADDR"], int(environ["MASTER_PORT"])))  # sends nothing
+        own = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # an interface without an address
+                if _address_of(name, probe) == own:
+                    environ["GLOO_SOCKET_IFNAME"] = name
+                    return
+
+
+def _address_of(interface: str, any_socket: socket.socket) -> str:
+    import fcntl  # not on Windows
+
+    get_address = 0x8915  # SIOCGIFADDR of netdevice(7)
+    request = interface.encode().ljust(32, b"\0")
+    return socket.inet_ntoa(fcntl.ioctl(any_socket, get_address, request)[20:24])
 
 
 def first_host(nodelist: str) -> str:
@@ -174,6 +202,8 @@ def process_group(
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         fill_rendezvous(os.environ)  # type: ignore[arg-type]
+        if env.world > env.local_world:
+            choose_interface(os.environ)  # type: ignore[arg-type]
         dist.init_process_group(
             backend,
             rank=env.rank,
