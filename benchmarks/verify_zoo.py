@@ -1,13 +1,15 @@
 """Every torchvision classifier under five plans: does it compute what one device computes?
 
-    python benchmarks/verify_zoo.py [NAME…] [--plan tp=2:channel] [--again] [--pipelines]
+    python benchmarks/verify_zoo.py [NAME…] [--plan tp=2:channel] [--again]
+    python benchmarks/verify_zoo.py [NAME…] [--again] --pipelines | --schedules
 
 Writes results/verify_zoo.csv, a row per model and plan, as they come; rows that passed are not run
-again, unless --again is given. With --pipelines the twenty smallest models under pipelines, with
-micro-batches of unequal size, to results/verify_pipelines.csv. Inputs are small and the check is
-that of DESIGN section 4.1 in float64. The share of FLOPs that runs split, the busiest rank's FLOPs
-over the mean, and the parameters that a rank keeps are of the model's native input, where nothing
-needs to be computed.
+again, unless --again is given. With --pipelines twenty models under pipelines, with micro-batches
+of unequal size, to results/verify_pipelines.csv; with --schedules three models under all seven
+schedules, there too. Inputs are small and the check is that of DESIGN section 4.1 in float64.
+
+The share of FLOPs that runs split, the busiest rank's FLOPs over the mean, and the parameters that
+a rank keeps are of the model's native input, where nothing needs to be computed.
 
 Ranks are forks of this process, which has captured the model already: on two cores that halves the
 time. Transformers of a fixed input are built for a smaller one.
@@ -31,7 +33,7 @@ import torch
 import torchvision
 from torch.nn import Parameter
 
-import small_vit
+import small_models
 from forks import run_forked
 from meshuffle.dist.device import num_cores
 from meshuffle.errors import MeshuffleError, RankFailed, in_words
@@ -40,7 +42,7 @@ from meshuffle.layout import assign
 from meshuffle.models import create_model
 from meshuffle.parallel import module as parallel_module
 from meshuffle.parallel.lower import lower
-from meshuffle.planner.plan import parse_plan
+from meshuffle.planner.plan import SCHEDULES, parse_plan
 from meshuffle.verify import api, reference
 from meshuffle.verify.api import verify
 from meshuffle.verify.job import build_model, make_inputs
@@ -51,6 +53,14 @@ PLANS = ("tp=2:channel", "tp=2:spatial", "tp=2:batch", "tp=3:channel", "dp=2,tp=
 PIPELINES = (
     *("pp=2,mb=3", "pp=4,mb=3", "dp=2,pp=2,mb=2", "tp=2,pp=2,mb=3", "dp=2,tp=2,pp=2,mb=2"),
 )
+BY_SCHEDULE = tuple(f"pp=2:{name},mb=4" for name in SCHEDULES)
+PIPELINED = (
+    *("mnasnet0_5", "mnasnet0_75", "mnasnet1_0", "mobilenet_v2", "mobilenet_v3_small"),
+    *("regnet_y_400mf", "shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x1_5"),
+    *("squeezenet1_0", "squeezenet1_1", "shufflenet_v1_x1_0_g8", "mobilenet_v3_large", "resnet50"),
+    *("densenet121", "inception_v3", "efficientnet_b0", "vit_b_16", "swin_t", "gpt2", "lstm"),
+)
+SCHEDULED = ("shufflenet_v2_x0_5", "vit_b_16", "gpt2")
 BATCH, SMALL = 4, 64
 NATIVE = {"inception_v3": 299, "vit_h_14": 224}
 FIXED = ("maxvit",)  # its windows need 224
@@ -71,12 +81,14 @@ def main() -> int:
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--at-once", type=int, default=6, help="models per launch of ranks")
     parser.add_argument("--pipelines", action="store_true")
+    parser.add_argument("--schedules", action="store_true")
     options = parser.parse_args()
     names, plans = options.names or by_size(), options.plan or PLANS
-    if options.pipelines:
+    if options.pipelines or options.schedules:
         global RESULTS, BATCH
         RESULTS, BATCH = RESULTS.with_name("verify_pipelines.csv"), 10
-        names, plans = options.names or names[:20], options.plan or PIPELINES
+        names = options.names or (SCHEDULED if options.schedules else PIPELINED)
+        plans = options.plan or (BY_SCHEDULE if options.schedules else PIPELINES)
     rows = read_rows()
     wanted = [(name, plan) for name in names for plan in plans]
     if not options.again:
@@ -175,19 +187,23 @@ def by_size() -> list[str]:
     return sorted(names, key=sizes.__getitem__)
 
 
-def small_input(name: str) -> int:
-    if name in small_vit.SIZE:
-        return small_vit.SIZE[name]
-    return 224 if name.startswith(FIXED) else LARGER.get(name, SMALL)
+def small_input(name: str) -> str:
+    if name in ("gpt2", "lstm"):
+        return "24:int"
+    fixed = 224 if name.startswith(FIXED) else LARGER.get(name, SMALL)
+    size = small_models.SIZE.get(name, fixed)
+    return f"3x{size}x{size}"
 
 
 def model_name(name: str) -> str:
-    return f"small_vit:{name}" if name in small_vit.SIZE else f"torchvision:{name}"
+    if hasattr(small_models, name):
+        return f"small_models:{name}"
+    return name if name.startswith("shufflenet_v1") else f"torchvision:{name}"
 
 
 def check(cases: Sequence[tuple[str, str]]) -> Iterable[dict[str, Any]]:
     """Verify some cases in as few launches as there are numbers of ranks; yield their rows."""
-    inputs = {name: f"3x{small_input(name)}x{small_input(name)}" for name, _ in cases}
+    inputs = {name: small_input(name) for name, _ in cases}
     verdicts = verify(
         [(model_name(name), plan, inputs[name]) for name, plan in cases],
         dtype="float64",
@@ -209,9 +225,13 @@ def check(cases: Sequence[tuple[str, str]]) -> Iterable[dict[str, Any]]:
 
 def native_graph(name: str) -> Graph:
     size = NATIVE.get(name, 224)
+    own = model_name(name) if name in ("gpt2", "lstm") else f"torchvision:{name}"
+    own = name if name.startswith("shufflenet_v1") else own
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = create_model(f"torchvision:{name}").train()
+        model = create_model(own).train()
+        if name in ("gpt2", "lstm"):
+            return capture(model, torch.zeros(BATCH, 24, dtype=torch.int64))
         return capture(model.to("meta"), torch.empty(BATCH, 3, size, size, device="meta"))
 
 
@@ -248,12 +268,12 @@ def read_rows() -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def write_rows(rows: Iterable[dict[str, Any]]) -> None:
-    order = {plan: i for i, plan in enumerate((*PLANS, *PIPELINES))}
+    order = {plan: i for i, plan in enumerate((*PLANS, *PIPELINES, *BY_SCHEDULE))}
     temporary = RESULTS.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: (row["model"], order.get(row["plan"], 9))))
+        writer.writerows(sorted(rows, key=lambda row: (row["model"], order.get(row["plan"], 99))))
     temporary.replace(RESULTS)
 
 
