@@ -4,7 +4,8 @@
 
 Writes results/verify_timm.csv, a row per model and plan, as they come; what is there is not run
 again, unless it failed for another reason than its capture. The model of a family is the one with
-the fewest parameters among the names that sound small.
+the fewest parameters among the names that sound small, for the smallest images that it takes and,
+of a transformer whose input is fixed, of two blocks.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import timm
 import torch
 
+import small_timm
 import verify_zoo  # its ranks are forks, and a model is captured once
 from meshuffle.verify.api import verify
 from verify_zoo import RESULTS as ZOO
@@ -26,7 +28,16 @@ from verify_zoo import RESULTS as ZOO
 PLANS = ("tp=2", "tp=2:channel")
 RESULTS = ZOO.with_name("verify_timm.csv")
 COLUMNS = (
-    *("family", "model", "plan", "input", "passed", "worst_relative_error", "worst_tensor"),
+    *(
+        "family",
+        "model",
+        "knobs",
+        "plan",
+        "input",
+        "passed",
+        "worst_relative_error",
+        "worst_tensor",
+    ),
     *("sharded_flops_fraction", "busiest_over_mean", "parameter_bytes_fraction"),
     *("sent_bytes_predicted", "sent_bytes_measured", "first_diverging", "error", "timm", "torch"),
 )
@@ -50,14 +61,6 @@ def smallest(family: str) -> str | None:
     return min(sizes, key=sizes.__getitem__) if sizes else None
 
 
-def input_of(name: str) -> str:
-    """Return 64 px where the model takes any size, else what it is made for."""
-    config = timm.get_pretrained_cfg(name)
-    size = config.input_size[-1] if config is not None else 224
-    fixed = config is None or config.fixed_input_size or size < 64
-    return f"3x{size}x{size}" if fixed else "3x64x64"
-
-
 def main() -> int:
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     if RESULTS.exists():
@@ -65,7 +68,7 @@ def main() -> int:
             rows = {(r["family"], r["plan"]): dict(r) for r in csv.DictReader(file)}
     for family in sys.argv[1:] or timm.list_modules():
         done = [rows.get((family, plan)) for plan in PLANS]
-        if all(r and (r["passed"] == "True" or "capture" in r["error"]) for r in done):
+        if all(r and (r["passed"] == "True" or r["error"]) for r in done):
             continue
         name = smallest(family)
         if name is None:
@@ -79,14 +82,16 @@ def main() -> int:
 
 
 def check(family: str, name: str) -> list[dict[str, Any]]:
-    size = input_of(name)
-    verdicts = verify([(f"timm:{name}", plan, size) for plan in PLANS], batch=4, timeout_s=300)
+    told = {"family": family, "model": name, "timm": timm.__version__, "torch": torch.__version__}
+    try:
+        knobs, side = verify_zoo.in_fork(small_timm.smallest_input)(name)
+    except RuntimeError as error:
+        return [{**told, "plan": plan, "passed": False, "error": str(error)} for plan in PLANS]
+    told |= {"input": f"3x{side}x{side}", "knobs": " ".join(f"{k}={v}" for k, v in knobs.items())}
+    cases = [(f"small_timm:{name}", plan, told["input"]) for plan in PLANS]
+    verdicts = verify(cases, batch=4, timeout_s=300)
     verify_zoo.forget()
-    versions = {"timm": timm.__version__, "torch": torch.__version__}
-    return [
-        {"family": family, **v.to_dict(), "model": name, "plan": plan, "input": size, **versions}
-        for plan, v in zip(PLANS, verdicts, strict=True)
-    ]
+    return [{**v.to_dict(), **told, "plan": v.plan} for v in verdicts]
 
 
 def write(rows: list[dict[str, Any]]) -> None:
