@@ -2,8 +2,9 @@
 
 `check` captures a small model, asks the rule of one of its ops for all choices, lowers the model
 once per choice (all other ops run whole), runs each rank's code up to the op, puts the ranks'
-results together as the choice says, and compares with the op on the whole. Nothing is trained, so
-that all that an op reads is taken out of whole tensors, without a collective.
+results together as the choice says, and compares them with the op on the whole, and so the
+gradients. The program is that of a model of which nothing is trained, so that all that an op reads
+is taken out of whole tensors, without a collective.
 """
 
 from __future__ import annotations
@@ -94,11 +95,13 @@ def check(
     """
     program = captured(model, inputs, world, train)
     (call, *_) = (c for c in program.calls if packet_of(c.node) is op)
+    for parameter in model.parameters():
+        parameter.requires_grad_()  # the program says otherwise
     ran = [x[:1].expand(other_batch, *x.shape[1:]).clone() for x in inputs] if other_batch else []
     for i, x in enumerate(ran):
         if x.is_floating_point():
             x += torch.arange(x.numel()).view(x.shape).remainder(7) * (i + 1)
-    given = tuple(ran) or inputs
+    given = tuple(x.clone().requires_grad_(x.is_floating_point()) for x in ran or inputs)
     tensors = {name: t.clone() for name, t in whole_tensors(program, model).items()}
     whole = run_program(program, tensors, given)[call.node]
     checked = Checked()
@@ -314,9 +317,15 @@ def compared(
         pieces = zip(choice.output, zip(*parts, strict=True), whole, strict=True)
     else:
         pieces = zip([choice.output], [parts], [whole], strict=True)
-    batch = inputs[0].shape[0]
+    leaves = [x for x in (*inputs, *model.parameters()) if x.requires_grad]
     for layout, locals_, expected in pieces:
-        fault = differs(layout, locals_, expected, batch)
+        try:
+            found = joined(layout, locals_, expected, inputs[0].shape[0])
+        except ValueError as error:
+            return str(error)
+        fault = differs(found, expected)
+        if not fault and expected.requires_grad and leaves:
+            fault = gradients_differ(found, expected, leaves)
         if fault:
             return fault
     return None
@@ -329,24 +338,27 @@ def cut(whole: Tensor, layout: Shard | None, rank: int) -> Tensor:
     return whole.index_select(layout.dim, torch.tensor(layout.owners[rank]))
 
 
-def differs(layout: Layout, parts: Sequence[Tensor], whole: Tensor, batch: int) -> str | None:
-    """Say how the parts, put together as `layout` says, differ from the whole."""
+def joined(layout: Layout, parts: Sequence[Tensor], whole: Tensor, batch: int) -> Tensor:
+    """Return the parts put together as `layout` says; ValueError where they do not fit."""
     if isinstance(layout, Partial):
-        found = sum(parts[1:], parts[0])
-    elif isinstance(layout, Shard | Samples):
-        owners = (
-            layout.owners
-            if isinstance(layout, Shard)
-            else samples_owners(whole.shape[layout.dim], batch, len(parts))
-        )
-        lengths = [part.shape[layout.dim] for part in parts]
-        if lengths != [len(part) for part in owners]:
-            return f"parts of {lengths}"
-        index = torch.tensor([i for part in owners for i in part])
-        joined = torch.cat(list(parts), layout.dim)
-        found = torch.empty_like(joined).index_copy_(layout.dim, index, joined)
-    else:
-        found = parts[0]
+        return sum(parts[1:], parts[0])
+    if not isinstance(layout, Shard | Samples):
+        return parts[0]
+    owners = (
+        layout.owners
+        if isinstance(layout, Shard)
+        else samples_owners(whole.shape[layout.dim], batch, len(parts))
+    )
+    lengths = [part.shape[layout.dim] for part in parts]
+    if lengths != [len(part) for part in owners]:
+        raise ValueError(f"parts of {lengths}")
+    index = torch.tensor([i for part in owners for i in part])
+    return torch.cat(list(parts), layout.dim).index_select(layout.dim, index.argsort())
+
+
+def differs(found: Tensor, whole: Tensor) -> str | None:
+    """Say how a tensor differs from what it should be."""
+    found, whole = found.detach(), whole.detach()
     if found.shape != whole.shape or found.dtype != whole.dtype:
         return f"{found.dtype} {tuple(found.shape)} for {whole.dtype} {tuple(whole.shape)}"
     if not whole.is_floating_point():
@@ -356,3 +368,23 @@ def differs(layout: Layout, parts: Sequence[Tensor], whole: Tensor, batch: int) 
     if torch.allclose(found, whole, rtol=0, atol=1e-12 * scale, equal_nan=True):
         return None
     return f"differs by up to {float((found - whole).abs().nan_to_num(0).max()):.1e}"
+
+
+def gradients_differ(found: Tensor, whole: Tensor, leaves: Sequence[Tensor]) -> str | None:
+    """Say how the gradients of some weighted sum of the elements differ."""
+    weights = torch.arange(whole.numel(), dtype=whole.dtype).view(whole.shape).sin()
+    for x, a, b in zip(
+        leaves, *(_gradients(y, leaves, weights) for y in (found, whole)), strict=True
+    ):
+        fault = differs(a, b)
+        if fault:
+            return f"gradient of {tuple(x.shape)} {fault}"
+    return None
+
+
+def _gradients(y: Tensor, leaves: Sequence[Tensor], weights: Tensor) -> Sequence[Tensor]:
+    if not y.requires_grad:
+        return [torch.zeros_like(x) for x in leaves]
+    return torch.autograd.grad(
+        y, leaves, weights, retain_graph=True, allow_unused=True, materialize_grads=True
+    )

@@ -12,7 +12,7 @@ from torch import nn
 
 from meshuffle.layout.call import RULES
 from meshuffle.layout.layout import Partial, Shard, Varying
-from meshuffle.layout.rules import contraction, conv, moves, pool, window
+from meshuffle.layout.rules import blocks, contraction, conv, moves, pool, window
 
 from .harness import Apply, check, ok
 
@@ -41,17 +41,40 @@ def test_a_rule_that_forgets_a_dim(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def shifted_window(layout: Any, kernel: Any) -> Any:
     """What each rank needs, one row too low; where the image ends, as it should be."""
-    needed, pads = window.window(layout, kernel)
+    needed, pads = whole_window(layout, kernel)
     parts = [tuple(i - 1 if i and part[0] else i for i in part) for part in needed.needs]
     return window.Window(needed.dim, tuple(parts)), pads
 
 
 def swapped_owners(groups: Any, size: int) -> Any:
-    parts = conv_channels_of(groups, size)
+    parts = block_indices(groups, size)
     return (parts[1], parts[0], *parts[2:]) if size == 2 else parts
 
 
-conv_channels_of = conv._channels_of
+def one_row_short(kernel: Any, first: int, last: int) -> tuple[int, int]:
+    start, stop = adjoint_needs(kernel, first, last)
+    return start, max(start, stop - (first > 0))
+
+
+def next_sources(*args: Any) -> Any:
+    """The row behind the one that is seen."""
+    index, weights = pool_terms(*args)
+    return (index + 1).clamp(max=args[4] - 1), weights
+
+
+def of_the_sizes(op: Any, constants: Any, d: int, num: int, size: int, dtype: Any) -> Any:
+    """The scale that the sizes have, where another is given."""
+    out = tuple(int(size * scale) if scale != 1 else 1 for scale in constants[-1])
+    return pool_terms(op, (out, *constants[1:-1], None), d, num, size, dtype)
+
+
+def no_gradient(x: torch.Tensor, *args: Any) -> torch.Tensor:
+    return pool_weighted(x.detach(), *args)
+
+
+adjoint_needs, pool_terms, pool_weighted = conv._Adjoint.needs, pool._terms, pool.weighted
+block_indices = blocks._indices
+whole_window = window.window
 
 
 def changed(rule: Callable[..., Any], **changes: Any) -> Callable[..., Any]:
@@ -75,17 +98,37 @@ def backwards(choice: Any) -> Any:
 
 FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], nn.Module, Any]] = {
     "a window shifted by one": (
-        lambda patch: patch.setattr(conv, "window", shifted_window),
+        lambda patch: patch.setattr(window, "window", shifted_window),
         conv_model(),
         aten.conv2d,
     ),
     "a pool's window shifted by one": (
-        lambda patch: patch.setattr(pool, "window", shifted_window),
+        lambda patch: patch.setattr(window, "window", shifted_window),
         nn.MaxPool2d(3, 2, 1),
         aten.max_pool2d,
     ),
+    "a transposed convolution's window one row short": (
+        lambda patch: patch.setattr(conv._Adjoint, "needs", one_row_short),
+        nn.ConvTranspose2d(8, 4, 3, 2, 1),
+        aten.conv_transpose2d,
+    ),
+    "wrong sources of interpolated rows": (
+        lambda patch: patch.setattr(pool, "_terms", next_sources),
+        nn.Upsample(scale_factor=1.7),
+        aten.upsample_nearest2d,
+    ),
+    "interpolated rows of another scale": (
+        lambda patch: patch.setattr(pool, "_terms", of_the_sizes),
+        nn.Upsample(scale_factor=1.7, mode="bilinear"),
+        aten.upsample_bilinear2d,
+    ),
+    "a resize through which no gradient flows": (
+        lambda patch: patch.setattr(pool, "weighted", no_gradient),
+        nn.Upsample((5, 6), mode="bilinear"),
+        aten.upsample_bilinear2d,
+    ),
     "wrong owners of groups": (
-        lambda patch: patch.setattr(conv, "_channels_of", swapped_owners),
+        lambda patch: patch.setattr(blocks, "_indices", swapped_owners),
         nn.Conv2d(8, 12, 3, groups=4),
         aten.conv2d,
     ),

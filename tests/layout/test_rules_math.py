@@ -125,6 +125,7 @@ def batch_norm(channels: int) -> nn.BatchNorm2d:
         (batch_norm(8), aten.batch_norm, (4, 8, 5, 6), True, (1,)),
         (nn.BatchNorm1d(8, affine=False), aten.batch_norm, (4, 8), False, (0, 1)),
         (nn.GroupNorm(4, 8), aten.group_norm, (4, 8, 5, 6), True, (0, 1)),
+        (nn.InstanceNorm2d(8, affine=True), aten.instance_norm, (4, 8, 5, 6), True, (0, 1)),
         (nn.LayerNorm(8), aten.layer_norm, (4, 5, 8), True, (0, 1)),
         (nn.LayerNorm((5, 6)), aten.layer_norm, (4, 8, 5, 6), True, (0, 1)),
         (nn.RMSNorm(8), aten.rms_norm, (4, 5, 8), True, (0, 1)),
@@ -180,7 +181,7 @@ def test_reductions(name: str, dims: set[int], keeps: bool, seed: int) -> None:
         (lambda x: x.cumsum(1), aten.cumsum, (0, 2, 3)),
         (lambda x: x.flip(-1), aten.flip, (0, 1, 2)),
         (lambda x: x.roll((1, 2), (2, 3)), aten.roll, (0, 1)),
-        (lambda x: F.pad(x, (1, 2, 0, 1)), aten.pad, (0, 1)),
+        (lambda x: F.pad(x, (1, 2, 0, 1)), aten.pad, (0, 1, 2, 3)),
         (lambda x: F.pad(x, (-1, 2)), aten.pad, (0, 1, 2)),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,10 +11,27 @@ from torch.fx import Node
 
 from meshuffle.layout.call import Call, Choice, Emitter, rule, splits
 from meshuffle.layout.layout import Layout, Partial, Replicate, Samples, Shard, Split, Varying
+from meshuffle.layout.rules.blocks import blocks
 from meshuffle.layout.rules.pointwise import pointwise
 
 aten = torch.ops.aten
 Arriving = Sequence[Sequence[Layout]]
+
+
+def of_1d_to_3d(*names: str) -> list[Any]:
+    """Return the ops whose names say "Nd", for 1 to 3 dims of space."""
+    return [getattr(aten, name.replace("Nd", f"{n}d")) for name in names for n in (1, 2, 3)]
+
+
+RESAMPLING = (
+    *of_1d_to_3d("adaptive_avg_poolNd", "upsample_nearestNd", "_upsample_nearest_exactNd"),
+    *(aten.upsample_linear1d, aten.upsample_bilinear2d, aten.upsample_trilinear3d),
+    aten.upsample_bicubic2d,
+)
+_OTHER_SPATIAL = (
+    *of_1d_to_3d("max_poolNd", "max_poolNd_with_indices", "avg_poolNd", "adaptive_max_poolNd"),
+    *(aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa),
+)
 
 
 def _dims(value: Any, num: int) -> set[int]:
@@ -35,6 +53,11 @@ def _normalised(call: Call) -> set[int]:
     return set(range(num - len(call["normalized_shape"]), num))
 
 
+def num_space(call: Call) -> int:
+    """Return over how many of the last dims an op goes, as its name says."""
+    return int(re.findall(r"(\d)d", str(call.node.target))[0])
+
+
 _ACTING: dict[Any, Callable[[Call], set[int]]] = {
     **dict.fromkeys(
         [
@@ -46,6 +69,10 @@ _ACTING: dict[Any, Callable[[Call], set[int]]] = {
     **dict.fromkeys([aten.flip, aten.roll], lambda call: _dims(call["dims"], len(call.out))),
     **dict.fromkeys([aten.pad, aten.constant_pad_nd], _padded),
     **dict.fromkeys([aten.layer_norm, aten.rms_norm, aten._fused_rms_norm], _normalised),
+    **dict.fromkeys(
+        [*RESAMPLING, *_OTHER_SPATIAL],
+        lambda call: _dims(range(-num_space(call), 0), len(call.shape(call.inputs[0]))),
+    ),
 }
 
 
@@ -93,17 +120,18 @@ def reduce(call: Call, wanted: Sequence[Any], arriving: Arriving) -> Iterator[Ch
             result = layout.on(place[layout.dim])
             yield Choice((layout,), (result,) * len(outputs) if several else result, layout)
         elif packet in (aten.mean, aten.sum) and call.given.get("dtype") is None:
-            local = _Term(layout, call.shape(x)[layout.dim]) if packet is aten.mean else None
+            local = Term(layout, call.shape(x)[layout.dim]) if packet is aten.mean else None
             yield Choice((layout,), Partial(), layout, local=local)
 
 
-class _Term:
+class Term:
     """A rank's mean, weighted by its share of the dim."""
 
     def __init__(self, layout: Split, size: int) -> None:
         self.layout, self.size = layout, size
 
     def __call__(self, emit: Emitter) -> Node:
+        """Add both."""
         return emit.call(aten.mul.Tensor, emit.again(), emit.share(self.layout, self.size))
 
 
@@ -128,28 +156,20 @@ def batch_norm(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iter
         yield Choice(inputs, layout, layout, sent_bytes=sent)
 
 
-@rule(aten.group_norm)
+@rule(aten.group_norm, aten.instance_norm)
 def group_norm(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iterator[Choice]:
-    """Over samples, or over whole groups of channels."""
-    x, num_groups = call["input"], int(call["num_groups"])
+    """Over samples, or over whole groups of channels; in instance norm each is a group."""
+    x = call["input"]
+    if call.given.get("running_mean") is not None:
+        return  # statistics of all samples
+    num_groups = int(call.given.get("num_groups", call.shape(x)[1]))
     size = call.shape(x)[1] // num_groups
     if (samples := call.samples(x)) is not None:
         yield Choice(call.lie({x: samples}, Varying()), samples, samples)
-    even = call.even(1, num_groups)
-    blocks = even and Shard.blocks(1, [len(part) * size for part in even.owners])
-    for layout in splits([*wanted, *arriving[0], blocks]):
-        if layout.dim == 1 and isinstance(layout, Shard) and _whole_groups(layout, size):
-            local = _Groups(layout, size)
-            yield Choice(call.lie({x: layout}, layout.on(0)), layout, layout, local=local)
-
-
-def _whole_groups(layout: Shard, size: int) -> bool:
-    return all(
-        len(part) % size == 0
-        and all(part[i] == part[i - i % size] + i % size for i in range(len(part)))
-        and all(part[i] % size == 0 for i in range(0, len(part), size))
-        for part in layout.owners
-    )
+    arrived = arriving[call.inputs.index(x)]
+    for layout, _ in blocks(call, 1, num_groups, (size, size), wanted, arrived):
+        local = _Groups(layout, size) if "num_groups" in call.given else None
+        yield Choice(call.lie({x: layout}, layout.on(0)), layout, layout, local=local)
 
 
 class _Groups:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from meshuffle.layout.call import Call, Choice, Emitter, rule, splits, unique
-from meshuffle.layout.layout import Layout, Partial, Shard, Varying, Window
-from meshuffle.layout.rules.window import Kernel, is_contiguous, padded, window
+from meshuffle.layout.call import Call, Choice, Emitter, rule, splits
+from meshuffle.layout.layout import Layout, Partial, Shard, Varying
+from meshuffle.layout.rules.blocks import blocks
+from meshuffle.layout.rules.window import Kernel, Padded, Pads, read, rows
 
 aten = torch.ops.aten
 Arriving = Sequence[Sequence[Layout]]
@@ -37,13 +37,14 @@ class _Channels:
 def convolution(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iterator[Choice]:
     """input (N, C, …), weight (O, C / groups, …)."""
     yield from _channels(call, wanted, arriving, transposed=False)
-    yield from _space(call, wanted, arriving)
+    yield from _space(call, wanted, arriving, Kernel)
 
 
 @rule(aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d)
 def transposed(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iterator[Choice]:
     """input (N, C, …), weight (C, O / groups, …)."""
     yield from _channels(call, wanted, arriving, transposed=True)
+    yield from _space(call, wanted, arriving, _Adjoint)
 
 
 def _channels(
@@ -98,31 +99,12 @@ def _groups(
 ) -> Iterator[Choice]:
     """Each rank computes some groups, in any order."""
     x, weight, bias = nodes
-    even = Shard.even(1, sizes.groups, call.world).owners
-    found = [_groups_of(w, sizes.outs) for w in wanted]
-    found += [_groups_of(a, sizes.ins) for a in arrived]
-    for groups in dict.fromkeys([*found, even]):
-        if groups is None or sum(map(len, groups)) != sizes.groups:
-            continue
-        source, result = _channels_of(groups, sizes.ins), _channels_of(groups, sizes.outs)
-        split = Shard(1, result)
-        in_weight = source if sizes.transposed else result
-        given = {x: Shard(1, source), weight: Shard(0, in_weight), bias: split.on(0)}
-        local = _LocalGroups([len(part) for part in groups])
+    each = (sizes.ins, sizes.outs)
+    for source, split in blocks(call, 1, sizes.groups, each, wanted, arrived):
+        in_weight = source if sizes.transposed else split
+        given = {x: source, weight: in_weight.on(0), bias: split.on(0)}
+        local = _LocalGroups([len(part) // sizes.ins for part in source.owners])
         yield Choice(call.lie(given, Varying()), split, split, "channel", local=local)
-
-
-def _groups_of(layout: Layout, size: int) -> tuple[tuple[int, ...], ...] | None:
-    """Return the groups of `size` channels that each rank has, if it has whole ones."""
-    if not isinstance(layout, Shard) or layout.dim != 1:
-        return None
-    groups = tuple(tuple(i // size for i in part[::size]) for part in layout.owners)
-    return groups if all(groups) and _channels_of(groups, size) == layout.owners else None
-
-
-@functools.lru_cache(maxsize=4096)
-def _channels_of(groups: tuple[tuple[int, ...], ...], size: int) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(g * size + i for g in part for i in range(size)) for part in groups)
 
 
 class _LocalGroups:
@@ -150,45 +132,72 @@ def _within_groups(call: Call, sizes: _Channels, nodes: tuple[Any, ...]) -> Iter
             owners.append(tuple(start + i for i in part))
             needs.append(tuple(range(group * sizes.ins, (group + 1) * sizes.ins)))
     layout = Shard(1, tuple(owners))
-    once = len(sharing) == call.world
-    source = Shard(1, tuple(needs)) if once else Window(1, tuple(needs))
+    source = read(1, tuple(needs), call.shape(x)[1])
     given = {x: source, weight: layout.on(0), bias: layout.on(0)}
     local = _LocalGroups([1] * call.world)
     yield Choice(call.lie(given, Varying()), layout, layout, "channel", local=local)
 
 
-def _space(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iterator[Choice]:
+def _space(
+    call: Call, wanted: Sequence[Layout], arriving: Arriving, kind: type[Kernel]
+) -> Iterator[Choice]:
     """Each rank computes some rows; what it needs beyond its own comes from its neighbours."""
-    x, weight = call["input"], call["weight"]
-    num = len(call.shape(weight)) - 2
-    if len(call.shape(x)) != num + 2 or isinstance(call["padding"], str):
-        return
-    sizes = call.shape(x)[2:], call.shape(weight)[2:]
-    steps = [call.ints(name, num) for name in ("stride", "padding", "dilation")]
-    arrived = [a for a in arriving[call.inputs.index(x)] if is_contiguous(a)]
-    for d in range(num):
-        kernel = Kernel(sizes[0][d], sizes[1][d], *(step[d] for step in steps))
-        same = arrived if call.out[d + 2] == kernel.size else []
-        found = [w for w in [*wanted, *same] if is_contiguous(w) and w.dim == d + 2]  # type: ignore[union-attr]
-        for layout in unique([*found, call.even(d + 2)]):
-            needed = window(layout, kernel) if isinstance(layout, Shard) else None
-            if needed is None or not isinstance(layout, Shard):
-                continue
-            inputs = call.lie({x: needed[0]}, Varying())
-            local = _Rows(d, num, needed[1], steps[1])
-            yield Choice(inputs, layout, layout, "spatial", local=local)
+    x = call["input"]
+    kernels = _kernels(call, kind)
+    for d, layout, needed, ends in rows(call, kernels, wanted, arriving[call.inputs.index(x)]):
+        inputs = call.lie({x: needed}, Varying())
+        local: Any = _padded(call, d, kernels, ends)
+        if kind is _Adjoint:
+            local = _Spread(d, kernels, layout, call.ints("output_padding", len(kernels)))
+        yield Choice(inputs, layout, layout, "spatial", local=local)
 
 
-class _Rows:
-    """The convolution of a rank's window, padded only where the tensor ends."""
+def _kernels(call: Call, kind: type[Kernel]) -> list[Kernel]:
+    """Return those of the dims of space; none without a batch."""
+    sizes, widths = call.shape(call["input"])[2:], call.shape(call["weight"])[2:]
+    num, paddings = len(widths), [0] * len(widths)  # "valid"
+    strides, dilations = call.ints("stride", num), call.ints("dilation", num)
+    if call["padding"] == "same":
+        paddings = [d * (w - 1) // 2 for d, w in zip(dilations, widths, strict=True)]
+    elif not isinstance(call["padding"], str):
+        paddings = call.ints("padding", num)
+    each = zip(sizes, widths, strides, paddings, dilations, strict=False)
+    return [kind(*numbers) for numbers in each] if len(sizes) == num else []
+
+
+def _padded(call: Call, d: int, kernels: Sequence[Kernel], ends: Pads) -> Padded:
+    """Return the convolution of a rank's window, padded only where the tensor ends."""
+    rest = [0 if i == d else k.padding for i, k in enumerate(kernels)]
+    if not isinstance(call["padding"], str):
+        return Padded(d, ends, [(0, 0)] * len(kernels), padding=rest)
+    same = call["padding"] == "same"  # an odd padding is longer behind
+    around = [(k.padding, k.reach - k.padding if same else 0) for k in kernels]
+    return Padded(d, ends, around, padding="valid")
+
+
+class _Adjoint(Kernel):
+    """The kernel of a transposed convolution: its `stride` is that of the outputs."""
+
+    def needs(self, first: int, last: int) -> tuple[int, int]:
+        """Return the inputs that add to outputs first … last; one in front of those in gaps."""
+        first, last = first + self.padding, last + self.padding
+        start = -((self.reach - first) // self.stride)
+        return min(first // self.stride, start), last // self.stride
+
+
+class _Spread:
+    """The transposed convolution of a rank's window without padding, and of that its rows."""
 
     def __init__(
-        self, d: int, num: int, pads: Sequence[tuple[int, int]], padding: Sequence[int]
+        self, d: int, kernels: Sequence[Kernel], layout: Shard, behind: Sequence[int]
     ) -> None:
-        self.d, self.num, self.pads, self.padding = d, num, pads, list(padding)
+        self.d, self.kernels, self.layout, self.behind = d, kernels, layout, behind
 
     def __call__(self, emit: Emitter) -> Node:
-        around = [(0, 0)] * self.num
-        around[self.d] = self.pads[emit.rank]
-        rest = [0 if i == self.d else p for i, p in enumerate(self.padding)]
-        return emit.again(input=padded(emit, emit.given["input"], around), padding=rest)
+        kernel, part = self.kernels[self.d], self.layout.owners[emit.rank]
+        held = kernel.held(part)
+        start, stop = (i * kernel.stride - kernel.padding for i in (held[0], held[-1]))
+        padding, behind = [k.padding for k in self.kernels], list(self.behind)
+        padding[self.d], behind[self.d] = 0, max(0, part[-1] - stop - kernel.reach)
+        y = emit.again(padding=padding, output_padding=behind)
+        return emit.take(y, self.layout.dim, range(part[0] - start, part[-1] - start + 1))

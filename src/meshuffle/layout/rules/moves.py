@@ -13,6 +13,7 @@ from meshuffle.graph.functional import reorder
 from meshuffle.layout.call import Call, Choice, Emitter, broadcast, raised, rule, splits, unique
 from meshuffle.layout.layout import Layout, Owners, Samples, Shard, Split, samples_owners
 from meshuffle.layout.reshape import reshaped
+from meshuffle.layout.rules.blocks import blocks
 
 aten = torch.ops.aten
 Arriving = Sequence[Sequence[Layout]]
@@ -120,6 +121,19 @@ def _renamed(layout: Split, dim: int, names: Any) -> Split:
 def _same(emit: Emitter) -> Node:
     x: Node = emit.given["x"]
     return x
+
+
+@rule(aten.pixel_shuffle, aten.pixel_unshuffle)
+def pixel_shuffle(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iterator[Choice]:
+    """input (N, C, H, W): a block of a dim becomes a block of it, of another size."""
+    (x,) = call.inputs
+    if (samples := call.samples()) is not None:
+        yield Choice((samples,), samples, samples)
+    for dim, (before, after) in enumerate(zip(call.shape(x), call.out, strict=True)):
+        num = min(before, after)
+        sizes = (before // num, after // num)
+        for source, result in blocks(call, dim, num, sizes, wanted, arriving[0]):
+            yield Choice((source,), result, result)
 
 
 @rule(aten.cat, aten.concat)

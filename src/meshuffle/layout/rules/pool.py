@@ -1,149 +1,183 @@
-"""Pooling: samples, channels, and space with a halo."""
+"""Pooling, interpolation and padding: samples, channels, and space row by row.
+
+A maximum is the op itself on a window, as a convolution is. All others are linear and take one
+dim after the other, and along a dim each result is a weighted sum of a few inputs. Of which, and
+with what weights, the op itself is asked: so torch's rules of rounding, alignment and scale
+factors hold. Antialiased rows are left whole: in torch 2.15 they are wrong where the width is 1.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
-from meshuffle.layout.call import Call, Choice, Emitter, rule, splits, unique
+from meshuffle.layout.call import Call, Choice, Emitter, rule, splits
 from meshuffle.layout.layout import Layout, Partial, Shard
-from meshuffle.layout.rules.window import Kernel, is_contiguous, padded, window
+from meshuffle.layout.rules.along import RESAMPLING, Term, along, num_space, of_1d_to_3d
+from meshuffle.layout.rules.window import Kernel, Padded, read, rows, ways
 
 aten = torch.ops.aten
 Arriving = Sequence[Sequence[Layout]]
+Arguments = Mapping[str, Sequence[Any]]
 
-_MAX = (aten.max_pool1d, aten.max_pool2d, aten.max_pool3d)
-_AVERAGE = (aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d)
-_DIMS = {packet: i % 3 + 1 for i, packet in enumerate([*_MAX, *_AVERAGE])}
+_NEUTRAL = {"scale_factors": 1.0, "kernel_size": 1, "stride": 1, "padding": 0, "pad": (0, 0)}
+"""What leaves a dim as it is; so does an `output_size` that is the input's."""
 
 
-@rule(*_MAX, *_AVERAGE)
+@rule(*of_1d_to_3d("max_poolNd", "avg_poolNd"))
 def pool(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iterator[Choice]:
     """input (N, C, …): windows of one channel."""
-    (x,) = call.inputs
-    packet = call.node.target._overloadpacket  # type: ignore[union-attr]
-    num = _DIMS[packet]
-    lead = len(call.out) - num
-    for layout in splits([*wanted, *arriving[0], call.samples(x)]):
-        if layout.dim < lead:
-            yield Choice((layout,), layout, layout)
-    widths = call.ints("kernel_size", num)
-    strides = call.ints("stride", num) if call["stride"] else widths
-    paddings = call.ints("padding", num)
-    dilations = call.ints("dilation", num) if "dilation" in call.given else [1] * num
-    sizes = call.shape(x)[lead:]
-    kernels = [Kernel(*k) for k in zip(sizes, widths, strides, paddings, dilations, strict=True)]
-    if packet in _AVERAGE and not _is_plain_average(call, kernels, lead):
+    yield from along(call, wanted, arriving)
+    num = num_space(call)
+    names = ("kernel_size", "stride" if call["stride"] else "kernel_size", "padding")
+    widths, strides, paddings = (call.ints(name, num) for name in names)
+    if "dilation" not in call.given:  # an average
+        arguments = {"kernel_size": widths, "stride": strides, "padding": paddings}
+        if call.given.get("divisor_override") is None:
+            yield from _resampled(call, arguments, wanted, arriving[0])
         return
-    for d, kernel in enumerate(kernels):
-        dim = d + lead
-        same = arriving[0] if call.out[dim] == kernel.size else []
-        found = [w for w in [*wanted, *same] if is_contiguous(w) and w.dim == dim]  # type: ignore[union-attr]
-        for rows in unique([*found, call.even(dim)]):
-            needed = window(rows, kernel) if isinstance(rows, Shard) else None
-            if needed is None or not isinstance(rows, Shard):
-                continue
-            local = _Rows(d, kernels, needed[1], call.out[lead:], packet in _MAX)
-            yield Choice((needed[0],), rows, rows, local=local)
-
-
-def _is_plain_average(call: Call, kernels: Sequence[Kernel], lead: int) -> bool:
-    """Tell whether every window is divided by the same number."""
-    if not call["count_include_pad"] and any(k.padding for k in kernels):
-        return False
-    return all(
-        k.needs(0, out - 1)[1] < k.size + k.padding
-        for k, out in zip(kernels, call.out[lead:], strict=True)
+    (x,) = call.inputs
+    each = zip(
+        call.shape(x)[-num:], widths, strides, paddings, call.ints("dilation", num), strict=True
     )
+    kernels = [Kernel(*numbers) for numbers in each]
+    # Of a dim that is not split: in front, and behind as far as the last window goes.
+    around = [
+        (k.padding, max(0, k.needs(0, out - 1)[1] - k.size + 1))
+        for k, out in zip(kernels, call.out[-num:], strict=True)
+    ]
+    for d, layout, needed, ends in rows(call, kernels, wanted, arriving[0]):
+        local = Padded(d, ends, around, -math.inf, padding=[0] * num, ceil_mode=False)
+        yield Choice((needed,), layout, layout, local=local)
+
+
+@rule(*RESAMPLING)
+def resize(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iterator[Choice]:
+    """Samples, channels and space; one mean of all of a dim also as a sum of terms."""
+    yield from along(call, wanted, arriving)
+    given = {key: call.given.get(key) for key in ("output_size", "scale_factors")}
+    arguments = {key: values for key, values in given.items() if values is not None}
+    yield from _resampled(call, arguments, wanted, arriving[0])
+    lead = len(call.out) - num_space(call)
+    for layout in splits(arriving[0] if "avg" in str(call.node.target) else []):
+        if layout.dim >= lead and call.out[layout.dim] == 1:
+            local = Term(layout, call.shape(call.inputs[0])[layout.dim])
+            yield Choice((layout,), Partial(), layout, local=local)
+
+
+@rule(aten.pad, aten.constant_pad_nd)
+def pad(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iterator[Choice]:
+    """A dim that is not padded, or one whose ends have ranks that pad their parts."""
+    yield from along(call, wanted, arriving)
+    pairs = list(zip(call["pad"][::2], call["pad"][1::2], strict=True))[::-1]
+    if call.given.get("mode", "constant") != "constant":
+        yield from _resampled(call, {"pad": pairs}, wanted, arriving[0])
+        return
+    sizes = call.out[len(call.out) - len(pairs) :]
+    kernels = [Kernel(n - sum(pair), 1, 1, pair[0]) for n, pair in zip(sizes, pairs, strict=True)]
+    for d, layout, needed, ends in rows(call, kernels, wanted, arriving[0]):
+        local = Padded(d, ends, pairs, call["value"] or 0.0)
+        yield Choice((needed,), layout, layout, local=local)
+
+
+def _resampled(
+    call: Call, arguments: Arguments, wanted: Sequence[Layout], arriving: Sequence[Layout]
+) -> Iterator[Choice]:
+    """Yield splits along dims of which each result sees a few inputs; `arguments` are per dim."""
+    (x,) = call.inputs
+    nearest_by = "upsample_nearest" in str(call.node.target) and call.given.get("scale_factors")
+    fixed = all(isinstance(v, int | float | tuple) for values in arguments.values() for v in values)
+    other = any(call.given.get(key) for key in ("scales", "scales_h"))  # of the other overload
+    if not fixed or other or not x.meta["val"].is_floating_point():
+        return
+    num = max(map(len, arguments.values()))
+    dtype = torch.promote_types(x.meta["val"].dtype, torch.float32)
+    for d, dim in enumerate(range(len(call.out) - num, len(call.out))):
+        size, out = call.shape(x)[dim], call.out[dim]
+        # By a scale that the sizes do not have, torch 2.15 takes other rows back than forth.
+        if nearest_by and out in (size, 2 * size) and out != nearest_by[d] * size:
+            continue
+        others = [i for i in range(num) if i != d]
+        _, *rest = (call.given | _leaving(others, 1, arguments)).values()
+        constants = tuple(tuple(v) if isinstance(v, list) else v for v in rest)
+        if (terms := _terms(call.node.target, constants, d, num, size, dtype)) is None:
+            continue
+        for layout in ways(call, dim, size, wanted, arriving):
+            local = _Rows(d, layout, arguments, terms)
+            yield Choice((read(dim, local.needs, size),), layout, layout, local=local)
+
+
+def _leaving(dims: Sequence[int], size: int, arguments: Arguments) -> dict[str, list[Any]]:
+    """Return the arguments with which the op leaves some dims, of `size`, as they are."""
+    written = {}
+    for name, values in arguments.items():
+        left = [_NEUTRAL.get(name, size) if i in dims else v for i, v in enumerate(values)]
+        written[name] = [n for pair in reversed(left) for n in pair] if name == "pad" else left
+    return written
+
+
+@functools.lru_cache(maxsize=4096)
+def _terms(
+    op: Any, constants: tuple[Any, ...], d: int, num: int, size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | None:
+    """Return of which inputs each result is a sum, and their weights: (terms, results) each.
+
+    The op, with all its arguments but the first, resizes the d-th of the last `num` dims alone.
+    Lines that are 1 at every `period`-th input give the weights, if no result sees two ones of
+    a line; it sees the one that is nearest to the middle of all it sees. None: it sees too many.
+    """
+    shape = [1, -1, *[1] * num]
+    shape[2 + d] = size
+    place, period = torch.arange(size, dtype=dtype), 8
+    noise = place.square().sin()
+    while period <= max(8, 4 * size) and period * size < 2**24:
+        first = torch.arange(period)[:, None]
+        lines = torch.cat([place % period == first, torch.stack([place**0, place, noise])])
+        seen = op(lines.view(shape), *constants).reshape(period + 3, -1)
+        weights, (total, middle, expected) = seen[:period], seen[period:]
+        index = first + period * ((middle / total - first) / period).round().long()
+        index = index.clamp(0, size - 1)
+        error = (weights * noise[index]).sum(0) - expected
+        if error.abs().max() < 100 * torch.finfo(dtype).eps:
+            order = weights.abs().topk(int((weights != 0).sum(0).max()), dim=0).indices
+            weights, index = weights.gather(0, order), index.gather(0, order)
+            return torch.where(weights == 0, index[:1], index), weights
+        period *= 2
+    return None
 
 
 class _Rows:
-    """Pools a rank's window; all padding is made explicit, so that ends are ends of the tensor."""
+    """The op on all dims but one, and along that one a rank's weighted sums."""
 
     def __init__(
-        self,
-        d: int,
-        kernels: Sequence[Kernel],
-        pads: Sequence[tuple[int, int]],
-        outs: Sequence[int],
-        is_max: bool,
+        self, d: int, layout: Shard, arguments: Arguments, terms: tuple[Tensor, Tensor]
     ) -> None:
-        self.d, self.pads = d, pads
-        # Of a dim that is not split: in front, and behind as far as the last window goes.
-        self.around = [
-            (k.padding, max(0, k.needs(0, out - 1)[1] - k.size + 1))
-            for k, out in zip(kernels, outs, strict=True)
-        ]
-        self.value = -math.inf if is_max else 0.0
+        self.d, self.layout, self.arguments = d, layout, arguments
+        found = [[t[:, list(part)] for t in terms] for part in layout.owners]
+        held = [index.unique(return_inverse=True) for index, _ in found]
+        self.needs = tuple(tuple(inputs.tolist()) for inputs, _ in held)
+        self.index = [places.tolist() for _, places in held]
+        self.weights = [weights.tolist() for _, weights in found]
 
     def __call__(self, emit: Emitter) -> Node:
-        around = list(self.around)
-        around[self.d] = self.pads[emit.rank]
-        x = padded(emit, emit.given["self"], around, self.value)
-        return emit.again(self=x, padding=[0] * len(around), ceil_mode=False)
+        index, weights = self.index[emit.rank], self.weights[emit.rank]
+        rest = _leaving([self.d], len(self.needs[emit.rank]), self.arguments)
+        x, dim = emit.again(**rest), self.layout.dim
+        if len(weights) == 1 and set(weights[0]) == {1.0}:
+            return emit.take(x, dim, index[0])
+        return emit.call(weighted, x, dim, index, weights)
 
 
-@rule(
-    *(aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d),
-    *(aten.adaptive_max_pool1d, aten.adaptive_max_pool2d, aten.adaptive_max_pool3d),
-    *(aten.upsample_nearest2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d),
-    *(aten.upsample_nearest1d, aten.upsample_linear1d, aten.upsample_nearest3d),
-)
-def adaptive(call: Call, wanted: Sequence[Any], arriving: Arriving) -> Iterator[Choice]:
-    """Samples and channels; space where every output has windows of its own, or there is one."""
-    (x,) = call.inputs
-    packet = str(call.node.target)
-    lead = len(call.shape(x)) - int(packet[packet.index("d.") - 1])  # 1 without a batch
-    several = not hasattr(call.node.meta["val"], "shape")  # values and where they are
-    flat = [layout for want in wanted for layout in (want if several else [want])]
-    for layout in splits([*flat, *arriving[0], call.samples(x)]):
-        if layout.dim < lead:
-            yield Choice((layout,), (layout,) * 2 if several else layout, layout)
-    if several:
-        return
-    for layout in splits(arriving[0] if "adaptive_avg" in packet else []):
-        if layout.dim >= lead and isinstance(layout, Shard) and call.out[layout.dim] == 1:
-            yield Choice((layout,), Partial(), layout, local=_Term(layout))
-    for dim in range(lead, len(call.out)) if "adaptive" in packet else ():
-        yield from _uniform(call, x, dim, lead, wanted)
-
-
-def _uniform(
-    call: Call, x: Node, dim: int, lead: int, wanted: Sequence[Layout]
-) -> Iterator[Choice]:
-    """Yield choices along a dim whose windows have one size and do not overlap."""
-    width, rest = divmod(call.shape(x)[dim], call.out[dim])
-    if rest:
-        return
-    for layout in unique([*wanted, call.even(dim)]):
-        if isinstance(layout, Shard) and layout.dim == dim and is_contiguous(layout):
-            needed = window(layout, Kernel(call.shape(x)[dim], width, width))
-            assert needed is not None
-            local = _Own(layout, lead, call.out[lead:])
-            yield Choice((needed[0],), layout, layout, local=local)
-
-
-class _Term:
-    """A rank's mean, weighted by its share of the dim."""
-
-    def __init__(self, layout: Shard) -> None:
-        self.layout = layout
-
-    def __call__(self, emit: Emitter) -> Node:
-        return emit.call(aten.mul.Tensor, emit.again(), emit.share(self.layout, self.layout.size))
-
-
-class _Own:
-    """Pools to a rank's number of outputs."""
-
-    def __init__(self, layout: Shard, lead: int, outs: Sequence[int]) -> None:
-        self.layout, self.lead, self.outs = layout, lead, outs
-
-    def __call__(self, emit: Emitter) -> Node:
-        outs = list(self.outs)
-        outs[self.layout.dim - self.lead] = len(self.layout.owners[emit.rank])
-        return emit.again(output_size=outs)
+def weighted(
+    x: Tensor, dim: int, index: Sequence[Sequence[int]], weights: Sequence[Sequence[float]]
+) -> Tensor:
+    """Return the sum of some indices of a dim, index[k][i] for result i, each with its weight."""
+    places, factors = torch.tensor(index, device=x.device), x.new_tensor(weights)
+    rows = x.index_select(dim, places.flatten()).unflatten(dim, places.shape)
+    return (rows * factors.view(*places.shape, *[1] * (x.dim() - dim - 1))).sum(dim)
