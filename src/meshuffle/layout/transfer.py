@@ -38,6 +38,12 @@ def routes(owners: Owners, needs: Sequence[Sequence[int]]) -> list[Route]:
     return [_route(rank, owners, needs[rank], sent, moves) for rank in world]
 
 
+def whole_route(owners: Owners, rank: int) -> Route:
+    """Return a rank's part in an exchange behind which every rank has the whole."""
+    whole = tuple(range(sum(map(len, owners))))
+    return routes(owners, [whole] * len(owners))[rank]
+
+
 def _route(
     rank: int,
     owners: Owners,

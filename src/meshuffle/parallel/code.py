@@ -11,8 +11,7 @@ from torch import fx, nn
 from torch.fx import Node
 
 from meshuffle.layout.call import Program
-from meshuffle.layout.layout import Layout, Samples, Shard
-from meshuffle.parallel.moves import num_samples
+from meshuffle.layout.layout import Layout, Samples, Shard, even_size
 from meshuffle.parallel.sync_norm import SyncNorm
 from meshuffle.planner.schedules import Action, Schedule
 
@@ -60,7 +59,7 @@ class Crossing:
             sizes[layout.dim] = len(layout.owners[rank])
         elif isinstance(layout, Samples):
             rows = sizes[layout.dim] // max(1, batch)
-            sizes[layout.dim] = num_samples(rank, program.world, batch) * rows
+            sizes[layout.dim] = even_size(rank, program.world, batch) * rows
         return tuple(sizes)
 
 

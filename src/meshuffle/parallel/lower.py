@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from meshuffle.errors import ModelError
 from meshuffle.graph.graph import is_in_place
 from meshuffle.layout.assign import Assignment, stored_bytes
 from meshuffle.layout.call import Call, Emitter, is_tensor
-from meshuffle.layout.convert import Step, Value, owners_of, steps
+from meshuffle.layout.convert import Step, Value, steps
 from meshuffle.layout.layout import (
     Layout,
     Partial,
@@ -32,11 +32,11 @@ from meshuffle.layout.layout import (
     Shard,
     Split,
     Varying,
-    Window,
+    even_size,
 )
 from meshuffle.parallel import draws
 from meshuffle.parallel.code import Code, Crossing, Sent
-from meshuffle.parallel.moves import Move, name_of, num_samples, share_of, take, take_samples
+from meshuffle.parallel.moves import Move
 from meshuffle.parallel.storage import Storage
 from meshuffle.parallel.sync_norm import SyncNorm, local_norm
 from meshuffle.planner.cut import live_behind
@@ -52,7 +52,7 @@ def lower(
     *,
     replicas: int = 1,
     device: torch.device | None = None,
-    stored: dict[str, Layout] | None = None,
+    stored: Mapping[str, Layout] | None = None,
 ) -> Code:
     """Return what `rank` of the `tp` axis runs.
 
@@ -61,7 +61,8 @@ def lower(
         rank: 0 … tp − 1.
         replicas: ranks of the `dp` axis: batch norm joins their statistics too.
         device: in place of those that the program names; None is the CPU.
-        stored: layouts that parameters and buffers have already (see `assign`).
+        stored: layouts that parameters and buffers have already, whole where it lacks them; None
+            is to be chosen.
 
     Raises:
         ModelError: an op draws random numbers in a way that cannot be kept equal.
@@ -77,7 +78,7 @@ def lower_stages(
     *,
     replicas: int = 1,
     device: torch.device | None = None,
-    stored: dict[str, Layout] | None = None,
+    stored: Mapping[str, Layout] | None = None,
 ) -> list[Code]:
     """Return what `rank` of the `tp` axis runs in each pipeline stage.
 
@@ -85,7 +86,7 @@ def lower_stages(
         cuts: how many calls of the program lie in front of each cut; the rest is as of `lower`.
     """
     program = assignment.program
-    storage, numbers = Storage(assignment, stored or {}), dict[str, int]()
+    storage, numbers = Storage(assignment, stored), dict[str, int]()
     live = live_behind(program) if cuts else []
     codes: list[Code] = []
     for first, last in itertools.pairwise([0, *cuts, len(program.calls)]):
@@ -143,10 +144,7 @@ class _Lowering(Emitter):
             self._write(call)
         if leaving is None:
             (output,) = (node for node in self.program.fx.nodes if node.op == "output")
-            whole = pytree.tree_map(
-                lambda n: self._obtain(n, Replicate()) if isinstance(n, Node) else n, output.args[0]
-            )
-            self.code.graph.output(whole)
+            self.code.graph.output(self._local(output.args[0], {}))
         else:
             self.code.graph.output(tuple(self._send_on(node) for node in leaving))
         self._drop_unread()
@@ -210,28 +208,15 @@ class _Lowering(Emitter):
         return result
 
     def _convert(self, node: Node, value: Value, step: Step, x: Any) -> Any:
-        if isinstance(step.source, Varying) or (
-            isinstance(step.source, Replicate) and not value.has_grad
-        ):
-            return self._take(value, step.target, x)
-        name = self.add_module(name_of(step), Move(step, value, self.rank))
-        self.code.sent.append(Sent(name, node.name, step.forward, step.backward))
+        if isinstance(step.source, Replicate) and not value.has_grad:
+            if isinstance(step.target, Varying):
+                return x
+            if not isinstance(step.target, Partial):  # no gradient is to be made whole
+                step = Step(Varying(), step.target)
+        name = self.add_module(step.name, Move(step, value, self.rank))
+        if step.name != "take":
+            self.code.sent.append(Sent(name, node.name, step.forward, step.backward))
         return self.code.graph.call_module(name, (x, self.batch))
-
-    def _take(self, value: Value, target: Layout, x: Any) -> Any:
-        """Write what takes a part of a whole value; no gradient is to be made whole."""
-        graph = self.code.graph
-        if isinstance(target, Varying | Replicate):
-            return x
-        if isinstance(target, Partial):
-            return graph.call_function(aten.div.Scalar, (x, self.world))
-        if isinstance(target, Samples):
-            return graph.call_function(
-                take_samples, (x, target.dim, self.rank, self.world, self.batch)
-            )
-        assert isinstance(target, Shard | Window)
-        part = owners_of(target, value)[self.rank]
-        return graph.call_function(take, (x, target.dim, part))
 
     @property
     def batch(self) -> Any:
@@ -256,10 +241,7 @@ class _Lowering(Emitter):
         if isinstance(value, torch.SymInt) and (value.node.expr / symbol).is_Integer:
             return self._sized(value.node.expr, None)
         if node not in self._numbers_of:  # half of the batch, its root: as the program has it
-            args = pytree.tree_map(
-                lambda n: self._obtain(n, Replicate()) if isinstance(n, Node) else n, node.args
-            )
-            self._numbers_of[node] = self.code.graph.call_function(node.target, args)  # type: ignore[arg-type]
+            self._numbers_of[node] = self.call(node.target, *self._local(node.args, {}))
         return self._numbers_of[node]
 
     def _sized(self, expression: Any, layout: Layout | None) -> Any:
@@ -273,12 +255,8 @@ class _Lowering(Emitter):
                 raise ModelError(f"the size {expression} is no multiple of the batch")
             count = self.batch
             if isinstance(layout, Samples):
-                count = self.code.graph.call_function(num_samples, (self.rank, self.world, count))
-            self._sizes[key] = (
-                count
-                if ratio == 1
-                else self.code.graph.call_function(operator.mul, (count, int(ratio)))
-            )
+                count = self.call(even_size, self.rank, self.world, count)
+            self._sizes[key] = count if ratio == 1 else self.call(operator.mul, count, int(ratio))
         return self._sizes[key]
 
     # Calls
@@ -305,9 +283,7 @@ class _Lowering(Emitter):
         if not is_tensor(node):
             num = len(node.meta["val"])
             if isinstance(result, Node):
-                result = [
-                    self.code.graph.call_function(operator.getitem, (result, i)) for i in range(num)
-                ]
+                result = [self.call(operator.getitem, result, i) for i in range(num)]
             self.env[node] = {choice.output: list(result)}  # type: ignore[dict-item]
             return
         self.env[node] = {choice.output: result}  # type: ignore[dict-item]
@@ -363,8 +339,8 @@ class _Lowering(Emitter):
         """Return this rank's part of a dim, as a fraction."""
         if isinstance(layout, Shard):
             return len(layout.owners[self.rank]) / size
-        count = self.code.graph.call_function(num_samples, (self.rank, self.world, self.batch))
-        return self.code.graph.call_function(share_of, (count, self.batch))
+        count = self.call(even_size, self.rank, self.world, self.batch)
+        return self.call(_fraction, count, self.batch)
 
     def add_module(self, kind: str, module: nn.Module) -> str:
         """Keep a module under `kind` and a number; returns its name."""
@@ -422,6 +398,11 @@ class _Lowering(Emitter):
             idle = node.op in ("call_function", "get_attr") and not node.users
             if idle and not (node.op == "call_function" and is_in_place(node)):
                 self.code.graph.erase_node(node)
+
+
+def _fraction(count: int, batch: int) -> float:
+    """Return `count` as a fraction of `batch`, which may be empty."""
+    return count / max(1, batch)
 
 
 def _is_several(node: Node) -> bool:

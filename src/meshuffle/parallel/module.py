@@ -236,7 +236,7 @@ class Parallel(nn.Module):
         self._ranks = ranks
         for module in self.modules():
             if isinstance(module, Move):
-                module.ranks = ranks
+                module.group = ranks.tp
             elif isinstance(module, SyncNorm):
                 module.handle = exchange_handle(ranks.over_tp if module.over_tp else ranks.over_dp)
             elif isinstance(module, Draw):
