@@ -35,10 +35,10 @@ from meshuffle.layout.layout import (
     even_size,
 )
 from meshuffle.parallel import draws
+from meshuffle.parallel.batch_norm import SyncNorm, local_norm
 from meshuffle.parallel.code import Code, Crossing, Sent
 from meshuffle.parallel.moves import Move
 from meshuffle.parallel.storage import Storage
-from meshuffle.parallel.sync_norm import SyncNorm, local_norm
 from meshuffle.planner.cut import live_behind
 
 aten = torch.ops.aten
@@ -46,29 +46,9 @@ aten = torch.ops.aten
 _NORM = ("input", "weight", "bias", "running_mean", "running_var")
 
 
-def lower(
-    assignment: Assignment,
-    rank: int,
-    *,
-    replicas: int = 1,
-    device: torch.device | None = None,
-    stored: Mapping[str, Layout] | None = None,
-) -> Code:
-    """Return what `rank` of the `tp` axis runs.
-
-    Args:
-        assignment: of the whole model.
-        rank: 0 … tp − 1.
-        replicas: ranks of the `dp` axis: batch norm joins their statistics too.
-        device: in place of those that the program names; None is the CPU.
-        stored: layouts that parameters and buffers have already, whole where it lacks them; None
-            is to be chosen.
-
-    Raises:
-        ModelError: an op draws random numbers in a way that cannot be kept equal.
-    """
-    (code,) = lower_stages(assignment, rank, (), replicas=replicas, device=device, stored=stored)
-    return code
+def lower(assignment: Assignment, rank: int) -> Code:
+    """Return what `rank` of the `tp` axis runs; see `lower_stages`."""
+    return lower_stages(assignment, rank, ())[0]
 
 
 def lower_stages(
@@ -83,16 +63,23 @@ def lower_stages(
     """Return what `rank` of the `tp` axis runs in each pipeline stage.
 
     Args:
-        cuts: how many calls of the program lie in front of each cut; the rest is as of `lower`.
+        assignment: of the whole model.
+        rank: 0 … tp − 1.
+        cuts: how many calls of the program lie in front of each cut.
+        replicas: ranks of the `dp` axis: batch norm joins their statistics too.
+        device: in place of those that the program names; None is the CPU.
+        stored: layouts that parameters and buffers have already, whole where it lacks them; None
+            is to be chosen.
+
+    Raises:
+        ModelError: an op draws random numbers in a way that cannot be kept equal.
     """
-    program = assignment.program
+    program, device = assignment.program, device or torch.device("cpu")
     storage, numbers = Storage(assignment, stored), dict[str, int]()
     live = live_behind(program) if cuts else []
     codes: list[Code] = []
     for first, last in itertools.pairwise([0, *cuts, len(program.calls)]):
-        lowering = _Lowering(
-            assignment, rank, replicas, device or torch.device("cpu"), storage, numbers
-        )
+        lowering = _Lowering(assignment, rank, replicas, device, storage, numbers)
         leaving = live[last - 1] if last < len(program.calls) else None
         codes.append(lowering.run(first, last, codes[-1].leaving if codes else None, leaving))
     return codes
