@@ -3,8 +3,6 @@
 Pure: rank and world are plain numbers and no process group is needed, so that a plan can be
 lowered, printed and counted anywhere. Every rank walks the same list of choices, and so all agree
 on each collective and on their order.
-
-Length: one walk with one environment; in two files its two halves would reach into each other.
 """
 
 from __future__ import annotations
@@ -263,9 +261,13 @@ class _Lowering(Emitter):
             for source, layout in zip(call.inputs, choice.inputs, strict=True)
         }
         self.given = {k: self._local(v, given) for k, v in call.given.items()}
-        self._args = pytree.tree_map(lambda a: self._local(a, given), (node.args, node.kwargs))
-        result = self._special(call)
-        if result is None:
+        self._args = self._local((node.args, node.kwargs), given)
+        result: Any
+        if "draw" in node.meta:
+            result = self._draw(call)
+        elif getattr(node.target, "_overloadpacket", None) is aten.batch_norm and call["training"]:
+            result = self._batch_norm(call)
+        else:
             result = choice.local(self) if choice.local is not None else self.again()
         if not is_tensor(node):
             num = len(node.meta["val"])
@@ -338,28 +340,19 @@ class _Lowering(Emitter):
 
     # Ops that are not the same call on a part
 
-    def _special(self, call: Call) -> Any:
-        packet = getattr(call.node.target, "_overloadpacket", None)
-        if packet is aten.batch_norm:
-            return self._batch_norm(call)
-        if "draw" in call.node.meta:
-            return self._draw(call)
-        return None
-
-    def _batch_norm(self, call: Call) -> Any:
-        layout = self.choice.output
-        over_tp = self.choice.split is not None and getattr(layout, "dim", 1) != 1
-        over_tp = over_tp or isinstance(layout, Samples)
-        given = self.given
-        if not call["training"]:
-            return None
-        if not (over_tp or self.replicas > 1):
-            rest = ("momentum", "eps", "cudnn_enabled")
-            return self.call(local_norm, *(given[k] for k in (*_NORM, *rest)))
+    def _batch_norm(self, call: Call) -> Node:
+        layout, given = self.choice.output, self.given
+        over_tp = isinstance(layout, Samples) or (
+            self.choice.split is not None and getattr(layout, "dim", 1) != 1
+        )
+        tensors = [given[key] for key in _NORM]
+        if not over_tp and self.replicas == 1:
+            numbers = [given[key] for key in ("momentum", "eps", "cudnn_enabled")]
+            return self.call(local_norm, *tensors, *numbers)
         norm = SyncNorm(over_tp, given["momentum"], given["eps"])
         name = self.add_module("batch_norm_sync", norm)
         self.code.sent.append(self._norm_bytes(name, call, over_tp))
-        return self.code.graph.call_module(name, tuple(given[k] for k in _NORM))
+        return self.code.graph.call_module(name, tuple(tensors))
 
     def _norm_bytes(self, name: str, call: Call, over_tp: bool) -> Sent:
         """Count the exchange of one replica's ranks with all that they exchange with."""
@@ -371,7 +364,7 @@ class _Lowering(Emitter):
         has_grad = int(self.program.has_grad(call.node))
         return Sent(name, call.node.name, forward, has_grad * others * 2 * total * itemsize)
 
-    def _draw(self, call: Call) -> Any:
+    def _draw(self, call: Call) -> Node:
         layout = self.choice.output
         assert not isinstance(layout, tuple)
         module, names = draws.draw_module(call, layout, self.rank)

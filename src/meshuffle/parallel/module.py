@@ -310,9 +310,7 @@ class Parallel(nn.Module):
 
     def summary(self) -> str:
         """Return what is split, and what a step sends, in a few lines."""
-        return printout.summary(
-            self.assignment, self.codes, self._tp, self.num_stages, self.kept_share
-        )
+        return printout.summary(self)
 
     def codes_for(self, batch: int) -> list[Code]:
         """Return `codes` for another number of samples of a replica: for what they send."""
