@@ -14,7 +14,7 @@ from torchvision.models.shufflenetv2 import channel_shuffle
 
 from meshuffle.graph.functional import reorder
 from meshuffle.graph.graph import is_in_place
-from meshuffle.layout.call import Program, arguments_of
+from meshuffle.layout.call import Program
 from meshuffle.models import create_model
 from meshuffle.models.permutation import ChannelShuffle, channel_permutation
 
@@ -75,7 +75,7 @@ def test_a_default_that_only_the_op_in_place_has(given: tuple[float, ...]) -> No
     model = Apply(lambda x: x * torch.empty_like(x).bernoulli_(*given))
     program = captured(model, [r(4, 6)], 2, True)
     (found,) = (call for call in program.calls if "bernoulli" in str(call.node.target))
-    assert arguments_of(found.node)["p"] == (given or (0.5,))[0]
+    assert found["p"] == (given or (0.5,))[0]
 
 
 @pytest.mark.parametrize(

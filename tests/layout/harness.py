@@ -33,6 +33,7 @@ from meshuffle.layout.layout import (
     Window,
     samples_owners,
 )
+from meshuffle.parallel.code import Code
 from meshuffle.parallel.lower import _Lowering
 from meshuffle.parallel.storage import Storage
 
@@ -239,8 +240,14 @@ def communicates(call: Call, choice: Choice) -> bool:
 class Run(fx.Interpreter):
     """Runs a graph on tensors by name, and keeps every value."""
 
-    def __init__(self, graph: fx.Graph, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__(nn.Module(), garbage_collect_values=False, graph=graph)
+    def __init__(
+        self,
+        graph: fx.Graph,
+        tensors: Mapping[str, Tensor],
+        modules: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        root = nn.ModuleDict(modules)
+        super().__init__(root, garbage_collect_values=False, graph=graph)
         self.tensors = tensors
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -275,8 +282,8 @@ class _UpToOp(_Lowering):
         pass
 
 
-def lowered(call: Call, choice: Choice, rank: int) -> tuple[fx.Graph, dict[str, Shard]]:
-    """Return a rank's code that ends with the op, and the layouts of what is stored in parts."""
+def lowered(call: Call, choice: Choice, rank: int) -> Code:
+    """Return a rank's code that ends with the op."""
     program = call.program
     choices = {
         c.node.name: replicated(c, None if is_tensor(c.node) else len(c.node.meta["val"]))
@@ -286,7 +293,7 @@ def lowered(call: Call, choice: Choice, rank: int) -> tuple[fx.Graph, dict[str, 
     choices[call.node.name] = choice
     values = _Search(program, None, {}).values
     assignment = Assignment(program, choices, values)
-    storage = Storage(assignment, {})
+    storage = Storage(assignment, None)
     lowering = _UpToOp(assignment, rank, 1, torch.device("cpu"), storage, {})
     code = lowering.run(0, len(program.calls), None, None)
     local = lowering.env[call.node][choice.output]  # type: ignore[index]
@@ -295,7 +302,7 @@ def lowered(call: Call, choice: Choice, rank: int) -> tuple[fx.Graph, dict[str, 
     for node in reversed(list(code.graph.nodes)):
         if node.op not in ("placeholder", "output") and not node.users:
             code.graph.erase_node(node)
-    return code.graph, code.stored
+    return code
 
 
 def compared(
@@ -305,12 +312,12 @@ def compared(
     parts = []
     for rank in range(call.world):
         try:
-            graph, stored = lowered(call, choice, rank)
+            code = lowered(call, choice, rank)
             tensors = {
-                name: cut(t, stored.get(name), rank).clone()
+                name: cut(t, code.stored.get(name), rank).clone()
                 for name, t in whole_tensors(call.program, model).items()
             }
-            parts.append(Run(graph, tensors).run(*inputs))
+            parts.append(Run(code.graph, tensors, code.modules).run(*inputs))
         except Exception as error:  # noqa: BLE001  # whatever a rule leads to is a fault of it
             return f"rank {rank}: {type(error).__name__}: {error}"
     if isinstance(choice.output, tuple):

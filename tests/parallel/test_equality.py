@@ -70,13 +70,13 @@ def plant(fault: str, rank: int) -> None:
         DataParallel._launch = lambda self, bucket: None  # type: ignore[method-assign]
         DataParallel._launch_ready = lambda self: None  # type: ignore[method-assign]
     if fault == "mean for sum":
-        unpack = data_parallel._Bucket.unpack
+        unpack = data_parallel.Bucket.unpack
 
         def halved(self: Any) -> None:
             self.flat /= 2
             unpack(self)
 
-        data_parallel._Bucket.unpack = halved  # type: ignore[method-assign]
+        data_parallel.Bucket.unpack = halved  # type: ignore[method-assign]
     if fault == "local statistics":
         whole = batch_norm.global_statistics
         own = GroupExchange(dist.new_group([rank], use_local_synchronization=True))

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from meshuffle.layout.layout import Shard
 from meshuffle.parallel.data_parallel import DataParallel
-from meshuffle.parallel.draws import DrawState, Dropout, draw_key
-from meshuffle.parallel.keyed import KeyedDropout, key_dropout
+from meshuffle.parallel.draws import DrawState, Dropout, KeyedDropout, draw_key, key_dropout
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.parts import cut_part, join_parts
 from meshuffle.parallel.ranks import Ranks, join

@@ -55,7 +55,7 @@ def capture(model: nn.Module, example: Tensor | Sequence[Tensor], *, train: bool
                 f"torch.export cannot capture {name}: {_first_line(error)}; parallelism within "
                 "its layers needs that, dp=N does not"
             ) from error
-    return Graph(program, batch=min(sizes), training=train, tied=_tied(model))
+    return Graph(program, batch=min(sizes), training=train, tied=tied_names(model))
 
 
 def _export(model: nn.Module, inputs: tuple[Tensor, ...], batch: Any) -> ExportedProgram:
@@ -95,12 +95,16 @@ def _inline_autocast(module: fx.GraphModule) -> None:
         module.graph.erase_node(part)
 
 
-def _tied(model: nn.Module) -> dict[str, str]:
+def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return (name, tensor) of parameters, then buffers; a tied one under each of its names."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    return [*parameters, *model.named_buffers(remove_duplicate=False)]
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
     """Return the first name of each tensor that has several, by the others."""
     first: dict[int, str] = {}
-    named: list[tuple[str, Tensor]] = list(model.named_parameters(remove_duplicate=False))
-    named += model.named_buffers(remove_duplicate=False)
-    return {n: first[id(t)] for n, t in named if first.setdefault(id(t), n) != n}
+    return {n: first[id(t)] for n, t in named_tensors(model) if first.setdefault(id(t), n) != n}
 
 
 @contextmanager

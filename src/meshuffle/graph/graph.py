@@ -6,6 +6,7 @@ Shapes hold the batch as a symbol; `Graph.ops(batch)` puts a number in its place
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -265,6 +266,15 @@ def _aliased_input(node: Node) -> Node | None:
         if isinstance(given, Node):
             return given
     return None
+
+
+def arguments_of(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call of `op` by their names in its schema, defaults filled in."""
+    schema = getattr(op, "_schema", None)
+    if schema is None:
+        return {**dict(zip(inspect.signature(op).parameters, args, strict=False)), **kwargs}
+    found = {a.name: kwargs.get(a.name, a.default_value) for a in schema.arguments}
+    return found | dict(zip(found, args, strict=False))
 
 
 def is_in_place(node: Node) -> bool:

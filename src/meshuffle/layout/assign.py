@@ -25,7 +25,7 @@ from meshuffle.errors import PlanError
 from meshuffle.graph import Graph
 from meshuffle.layout.call import Call, Choice, Program, is_tensor, legal, replicated, unique
 from meshuffle.layout.convert import Value, steps
-from meshuffle.layout.layout import Layout, Replicate, Shard, Varying
+from meshuffle.layout.layout import Layout, Replicate, Shard, Varying, even_size
 
 _MOST_WANTED, _MOST_POSSIBLE, _MOST_CHOICES, _BEAM = 6, 10, 24, 24
 _SMALL = 0.002  # of all FLOPs: such an op may run whole on every rank where that sends less
@@ -90,8 +90,7 @@ def _shares(choice: Choice, batch: int, world: int) -> list[Fraction]:
         return [Fraction(1)] * world
     if isinstance(choice.split, Shard):
         return [Fraction(len(part), choice.split.size) for part in choice.split.owners]
-    counts = [batch // world + (rank < batch % world) for rank in range(world)]
-    return [Fraction(count, batch) for count in counts]
+    return [Fraction(even_size(rank, world, batch), batch) for rank in range(world)]
 
 
 def assign(
@@ -155,14 +154,12 @@ class _Search:
         self._ways: dict[Any, Any] = {}
 
     def _value(self, node: Node) -> Value:
-        given = node.op == "placeholder"
         return Value(
             self.program.shape(node),
             node.meta["val"].itemsize,
             self.program.has_grad(node),
             self.program.batch,
             self.program.world,
-            stored=given and node not in self.stored,
         )
 
     def run(self) -> dict[str, Choice]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from torch.fx import Node
 
 from meshuffle.graph import Graph
 from meshuffle.graph.functional import functional_program, reorder
+from meshuffle.graph.graph import arguments_of
 from meshuffle.layout.layout import Layout, Replicate, Samples, Shard, Split, Varying, Window
 
 aten = torch.ops.aten
@@ -195,7 +195,7 @@ class Call:
     @functools.cached_property
     def given(self) -> dict[str, Any]:
         """Arguments by their names in the op's schema, defaults filled in."""
-        return arguments_of(self.node)
+        return arguments_of(self.node.target, self.node.args, self.node.kwargs)
 
     def __getitem__(self, name: str) -> Any:
         return self.given[name]
@@ -238,21 +238,6 @@ class Call:
 def is_tensor(node: Node) -> bool:
     """Tell whether a node's value is one tensor."""
     return isinstance(node.meta.get("val"), Tensor)
-
-
-def arguments_of(node: Node) -> dict[str, Any]:
-    """Return the arguments of a call by their names in the schema, defaults filled in."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        names = inspect.signature(node.target).parameters  # type: ignore[arg-type]
-        return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    given: dict[str, Any] = {}
-    for i, argument in enumerate(schema.arguments):
-        if i < len(node.args):
-            given[argument.name] = node.args[i]
-        else:
-            given[argument.name] = node.kwargs.get(argument.name, argument.default_value)
-    return given
 
 
 Rule = Callable[[Call, Sequence[Layout], Sequence[Sequence[Layout]]], Iterable[Choice]]

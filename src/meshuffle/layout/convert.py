@@ -4,8 +4,8 @@
     Replicate                pvary       share     scatter          (by Varying)
     Varying                                        take             take
     Partial      psum        (by psum)             scatter_sum      (by Shard)
-    Shard,       gather      all-gather            exchange, transpose
-    Samples
+    Shard,       gather      all-gather            exchange,        halo
+    Samples                                        transpose
 
 Bytes are those of the ring and direct algorithms, summed over ranks: `forward` for the value,
 `backward` for its gradient.
@@ -42,7 +42,6 @@ class Value:
         itemsize: bytes of an element.
         has_grad: a gradient flows into it.
         batch, world: samples of the step, and ranks of the `tp` axis.
-        stored: a parameter, buffer or input: each rank can read any part of it.
     """
 
     shape: tuple[int, ...]
@@ -50,7 +49,6 @@ class Value:
     has_grad: bool
     batch: int
     world: int
-    stored: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -72,11 +70,17 @@ class Step:
         """Both ways together."""
         return self.forward + self.backward
 
+    @property
+    def name(self) -> str:
+        """What the table of this module, and the lowered code, call it."""
+        return name_of(self.source, self.target) or "nothing"
 
-def owners_of(layout: Shard | Samples | Window, value: Value) -> Owners:
-    """Return the indices that each rank has of `layout.dim`."""
+
+def owners_of(layout: Shard | Samples | Window, value: Value, batch: int | None = None) -> Owners:
+    """Return the indices that each rank has of `layout.dim`, where a step has `batch` samples."""
     if isinstance(layout, Samples):
-        return samples_owners(value.shape[layout.dim], value.batch, value.world)
+        size, batch = value.shape[layout.dim], value.batch if batch is None else batch
+        return samples_owners(size // max(1, value.batch) * batch, batch, value.world)
     return layout.owners if isinstance(layout, Shard) else layout.needs
 
 
@@ -100,34 +104,55 @@ def steps(value: Value, available: Collection[Layout], target: Layout) -> tuple[
 @functools.lru_cache(maxsize=65536)
 def _direct(value: Value, source: Layout, target: Layout) -> Step | None:
     """Return the one collective that leads from `source` to `target`, or None."""
-    others, size = value.world - 1, value.num_bytes
-    grad = int(value.has_grad)
-    if source == target:
+    name, ring = name_of(source, target), (value.world - 1) * value.num_bytes
+    if name is None:
         return None
-    if isinstance(source, Replicate):
-        if isinstance(target, Varying):
-            return Step(source, target, 0, grad * 2 * others * size)
-        if isinstance(target, Partial):
-            return Step(source, target)
-        if isinstance(target, Shard | Samples):
-            return Step(source, target, 0, grad * others * size)
-        return None
-    if isinstance(source, Varying):
-        return Step(source, target) if isinstance(target, Shard | Samples | Window) else None
-    if isinstance(source, Partial):
-        if isinstance(target, Replicate):
-            return Step(source, target, 2 * others * size)
-        if isinstance(target, Shard | Samples):
-            return Step(source, target, others * size, grad * others * size)
-        return None
-    if isinstance(source, Window) or isinstance(target, Partial):
-        return None
-    if isinstance(target, Replicate):
-        return Step(source, target, others * size)
-    if isinstance(target, Varying):
-        return Step(source, target, others * size, grad * others * size)
-    moved = _moved_bytes(value, source, target)
-    return Step(source, target, moved, grad * moved)
+    if name in _RINGS:
+        forward, backward = (ring * times for times in _RINGS[name])
+    else:
+        forward = backward = _moved_bytes(value, source, target)  # type: ignore[arg-type]
+    return Step(source, target, forward, int(value.has_grad) * backward)
+
+
+_RINGS = {
+    "take": (0, 0),
+    "share": (0, 0),
+    "pvary": (0, 2),
+    "scatter": (0, 1),
+    "psum": (2, 0),
+    "scatter_sum": (1, 1),
+    "gather": (1, 0),
+    "all_gather": (1, 1),
+}
+"""How often the whole goes round a ring of the ranks, forward and backward."""
+
+
+def name_of(source: Layout, target: Layout) -> str | None:
+    """Return what the one collective from `source` to `target` is called; None if there is none."""
+    match source, target:
+        case _ if source == target:
+            return None
+        case Replicate(), Varying():
+            return "pvary"
+        case Replicate(), Partial():
+            return "share"
+        case Replicate(), Shard() | Samples():
+            return "scatter"
+        case Varying(), Shard() | Samples() | Window():
+            return "take"
+        case Partial(), Replicate():
+            return "psum"
+        case Partial(), Shard() | Samples():
+            return "scatter_sum"
+        case Shard() | Samples(), Replicate():
+            return "gather"
+        case Shard() | Samples(), Varying():
+            return "all_gather"
+        case Shard() | Samples(), Window():
+            return "halo"
+        case Shard() | Samples(), Shard() | Samples():
+            return "exchange" if source.dim == target.dim else "transpose"
+    return None
 
 
 def _moved_bytes(value: Value, source: Shard | Samples, target: Shard | Samples | Window) -> int:

@@ -108,7 +108,7 @@ class Shard:
         >>> Shard.even(1, 5, 2).owners
         ((0, 1, 2), (3, 4))
         """
-        return cls.blocks(dim, [size // world + (rank < size % world) for rank in range(world)])
+        return cls.blocks(dim, [even_size(rank, world, size) for rank in range(world)])
 
     @classmethod
     def blocks(cls, dim: int, lengths: Sequence[int]) -> Self:
@@ -134,6 +134,11 @@ class Shard:
         return f"dim {self.dim}: {parts}"
 
 
+def even_size(rank: int, world: int, size: int) -> int:
+    """Return a rank's length of contiguous parts that differ by at most 1, longer first."""
+    return size // world + int(rank < size % world)
+
+
 @functools.lru_cache(maxsize=4096)
 def _is_partition(owners: Owners) -> bool:
     held = sorted(index for part in owners for index in part)
@@ -154,8 +159,7 @@ Split = Shard | Samples
 def samples_owners(size: int, batch: int, world: int) -> Owners:
     """Return who holds which index of a dim of `size` that holds `batch` samples, as `Samples`."""
     rows = size // max(1, batch)
-    counts = [batch // world + (rank < batch % world) for rank in range(world)]
-    return Shard.blocks(0, [rows * count for count in counts]).owners
+    return Shard.blocks(0, [rows * even_size(rank, world, batch) for rank in range(world)]).owners
 
 
 def _ranges(indices: Sequence[int], most: int = 4) -> str:

@@ -7,6 +7,7 @@ and a halo differ only in `needs`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from meshuffle.dist.collectives import Route
@@ -36,6 +37,13 @@ def routes(owners: Owners, needs: Sequence[Sequence[int]]) -> list[Route]:
     sent = [[[i for i in needs[to] if place[i][0] == rank] for to in world] for rank in world]
     moves = any(sent[rank][to] for rank in world for to in world if rank != to)
     return [_route(rank, owners, needs[rank], sent, moves) for rank in world]
+
+
+@functools.lru_cache(maxsize=1024)
+def whole_route(owners: Owners, rank: int) -> Route:
+    """Return a rank's part in an exchange behind which every rank has the whole."""
+    whole = tuple(range(sum(map(len, owners))))
+    return routes(owners, [whole] * len(owners))[rank]
 
 
 def _route(

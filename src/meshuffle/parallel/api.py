@@ -1,25 +1,30 @@
-"""`parallelize`: a split model for people with a training loop of their own."""
+"""`parallelize`: a split model for people with a training loop of their own, under every plan."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from meshuffle.dist.device import pick_device
 from meshuffle.dist.group import RankEnv, process_group, rank_env
 from meshuffle.errors import PlanError
 from meshuffle.parallel.draws import draw_key
-from meshuffle.parallel.forward_backward import ForwardBackward
+from meshuffle.parallel.gradients import sum_gradients
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.pipeline import Pipeline
 from meshuffle.parallel.ranks import Ranks, join
 from meshuffle.planner.plan import Plan, parse_plan
 from meshuffle.planner.schedules import make_schedule
+
+LossFunction = Callable[[Any, Any], Tensor]
 
 
 def parallelize(
@@ -85,32 +90,20 @@ def parallelize(
         cuts=chosen.cuts,
     )
     split.bind(ranks)
-    seed = _common_seed()
-    split.forward_backward = ForwardBackward(split, ranks, chosen.num_micro_batches, seed)
-    if chosen.pp > 1:
-        Pipeline(split, ranks, schedule)
-    else:
-        _complete_gradients(split, ranks)
-    ranks.draws.set(draw_key(seed, 0, 0))
-    split.register_forward_pre_hook(_NewDraws(ranks))
-    return split
-
-
-def _common_seed() -> int:
+    Pipeline(split, ranks, schedule)
     told = [torch.initial_seed()]
     dist.broadcast_object_list(told, src=0)
-    return told[0]
+    split.forward_backward = ForwardBackward(split, ranks, chosen.num_micro_batches, told[0])
+    if chosen.pp == 1:
+        _complete_gradients(split, ranks)
+    ranks.draws.set(draw_key(told[0], 0, 0))
 
-
-class _NewDraws:
-    """Gives each forward of a training step random masks of its own."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def draw_anew(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if module.training:
-            self.ranks.draws.advance(self.ranks.dp_rank * len(inputs[0]))
+            ranks.draws.advance(ranks.dp_rank * len(inputs[0]))
+
+    split.register_forward_pre_hook(draw_anew)
+    return split
 
 
 def _open_group(env: RankEnv, device: torch.device) -> None:
@@ -123,23 +116,83 @@ def _open_group(env: RankEnv, device: torch.device) -> None:
 
 def _complete_gradients(module: Parallel, ranks: Ranks) -> None:
     """Sum each parameter's gradient over the ranks as it arrives, before it is added to `.grad`."""
+
+    def summed(grad: Tensor, group: dist.ProcessGroup) -> Tensor:
+        if module.forward_backward.running:  # which adds up once, at its end
+            return grad
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total / ranks.dp_world if ranks.dp_world > 1 else total
+
     for name, parameter in module.named_parameters():
         group = ranks.every if name in module.partial else ranks.dp
         if parameter.requires_grad and dist.get_world_size(group) > 1:
-            parameter.register_hook(_Sum(group, ranks.dp_world, module.forward_backward))
+            parameter.register_hook(functools.partial(summed, group=group))
 
 
-class _Sum:
-    """Adds up a gradient over a group, and averages over replicas."""
+class ForwardBackward:
+    """Goes forward and backward through a replica's batch, in the plan's micro-batches.
 
-    def __init__(
-        self, group: dist.ProcessGroup, replicas: int, forward_backward: ForwardBackward
-    ) -> None:
-        self.group, self.replicas, self.forward_backward = group, replicas, forward_backward
+    Args:
+        module: bound to `ranks`, with a pipeline of one stage or several.
+        num_micro_batches: of a step.
+        seed: of the random masks.
+    """
 
-    def __call__(self, grad: Tensor) -> Tensor:
-        if self.forward_backward.running:  # which adds up once, at its end
-            return grad
-        total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=self.group)
-        return total / self.replicas if self.replicas > 1 else total
+    def __init__(self, module: Parallel, ranks: Ranks, num_micro_batches: int, seed: int) -> None:
+        self.module, self.ranks, self.num = module, ranks, num_micro_batches
+        self.seed, self.step, self.running = seed, 0, False
+
+    def __call__(
+        self, inputs: Tensor | Sequence[Tensor], targets: Any, loss_fn: LossFunction
+    ) -> Tensor:
+        """Add the gradients of the mean loss to `.grad`; return the loss, on all ranks.
+
+        Args:
+            inputs: the model's, of this replica's batch, the same on all of its ranks.
+            targets: a tensor, or a structure of tensors with the batch in dim 0.
+            loss_fn: from the model's outputs and the targets of a micro-batch to the mean over
+                its samples. Micro-batches of unequal size count by their samples.
+        """
+        given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+        batch, num = len(given[0]), min(self.num, len(given[0]))
+        parts = [_part((given, targets), i, num) for i in range(num)]
+        sizes = [len(part[0][0]) for part in parts]
+        total = torch.zeros((), dtype=torch.float64, device=self.module.device)
+
+        def finish(i: int, outputs: Any) -> Tensor:
+            loss = loss_fn(outputs, parts[i][1]) * (sizes[i] / batch)
+            total.add_(loss.detach())
+            return loss
+
+        pipeline = self.module.pipeline
+        with self._gradients_apart():
+            pipeline.train(sizes, lambda i: parts[i][0], finish, lambda i: self._draw(i, sizes))
+            sum_gradients(self.module, self.ranks, average=True)
+            pipeline.sum_tied()
+        self.step += 1
+        dist.broadcast(total, group=self.ranks.pp, group_src=pipeline.schedule.ranks[-1])
+        dist.all_reduce(total, group=self.ranks.dp)
+        return total / self.ranks.dp_world
+
+    def _draw(self, i: int, sizes: Sequence[int]) -> None:
+        """Put in the key of a micro-batch's random masks; it holds the samples of all replicas."""
+        first = self.ranks.dp_rank * sizes[i]
+        self.ranks.draws.set(draw_key(self.seed, self.step, i), first)
+
+    @contextlib.contextmanager
+    def _gradients_apart(self) -> Iterator[None]:
+        """Let a block see no gradients of earlier steps, and add them behind it."""
+        kept = {p: p.grad for p in self.module.parameters() if p.grad is not None}
+        self.module.zero_grad()
+        self.running = True
+        try:
+            yield
+        finally:
+            self.running = False
+        for parameter, earlier in kept.items():
+            parameter.grad = earlier if parameter.grad is None else earlier + parameter.grad
+
+
+def _part(values: Any, i: int, num: int) -> Any:
+    return pytree.tree_map_only(Tensor, lambda x: x.tensor_split(num)[i], values)

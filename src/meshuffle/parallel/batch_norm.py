@@ -64,9 +64,8 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         if rate is None and self.num_batches_tracked is not None:
             rate = 1.0 / self.num_batches_tracked.to(input.dtype)
         running = (self.running_mean, self.running_var) if self.training else (None, None)
-        return joint_batch_norm(
-            input, self.weight, self.bias, *running, rate, self.eps, self.handle
-        )
+        given = (input, self.weight, self.bias, *running)
+        return joint_batch_norm(*given, momentum=rate, eps=self.eps, handle=self.handle)
 
 
 def joint_batch_norm(
@@ -75,6 +74,7 @@ def joint_batch_norm(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    *,
     momentum: Any,
     eps: float,
     handle: int,
@@ -124,9 +124,7 @@ class _SyncBatchNorm(Function):
         stat_dtype = weight.dtype
         mean_C, var_C = mean_C.to(stat_dtype), var_C.to(stat_dtype)
         output = (
-            x.new_empty(x.shape)
-            if x.numel() == 0
-            else _normalise(x, weight, bias, mean_C, var_C, eps)
+            _normalise(x, weight, bias, mean_C, var_C, eps) if x.numel() else torch.empty_like(x)
         )
         ctx.save_for_backward(x, weight, mean_C, var_C, count)
         ctx.eps, ctx.handle = eps, handle
@@ -161,15 +159,10 @@ def global_statistics(x: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor, Te
         x: (N, C, …) of this rank; N may be 0.
         exchange: between the ranks that share a batch.
     """
-    local = _local_statistics(x)
+    local, num_channels = _local_statistics(x), x.shape[1]
     if exchange.world == 1:
-        num_channels = x.shape[1]
-        return local[:num_channels], local[num_channels : 2 * num_channels], local[-1]
-    gathered_R = exchange.all_gather(local)
-    num_channels = x.shape[1]
-    mean_RC = gathered_R[:, :num_channels]
-    var_RC = gathered_R[:, num_channels : 2 * num_channels]
-    count_R1 = gathered_R[:, -1:]
+        return local[:num_channels], local[num_channels:-1], local[-1]
+    mean_RC, var_RC, count_R1 = exchange.all_gather(local).split([num_channels, num_channels, 1], 1)
     count = count_R1.sum()
     mean_C = (mean_RC * count_R1).sum(0) / count
     var_C = ((var_RC + (mean_RC - mean_C).square()) * count_R1).sum(0) / count
@@ -231,6 +224,58 @@ def _input_gradient(
     return torch.addcmul(c, x, b).addcmul_(grad, a)
 
 
+class SyncNorm(nn.Module):
+    """Batch norm of a lowered model whose samples or rows lie on several ranks; training only.
+
+    Parameters and buffers are the model's, passed in.
+
+    Args:
+        over_tp: over the `tp` axis and its replicas; otherwise over the replicas alone.
+        momentum, eps: as of the model's layer.
+    """
+
+    handle: int
+
+    def __init__(self, over_tp: bool, momentum: float, eps: float) -> None:
+        super().__init__()
+        self.over_tp, self.momentum, self.eps = over_tp, momentum, eps
+
+    def forward(self, x: Tensor, *tensors: Any) -> Tensor:
+        """Return `x` (N, C, …) normalised, and update the running statistics.
+
+        Args:
+            tensors: weight, bias, running mean and variance; see `joint_batch_norm`.
+        """
+        momentum, eps, handle = self.momentum, self.eps, self.handle
+        return joint_batch_norm(x, *tensors, momentum=momentum, eps=eps, handle=handle)
+
+    def extra_repr(self) -> str:
+        """Say whose statistics are joined."""
+        return "tp and dp" if self.over_tp else "dp"
+
+
+def local_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    cudnn: bool,
+) -> Tensor:
+    """Return `x` (N, C, …) normalised with its own statistics, and update the running ones.
+
+    Of one value per channel torch's running variance would be 0 / 0.
+    """
+    several_values = x.numel() > x.shape[1]
+    if not several_values and running_mean is not None and running_var is not None and x.numel():
+        mean_C, one = x.detach().reshape(-1), x.new_ones(())
+        update_running(running_mean, running_var, mean_C, torch.zeros_like(mean_C), one, momentum)
+    running = (running_mean, running_var) if several_values else (None, None)
+    return torch.batch_norm(x, weight, bias, *running, True, momentum, eps, cudnn)
+
+
 def synchronise_batch_norm(model: nn.Module, exchange: Exchange) -> nn.Module:
     """Turn every batch norm of `model` into `BatchNorm` over all ranks, in place; returns `model`.
 
@@ -266,11 +311,9 @@ def _(x: Tensor, exchange: int) -> tuple[Tensor, Tensor, Tensor]:
     return vector_C, torch.empty_like(vector_C), vector_C.new_empty(())
 
 
-@torch.library.custom_op("meshuffle::batch_norm_sums", mutates_args=())
-def _batch_norm_sums(
-    grad: Tensor, x: Tensor, mean_C: Tensor, inv_std_C: Tensor, eps: float
-) -> Tensor:
-    return _local_sums(grad, x, mean_C, inv_std_C, eps)
+_batch_norm_sums = torch.library.custom_op(
+    "meshuffle::batch_norm_sums", _local_sums, mutates_args=()
+)
 
 
 @_batch_norm_sums.register_fake

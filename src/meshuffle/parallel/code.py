@@ -10,10 +10,10 @@ import torch
 from torch import fx, nn
 from torch.fx import Node
 
+from meshuffle.graph.capture import named_tensors, tied_names
 from meshuffle.layout.call import Program
-from meshuffle.layout.layout import Layout, Samples, Shard
-from meshuffle.parallel.moves import num_samples
-from meshuffle.parallel.sync_norm import SyncNorm
+from meshuffle.layout.layout import Layout, Samples, Shard, even_size
+from meshuffle.parallel.batch_norm import SyncNorm
 from meshuffle.planner.schedules import Action, Schedule
 
 
@@ -60,7 +60,7 @@ class Crossing:
             sizes[layout.dim] = len(layout.owners[rank])
         elif isinstance(layout, Samples):
             rows = sizes[layout.dim] // max(1, batch)
-            sizes[layout.dim] = num_samples(rank, program.world, batch) * rows
+            sizes[layout.dim] = even_size(rank, program.world, batch) * rows
         return tuple(sizes)
 
 
@@ -124,11 +124,9 @@ def predicted_bytes(
 
 def stages_of(model: nn.Module, codes: Sequence[Code]) -> dict[str, frozenset[int]]:
     """Return the stages that read each parameter, buffer and constant, by all of its names."""
-    found = {
-        name: frozenset(stage for stage, code in enumerate(codes) if name in code.names)
-        for name in set().union(*(code.names for code in codes))
-    }
-    tensors = [*model.named_parameters(remove_duplicate=False)]
-    tensors += model.named_buffers(remove_duplicate=False)  # type: ignore[arg-type]
-    known = {id(tensor): found[name] for name, tensor in tensors if name in found}
-    return found | {name: known.get(id(tensor), frozenset((0,))) for name, tensor in tensors}
+    found: dict[str, frozenset[int]] = {}
+    for stage, code in enumerate(codes):
+        for name in code.names:
+            found[name] = found.get(name, frozenset()) | {stage}
+    tied, names = tied_names(model), dict(named_tensors(model))
+    return found | {n: found.get(tied.get(n, n), frozenset((0,))) for n in names}

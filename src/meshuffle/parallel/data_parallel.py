@@ -19,7 +19,7 @@ Mode = Literal["replicate", "central", "shard"]
 _BUCKET_BYTES = 25 << 20
 
 
-class _Bucket:
+class Bucket:
     """Some parameters whose gradients travel in one flat buffer, in one group."""
 
     def __init__(self, group: dist.ProcessGroup, are_terms: bool) -> None:
@@ -96,10 +96,7 @@ class DataParallel:
         self.updates_here = mode != "central" or self.rank == 0
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._owners = _even(self._trained, self.world if mode == "shard" else 1)
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        groups = [(p, (every or group) if n in terms else group, n in terms) for n, p in named]
-        shared = [entry for entry in groups if dist.get_world_size(entry[1]) > 1]
-        self._buckets = _fill_buckets(shared[::-1], bucket_bytes)
+        self._buckets = fill_buckets(model, group, terms, every, bucket_bytes)
         self._next, self._armed = 0, False
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._hook(bucket))
@@ -107,7 +104,7 @@ class DataParallel:
             for parameter in bucket.parameters
         ]
 
-    def _hook(self, bucket: _Bucket):  # type: ignore[no-untyped-def]
+    def _hook(self, bucket: Bucket):  # type: ignore[no-untyped-def]
         def arrived(_: Tensor) -> None:
             if self._armed:
                 bucket.pending -= 1
@@ -134,7 +131,7 @@ class DataParallel:
         while self._next < len(self._buckets) and self._buckets[self._next].pending == 0:
             self._launch(self._buckets[self._next])
 
-    def _launch(self, bucket: _Bucket) -> None:
+    def _launch(self, bucket: Bucket) -> None:
         # Strictly in order: the ranks' collectives must match even where a gradient is missing.
         flat = bucket.pack()
         if self.mode == "central":
@@ -174,23 +171,28 @@ class DataParallel:
             hook.remove()
 
 
-def _fill_buckets(
-    parameters: Iterable[tuple[nn.Parameter, dist.ProcessGroup, bool]], limit_bytes: int
-) -> list[_Bucket]:
-    """Put parameters, in order, into buckets of about `limit_bytes`.
+def fill_buckets(
+    model: nn.Module,
+    group: dist.ProcessGroup,
+    terms: Collection[str] = (),
+    every: dist.ProcessGroup | None = None,
+    limit_bytes: int = _BUCKET_BYTES,
+) -> list[Bucket]:
+    """Put the trained parameters that several ranks share into buckets of about `limit_bytes`.
 
-    A bucket has one dtype, device and group. Buckets come in the order of their last parameters.
-
-    Args:
-        parameters: each with its group, and whether its gradients there are terms of a sum.
+    From the last to the first, as gradients arrive. A bucket has one dtype, device and group.
+    Buckets come in the order of their last parameters. Arguments are as of `DataParallel`.
     """
-    filling: dict[Any, _Bucket] = {}
-    place: dict[_Bucket, int] = {}
-    for i, (parameter, group, are_terms) in enumerate(parameters):
-        kind = (parameter.dtype, parameter.device, group, are_terms)
+    filling: dict[Any, Bucket] = {}
+    place: dict[Bucket, int] = {}
+    for i, (name, parameter) in enumerate(reversed([*model.named_parameters()])):
+        own = (every or group) if name in terms else group
+        if not parameter.requires_grad or dist.get_world_size(own) == 1:
+            continue
+        kind = (parameter.dtype, parameter.device, own, name in terms)
         bucket = filling.get(kind)
         if bucket is None or bucket.size_bytes + _num_bytes(parameter) > limit_bytes:
-            bucket = filling[kind] = _Bucket(group, are_terms)
+            bucket = filling[kind] = Bucket(own, name in terms)
         bucket.add(parameter)
         place[bucket] = i
     return sorted(place, key=lambda bucket: place[bucket])

@@ -17,8 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from meshuffle.data.seeds import draw63
 from meshuffle.errors import ModelError
+from meshuffle.graph.draws import draws, is_random
+from meshuffle.graph.graph import arguments_of
 from meshuffle.layout.call import Call
-from meshuffle.layout.layout import Layout, Samples, Shard
+from meshuffle.layout.layout import Layout, Samples, Shard, even_size
 
 aten = torch.ops.aten
 
@@ -52,18 +54,17 @@ def random_bits(
         own: the indices that this rank holds, by dim; of others it holds all.
         sizes: of the whole tensor, where `own` says that this is a part.
     """
-    own, whole = own or {}, list(sizes or shape)
+    own, whole, num = own or {}, list(sizes or shape), len(shape)
     index: Any = 0
     stride = 1
-    for dim in reversed(range(len(shape))):
-        if dim == samples_dim:
+    for dim in [*(d for d in reversed(range(num)) if d != samples_dim), samples_dim]:
+        if dim is None:
             continue
         place = own[dim] if dim in own else torch.arange(shape[dim], device=key.device)
-        index = index + _along(place * stride, dim, len(shape))
+        if dim == samples_dim:
+            place = place + first_row
+        index = index + (place * stride).view([-1 if d == dim else 1 for d in range(num)])
         stride *= whole[dim]
-    if samples_dim is not None:
-        rows = torch.arange(shape[samples_dim], device=key.device) + first_row
-        index = index + _along(rows * stride, samples_dim, len(shape))
     start = _mix(key + _wrapped(_GAMMA * (draw + 1)))
     return ((_mix(_mix(index * _GAMMA + start)) >> 11) & _MASK_53).expand(list(shape))
 
@@ -71,10 +72,6 @@ def random_bits(
 def _wrapped(number: int) -> int:
     """Return a number modulo 2⁶⁴, as a signed one."""
     return (number + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-def _along(values: Tensor, dim: int, num: int) -> Tensor:
-    return values.view([-1 if d == dim else 1 for d in range(num)])
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -88,9 +85,11 @@ def below(bits: Tensor, probability: float) -> Tensor:
     return bits < int(probability * (1 << 53))
 
 
-def uniform(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return numbers in [0, 1)."""
-    return ((bits >> 29).to(dtype) if dtype != torch.float64 else (bits >> 29).double()) * 2.0**-24
+def keep_mask(bits: Tensor, p: float, dtype: torch.dtype) -> Tensor:
+    """Return dropout's factors: 0, or 1 / (1 − p)."""
+    if p >= 1:
+        return torch.zeros_like(bits, dtype=dtype)
+    return below(bits, 1 - p).to(dtype) / (1 - p)
 
 
 class DrawState:
@@ -154,24 +153,14 @@ class Draw(nn.Module):
 
     def bits(self, shape: Sequence[int], batch: int) -> Tensor:
         """Return the bits of a part of `shape`, of a step of `batch` samples."""
-        key = self.state.key
-        first: Tensor | int = 0
-        if self.samples_dim is not None:
-            first = self.state.first_sample * self.rows
-            if self.part is not None:
-                rank, world = self.part
-                before = rank * (batch // world) + min(rank, batch % world)
-                first = first + before * self.rows
+        key, dim = self.state.key, self.samples_dim
+        first = self.state.first_sample
+        if self.part is not None:
+            rank, world = self.part
+            first = first + sum(even_size(before, world, batch) for before in range(rank))
         own = {dim: index.to(key.device) for dim, index in self.own.items()}
-        return random_bits(
-            shape,
-            key,
-            self.number,
-            self.samples_dim,
-            first_row=first,
-            own=own,
-            sizes=self.sizes,
-        )
+        row = first * self.rows
+        return random_bits(shape, key, self.number, dim, first_row=row, own=own, sizes=self.sizes)
 
     def extra_repr(self) -> str:
         """Say which call it is."""
@@ -213,22 +202,12 @@ class Attention(Draw):
         """Return (…, L, F) of q (…, L, E), k (…, S, E), v (…, S, F)."""
         scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
         if causal:
-            seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-            scores = scores.masked_fill(~seen, -torch.inf)
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         if mask is not None:
-            if mask.dtype == torch.bool:
-                scores = scores.masked_fill(~mask, -torch.inf)
-            else:
-                scores = scores + mask
+            is_bool = mask.dtype == torch.bool
+            scores = scores.masked_fill(~mask, -torch.inf) if is_bool else scores + mask
         weights = scores.softmax(-1)
         return (weights * keep_mask(self.bits(weights.shape, batch), p, q.dtype)) @ v
-
-
-def keep_mask(bits: Tensor, p: float, dtype: torch.dtype) -> Tensor:
-    """Return dropout's factors: 0, or 1 / (1 − p)."""
-    if p >= 1:
-        return torch.zeros_like(bits, dtype=dtype)
-    return below(bits, 1 - p).to(dtype) / (1 - p)
 
 
 _KINDS: dict[Any, tuple[type[Draw], tuple[str, ...]]] = {
@@ -259,23 +238,17 @@ def draw_module(call: Call, layout: Layout, rank: int) -> tuple[Any, tuple[str, 
             "switch it off, or use dropout"
         )
     kind, names = _KINDS[packet]
-    sizes, dim = draw_sizes(call), call.program.samples_dim(call.node)
+    sizes, dim = list(call.out), call.program.samples_dim(call.node)
+    if kind is FeatureDropout:
+        sizes[2:] = [1] * len(sizes[2:])
+    elif kind is Attention:  # of its weights
+        sizes[-1] = call.shape(call["key"])[-2]
     rows = call.out[dim] // call.program.batch if dim is not None else 1
     own = {}
     if isinstance(layout, Shard) and sizes[layout.dim] == call.out[layout.dim]:
         own[layout.dim] = layout.owners[rank]
     part = (rank, call.world) if isinstance(layout, Samples) else None
     return kind(call.node.meta["draw"], sizes, dim, rows, own, part), names
-
-
-def draw_sizes(call: Call) -> tuple[int, ...]:
-    """Return the sizes of the tensor of random numbers that a call draws."""
-    packet = getattr(call.node.target, "_overloadpacket", None)
-    if packet is aten.feature_dropout:
-        return (*call.out[:2], *(1 for _ in call.out[2:]))
-    if packet is aten.scaled_dot_product_attention:
-        return (*call.out[:-1], call.shape(call["key"])[-2])
-    return call.out
 
 
 class ReferenceDraws(TorchDispatchMode):
@@ -294,19 +267,18 @@ class ReferenceDraws(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """Draw in place of torch where the op is one that does."""
-        kwargs = kwargs or {}
+        given = arguments_of(func, args, kwargs or {}) if is_random(func) else {}
+        if not is_random(func) or not draws(given):
+            return func(*args, **(kwargs or {}))
         if func is aten.bernoulli_.float:
-            p = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
-            return args[0].copy_(below(self._bits(args[0]), p))
-        if func is aten.native_dropout.default and args[2] is not False:
-            mask = below(self._bits(args[0]), 1 - args[1])
-            return args[0] * mask / (1 - args[1]), mask
-        if torch.Tag.nondeterministic_seeded in func.tags and not _is_idle(func, args, kwargs):
-            raise ModelError(
-                f"{func} draws random numbers in a way that no plan keeps equal; "
-                "use dropout, or draw them outside of the model"
-            )
-        return func(*args, **kwargs)
+            return args[0].copy_(below(self._bits(args[0]), given["p"]))
+        if func is aten.native_dropout.default:
+            mask = below(self._bits(args[0]), 1 - given["p"])
+            return args[0] * mask / (1 - given["p"]), mask
+        raise ModelError(
+            f"{func} draws random numbers in a way that no plan keeps equal; "
+            "use dropout, or draw them outside of the model"
+        )
 
     def _bits(self, x: Tensor) -> Tensor:
         if self.number >= len(self.samples_dims):
@@ -318,10 +290,32 @@ class ReferenceDraws(TorchDispatchMode):
         return bits
 
 
-def _is_idle(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Tell whether an attention kernel is called without dropout."""
-    for i, argument in enumerate(func._schema.arguments):
-        if argument.name == "dropout_p":
-            default = kwargs.get("dropout_p", argument.default_value)
-            return bool((args[i] if i < len(args) else default) == 0)
-    return False
+class KeyedDropout(nn.Dropout):
+    """Dropout that draws what `Dropout` draws, in a model that is run as it is written.
+
+    Its calls are numbered in their order, so a model's masks are those of every plan where all
+    that it draws is drawn here; dim 0 holds the samples.
+    """
+
+    state: DrawState
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Drop elements of `input` (N, …) in train mode."""
+        if not self.training or not 0 < self.p < 1:
+            return super().forward(input)
+        state = self.state
+        number, state.calls = state.calls, state.calls + 1
+        rows = max(1, input.shape[0] // max(1, state.samples))
+        first_row = state.first_sample * rows
+        bits = random_bits(input.shape, state.key, number, 0, first_row=first_row)
+        return input * keep_mask(bits, self.p, input.dtype)
+
+
+def key_dropout(model: nn.Module, state: DrawState) -> nn.Module:
+    """Turn every `nn.Dropout` of `model` into a `KeyedDropout`, in place; returns `model`."""
+    for module in model.modules():
+        if type(module) is nn.Dropout:
+            module.__class__ = KeyedDropout
+        if isinstance(module, KeyedDropout):
+            module.state = state
+    return model

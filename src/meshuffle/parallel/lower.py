@@ -3,15 +3,13 @@
 Pure: rank and world are plain numbers and no process group is needed, so that a plan can be
 lowered, printed and counted anywhere. Every rank walks the same list of choices, and so all agree
 on each collective and on their order.
-
-Length: one walk with one environment; in two files its two halves would reach into each other.
 """
 
 from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from meshuffle.errors import ModelError
 from meshuffle.graph.graph import is_in_place
 from meshuffle.layout.assign import Assignment, stored_bytes
 from meshuffle.layout.call import Call, Emitter, is_tensor
-from meshuffle.layout.convert import Step, Value, owners_of, steps
+from meshuffle.layout.convert import Step, Value, steps
 from meshuffle.layout.layout import (
     Layout,
     Partial,
@@ -32,13 +30,13 @@ from meshuffle.layout.layout import (
     Shard,
     Split,
     Varying,
-    Window,
+    even_size,
 )
 from meshuffle.parallel import draws
+from meshuffle.parallel.batch_norm import SyncNorm, local_norm
 from meshuffle.parallel.code import Code, Crossing, Sent
-from meshuffle.parallel.moves import Move, name_of, num_samples, share_of, take, take_samples
+from meshuffle.parallel.moves import Move
 from meshuffle.parallel.storage import Storage
-from meshuffle.parallel.sync_norm import SyncNorm, local_norm
 from meshuffle.planner.cut import live_behind
 
 aten = torch.ops.aten
@@ -46,28 +44,9 @@ aten = torch.ops.aten
 _NORM = ("input", "weight", "bias", "running_mean", "running_var")
 
 
-def lower(
-    assignment: Assignment,
-    rank: int,
-    *,
-    replicas: int = 1,
-    device: torch.device | None = None,
-    stored: dict[str, Layout] | None = None,
-) -> Code:
-    """Return what `rank` of the `tp` axis runs.
-
-    Args:
-        assignment: of the whole model.
-        rank: 0 … tp − 1.
-        replicas: ranks of the `dp` axis: batch norm joins their statistics too.
-        device: in place of those that the program names; None is the CPU.
-        stored: layouts that parameters and buffers have already (see `assign`).
-
-    Raises:
-        ModelError: an op draws random numbers in a way that cannot be kept equal.
-    """
-    (code,) = lower_stages(assignment, rank, (), replicas=replicas, device=device, stored=stored)
-    return code
+def lower(assignment: Assignment, rank: int) -> Code:
+    """Return what `rank` of the `tp` axis runs; see `lower_stages`."""
+    return lower_stages(assignment, rank, ())[0]
 
 
 def lower_stages(
@@ -77,21 +56,28 @@ def lower_stages(
     *,
     replicas: int = 1,
     device: torch.device | None = None,
-    stored: dict[str, Layout] | None = None,
+    stored: Mapping[str, Layout] | None = None,
 ) -> list[Code]:
     """Return what `rank` of the `tp` axis runs in each pipeline stage.
 
     Args:
-        cuts: how many calls of the program lie in front of each cut; the rest is as of `lower`.
+        assignment: of the whole model.
+        rank: 0 … tp − 1.
+        cuts: how many calls of the program lie in front of each cut.
+        replicas: ranks of the `dp` axis: batch norm joins their statistics too.
+        device: in place of those that the program names; None is the CPU.
+        stored: layouts that parameters and buffers have already, whole where it lacks them; None
+            is to be chosen.
+
+    Raises:
+        ModelError: an op draws random numbers in a way that cannot be kept equal.
     """
-    program = assignment.program
-    storage, numbers = Storage(assignment, stored or {}), dict[str, int]()
+    program, device = assignment.program, device or torch.device("cpu")
+    storage, numbers = Storage(assignment, stored), dict[str, int]()
     live = live_behind(program) if cuts else []
     codes: list[Code] = []
     for first, last in itertools.pairwise([0, *cuts, len(program.calls)]):
-        lowering = _Lowering(
-            assignment, rank, replicas, device or torch.device("cpu"), storage, numbers
-        )
+        lowering = _Lowering(assignment, rank, replicas, device, storage, numbers)
         leaving = live[last - 1] if last < len(program.calls) else None
         codes.append(lowering.run(first, last, codes[-1].leaving if codes else None, leaving))
     return codes
@@ -143,10 +129,7 @@ class _Lowering(Emitter):
             self._write(call)
         if leaving is None:
             (output,) = (node for node in self.program.fx.nodes if node.op == "output")
-            whole = pytree.tree_map(
-                lambda n: self._obtain(n, Replicate()) if isinstance(n, Node) else n, output.args[0]
-            )
-            self.code.graph.output(whole)
+            self.code.graph.output(self._local(output.args[0], {}))
         else:
             self.code.graph.output(tuple(self._send_on(node) for node in leaving))
         self._drop_unread()
@@ -210,28 +193,15 @@ class _Lowering(Emitter):
         return result
 
     def _convert(self, node: Node, value: Value, step: Step, x: Any) -> Any:
-        if isinstance(step.source, Varying) or (
-            isinstance(step.source, Replicate) and not value.has_grad
-        ):
-            return self._take(value, step.target, x)
-        name = self.add_module(name_of(step), Move(step, value, self.rank))
-        self.code.sent.append(Sent(name, node.name, step.forward, step.backward))
+        if isinstance(step.source, Replicate) and not value.has_grad:
+            if isinstance(step.target, Varying):
+                return x
+            if not isinstance(step.target, Partial):  # no gradient is to be made whole
+                step = Step(Varying(), step.target)
+        name = self.add_module(step.name, Move(step, value, self.rank))
+        if step.name != "take":
+            self.code.sent.append(Sent(name, node.name, step.forward, step.backward))
         return self.code.graph.call_module(name, (x, self.batch))
-
-    def _take(self, value: Value, target: Layout, x: Any) -> Any:
-        """Write what takes a part of a whole value; no gradient is to be made whole."""
-        graph = self.code.graph
-        if isinstance(target, Varying | Replicate):
-            return x
-        if isinstance(target, Partial):
-            return graph.call_function(aten.div.Scalar, (x, self.world))
-        if isinstance(target, Samples):
-            return graph.call_function(
-                take_samples, (x, target.dim, self.rank, self.world, self.batch)
-            )
-        assert isinstance(target, Shard | Window)
-        part = owners_of(target, value)[self.rank]
-        return graph.call_function(take, (x, target.dim, part))
 
     @property
     def batch(self) -> Any:
@@ -256,10 +226,7 @@ class _Lowering(Emitter):
         if isinstance(value, torch.SymInt) and (value.node.expr / symbol).is_Integer:
             return self._sized(value.node.expr, None)
         if node not in self._numbers_of:  # half of the batch, its root: as the program has it
-            args = pytree.tree_map(
-                lambda n: self._obtain(n, Replicate()) if isinstance(n, Node) else n, node.args
-            )
-            self._numbers_of[node] = self.code.graph.call_function(node.target, args)  # type: ignore[arg-type]
+            self._numbers_of[node] = self.call(node.target, *self._local(node.args, {}))
         return self._numbers_of[node]
 
     def _sized(self, expression: Any, layout: Layout | None) -> Any:
@@ -273,12 +240,8 @@ class _Lowering(Emitter):
                 raise ModelError(f"the size {expression} is no multiple of the batch")
             count = self.batch
             if isinstance(layout, Samples):
-                count = self.code.graph.call_function(num_samples, (self.rank, self.world, count))
-            self._sizes[key] = (
-                count
-                if ratio == 1
-                else self.code.graph.call_function(operator.mul, (count, int(ratio)))
-            )
+                count = self.call(even_size, self.rank, self.world, count)
+            self._sizes[key] = count if ratio == 1 else self.call(operator.mul, count, int(ratio))
         return self._sizes[key]
 
     # Calls
@@ -298,16 +261,18 @@ class _Lowering(Emitter):
             for source, layout in zip(call.inputs, choice.inputs, strict=True)
         }
         self.given = {k: self._local(v, given) for k, v in call.given.items()}
-        self._args = pytree.tree_map(lambda a: self._local(a, given), (node.args, node.kwargs))
-        result = self._special(call)
-        if result is None:
+        self._args = self._local((node.args, node.kwargs), given)
+        result: Any
+        if "draw" in node.meta:
+            result = self._draw(call)
+        elif getattr(node.target, "_overloadpacket", None) is aten.batch_norm and call["training"]:
+            result = self._batch_norm(call)
+        else:
             result = choice.local(self) if choice.local is not None else self.again()
         if not is_tensor(node):
             num = len(node.meta["val"])
             if isinstance(result, Node):
-                result = [
-                    self.code.graph.call_function(operator.getitem, (result, i)) for i in range(num)
-                ]
+                result = [self.call(operator.getitem, result, i) for i in range(num)]
             self.env[node] = {choice.output: list(result)}  # type: ignore[dict-item]
             return
         self.env[node] = {choice.output: result}  # type: ignore[dict-item]
@@ -363,8 +328,8 @@ class _Lowering(Emitter):
         """Return this rank's part of a dim, as a fraction."""
         if isinstance(layout, Shard):
             return len(layout.owners[self.rank]) / size
-        count = self.code.graph.call_function(num_samples, (self.rank, self.world, self.batch))
-        return self.code.graph.call_function(share_of, (count, self.batch))
+        count = self.call(even_size, self.rank, self.world, self.batch)
+        return self.call(_fraction, count, self.batch)
 
     def add_module(self, kind: str, module: nn.Module) -> str:
         """Keep a module under `kind` and a number; returns its name."""
@@ -375,28 +340,19 @@ class _Lowering(Emitter):
 
     # Ops that are not the same call on a part
 
-    def _special(self, call: Call) -> Any:
-        packet = getattr(call.node.target, "_overloadpacket", None)
-        if packet is aten.batch_norm:
-            return self._batch_norm(call)
-        if "draw" in call.node.meta:
-            return self._draw(call)
-        return None
-
-    def _batch_norm(self, call: Call) -> Any:
-        layout = self.choice.output
-        over_tp = self.choice.split is not None and getattr(layout, "dim", 1) != 1
-        over_tp = over_tp or isinstance(layout, Samples)
-        given = self.given
-        if not call["training"]:
-            return None
-        if not (over_tp or self.replicas > 1):
-            rest = ("momentum", "eps", "cudnn_enabled")
-            return self.call(local_norm, *(given[k] for k in (*_NORM, *rest)))
+    def _batch_norm(self, call: Call) -> Node:
+        layout, given = self.choice.output, self.given
+        over_tp = isinstance(layout, Samples) or (
+            self.choice.split is not None and getattr(layout, "dim", 1) != 1
+        )
+        tensors = [given[key] for key in _NORM]
+        if not over_tp and self.replicas == 1:
+            numbers = [given[key] for key in ("momentum", "eps", "cudnn_enabled")]
+            return self.call(local_norm, *tensors, *numbers)
         norm = SyncNorm(over_tp, given["momentum"], given["eps"])
         name = self.add_module("batch_norm_sync", norm)
         self.code.sent.append(self._norm_bytes(name, call, over_tp))
-        return self.code.graph.call_module(name, tuple(given[k] for k in _NORM))
+        return self.code.graph.call_module(name, tuple(tensors))
 
     def _norm_bytes(self, name: str, call: Call, over_tp: bool) -> Sent:
         """Count the exchange of one replica's ranks with all that they exchange with."""
@@ -408,7 +364,7 @@ class _Lowering(Emitter):
         has_grad = int(self.program.has_grad(call.node))
         return Sent(name, call.node.name, forward, has_grad * others * 2 * total * itemsize)
 
-    def _draw(self, call: Call) -> Any:
+    def _draw(self, call: Call) -> Node:
         layout = self.choice.output
         assert not isinstance(layout, tuple)
         module, names = draws.draw_module(call, layout, self.rank)
@@ -422,6 +378,11 @@ class _Lowering(Emitter):
             idle = node.op in ("call_function", "get_attr") and not node.users
             if idle and not (node.op == "call_function" and is_in_place(node)):
                 self.code.graph.erase_node(node)
+
+
+def _fraction(count: int, batch: int) -> float:
+    """Return `count` as a fraction of `batch`, which may be empty."""
+    return count / max(1, batch)
 
 
 def _is_several(node: Node) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,18 +13,18 @@ from torch.utils import _pytree as pytree
 
 from meshuffle.errors import ModelError
 from meshuffle.graph import Graph, capture
+from meshuffle.graph.capture import named_tensors, tied_names
 from meshuffle.layout.assign import Assignment, assign
 from meshuffle.layout.call import Program
 from meshuffle.layout.layout import Shard
 from meshuffle.parallel import printout
-from meshuffle.parallel.batch_norm import exchange_handle
+from meshuffle.parallel.batch_norm import SyncNorm, exchange_handle
 from meshuffle.parallel.code import Code, stages_of
 from meshuffle.parallel.draws import Draw
 from meshuffle.parallel.lower import lower_stages
 from meshuffle.parallel.moves import Move
 from meshuffle.parallel.parts import cut_part, gather_named, join_parts
 from meshuffle.parallel.ranks import Ranks
-from meshuffle.parallel.sync_norm import SyncNorm
 from meshuffle.planner.costs import estimated, per_rank
 from meshuffle.planner.cut import choose_cuts, cuts_at, cuts_like
 
@@ -33,16 +33,14 @@ _HOME = "tp"  # the submodule that holds conversions
 
 @dataclass
 class _Mode:
-    """What a module runs in train or in eval mode; `written` has this rank's stages."""
+    """What a module runs in train or in eval mode; `written` and `runs` have this rank's stages."""
 
     assignment: Assignment
-    places: tuple[int, ...]
+    cuts: tuple[int, ...]
     codes: list[Code]
-    written: dict[int, fx.GraphModule]
     spec: Any
-
-    def __post_init__(self) -> None:
-        self.runs = {stage: type(written).forward for stage, written in self.written.items()}
+    written: dict[int, fx.GraphModule] = field(default_factory=dict)
+    runs: dict[int, Callable[..., Any]] = field(default_factory=dict)
 
 
 class Parallel(nn.Module):
@@ -95,22 +93,36 @@ class Parallel(nn.Module):
         self.forward_backward: Any = None  # see `parallelize`
         self._modes: dict[bool, _Mode] = {}
         self._ranks: Ranks | None = None
-        training = model.training
-        graph = capture(self._skeleton[0], self._example, train=training)
-        assignment = assign(graph, tp, batch=example[0].shape[0], prefer=prefer)
-        places = cuts_at(assignment.program, cuts) if cuts else None
-        if places is None and num_stages > 1:
+        self.shards: dict[str, Shard] = {}
+
+        def cut(assignment: Assignment) -> tuple[int, ...]:
+            found = cuts_at(assignment.program, cuts) if cuts else None
+            if found is not None or num_stages == 1:
+                return found or ()
             seconds = per_rank(assignment, costs(assignment.program))
-            places = choose_cuts(assignment.program, seconds, num_stages)
-        self.cuts = tuple(assignment.program.calls[i].node.name for i in places or ())
-        codes = lower_stages(assignment, rank, places or (), replicas=dp, device=self.device)
-        self.shards: dict[str, Shard] = {k: v for code in codes for k, v in code.stored.items()}
+            return choose_cuts(assignment.program, seconds, num_stages)
+
+        mode = self._lower(model.training, cut)
+        program, codes = mode.assignment.program, mode.codes
+        self.cuts = tuple(program.calls[i].node.name for i in mode.cuts)
         self.stages_of = stages_of(model, codes)
-        self._register(model, graph)
-        terms = {id(p) for n, p in self._all_parameters() if any(n in c.partial for c in codes)}
-        self.partial = frozenset(n for n, p in self._all_parameters() if id(p) in terms)
-        self._install(graph, assignment, places or (), codes, training)
-        self.train(training)
+        self._register(model, program.graph, codes)
+        self._install(model.training, mode)
+        self.train(model.training)
+
+    def _lower(self, training: bool, cut: Callable[[Assignment], tuple[int, ...]]) -> _Mode:
+        """Capture, assign and lower the model; parts that are kept already stay as they are."""
+        graph = capture(self._skeleton[0], self._example, train=training)
+        options = {"prefer": self._prefer, "stored": self.shards}
+        assignment = assign(graph, self._tp, batch=len(self._example[0]), **options)  # type: ignore[arg-type]
+        cuts = cut(assignment)
+        spec = graph.program.call_spec.out_spec
+        return _Mode(assignment, cuts, self._codes(assignment, cuts), spec)
+
+    def _codes(self, assignment: Assignment, cuts: Sequence[int]) -> list[Code]:
+        stored = self.shards if self._modes else None
+        options = {"replicas": self._dp, "device": self.device, "stored": stored}
+        return lower_stages(assignment, self._rank, cuts, **options)  # type: ignore[arg-type]
 
     def _share(self, root: nn.Module) -> None:
         """Let parameters, buffers and parts be those of `root`, which the code runs on.
@@ -121,58 +133,57 @@ class Parallel(nn.Module):
         for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[kind] = root.__dict__[kind]
 
-    def _register(self, model: nn.Module, graph: Graph) -> None:
+    def _register(self, model: nn.Module, graph: Graph, codes: Sequence[Code]) -> None:
         """Give this module the model's parameters and buffers, or this rank's parts of them."""
-        known = set(graph.names.values())
-        made: dict[int, Tensor] = {}
-        parameters = [p for p in model.named_parameters(remove_duplicate=False) if self.has(p[0])]
-        buffers = [b for b in model.named_buffers(remove_duplicate=False) if self.has(b[0])]
-        for name, tensor in [*parameters, *buffers]:
-            if id(tensor) not in made or name in known:
-                made[id(tensor)] = self._part(name, tensor)
-        names = {id(tensor): name for name, tensor in [*parameters, *buffers] if name in known}
-        for name, tensor in [*parameters, *buffers]:  # a tied tensor has several names
-            if (shard := self.shards.get(names.get(id(tensor), ""))) is not None:
-                self.shards[name] = shard
-        persistent = set(model.state_dict(keep_vars=True))
-        for name, tensor in parameters:
-            self._home_of(name).register_parameter(name.rpartition(".")[2], made[id(tensor)])  # type: ignore[arg-type]
-        for name, tensor in buffers:
-            self._home_of(name).register_buffer(
-                name.rpartition(".")[2], made[id(tensor)], persistent=name in persistent
-            )
-        for name in known - {name for name, _ in [*parameters, *buffers]}:
-            if self.has(name) and name in graph.program.constants:
-                self._constant(name, graph)
+        tied, persistent = tied_names(model), set(model.state_dict(keep_vars=True))
+        for code in codes:
+            self.shards |= code.stored
+        self.shards |= {n: self.shards[first] for n, first in tied.items() if first in self.shards}
+        terms = {name for code in codes for name in code.partial}
+        made: dict[str, Tensor] = {}
+        own = {name: tensor for name, tensor in named_tensors(model) if self.has(name)}
+        for name, tensor in own.items():
+            first = tied.get(name, name)
+            if first not in made:
+                made[first] = self._part(name, tensor)
+            self._keep(name, made[first], name in persistent)
+        named = self.named_parameters(remove_duplicate=False)
+        self.partial = frozenset(name for name, _ in named if tied.get(name, name) in terms)
+        for name in set(graph.names.values()) & graph.program.constants.keys() - own.keys():
+            if self.has(name):
+                value = graph.program.constants[name]
+                if value.device.type == "meta":
+                    raise ModelError(
+                        f"the model makes the constant {name} on the meta device; "
+                        "build it on the CPU"
+                    )
+                self._keep(name, self._part(name, value), False)
 
     def has(self, name: str) -> bool:
         """Tell whether this rank's stages have a parameter, buffer or constant."""
         return not self.stages_of.get(name, frozenset((0,))).isdisjoint(self.stages)
 
-    def _all_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Return (name, parameter), a tied one under each of its names."""
-        return list(self.named_parameters(remove_duplicate=False))
-
-    def _constant(self, name: str, graph: Graph) -> None:
-        value = graph.program.constants[name]
-        if value.device.type == "meta":
-            raise ModelError(
-                f"the model makes the constant {name} on the meta device; build it on the CPU"
-            )
-        home = self._home_of(name)
-        own = self.cut(name, value).to(self.device)
-        home.register_buffer(name.rpartition(".")[2], own, persistent=False)
-
     def _part(self, name: str, tensor: Tensor) -> Tensor:
-        part = tensor.detach()
-        if name in self.shards:
-            part = self.cut(name, part)
+        part = self.cut(name, tensor.detach())
         if part.device.type == "meta":
             part = torch.empty_like(part, device=self.device)
         part = part.to(self.device)
         if isinstance(tensor, nn.Parameter):
             return nn.Parameter(part, requires_grad=tensor.requires_grad)
-        return part.clone() if part is tensor else part
+        return part
+
+    def _keep(self, name: str, tensor: Tensor, persistent: bool) -> None:
+        """Register a parameter or buffer under the model's name."""
+        *path, leaf = name.split(".")
+        home = self._root[0]
+        for part in path:
+            if part not in home._modules:
+                home.add_module(part, nn.Module())
+            home = home.get_submodule(part)
+        if isinstance(tensor, nn.Parameter):
+            home.register_parameter(leaf, tensor)
+        else:
+            home.register_buffer(leaf, tensor, persistent=persistent)
 
     def cut(self, name: str, whole: Tensor) -> Tensor:
         """Return this rank's part of a whole tensor that has the layout of `name`.
@@ -194,39 +205,22 @@ class Parallel(nn.Module):
         assert self._ranks is not None
         return join_parts(part.detach(), shard, self._ranks.tp)
 
-    def _home_of(self, name: str) -> nn.Module:
-        home = self._root[0]
-        for part in name.split(".")[:-1]:
-            if part not in home._modules:
-                home.add_module(part, nn.Module())
-            home = getattr(home, part)
-        return home
-
-    def _install(
-        self,
-        graph: Graph,
-        assignment: Assignment,
-        places: tuple[int, ...],
-        codes: list[Code],
-        training: bool,
-    ) -> None:
-        home = _HOME if training else f"{_HOME}_eval"
-        root = self._root[0]
+    def _install(self, training: bool, mode: _Mode) -> None:
+        """Write the code of this rank's stages, with its conversions under a name of ours."""
+        home, root, holder = _HOME if training else f"{_HOME}_eval", self._root[0], nn.Module()
         if hasattr(root, home):
             raise ModelError(f"the model has a part named '{home}', which is meant for ours")
-        holder = nn.Module()
         root.add_module(home, holder)
-        written = {}
         for stage in self.stages:
-            code = codes[stage]
+            code = mode.codes[stage]
             for name, module in code.modules.items():
                 holder.add_module(name, module)
             for node in code.graph.nodes:
                 if node.op == "call_module":
                     node.target = f"{home}.{node.target}"
-            written[stage] = fx.GraphModule(root, code.graph)
-        spec = graph.program.call_spec.out_spec
-        self._modes[training] = _Mode(assignment, places, codes, written, spec)
+            mode.written[stage] = fx.GraphModule(root, code.graph)
+            mode.runs[stage] = type(mode.written[stage]).forward
+        self._modes[training] = mode
         holder.train(training)
         if self._ranks is not None:
             self.bind(self._ranks)
@@ -236,7 +230,7 @@ class Parallel(nn.Module):
         self._ranks = ranks
         for module in self.modules():
             if isinstance(module, Move):
-                module.ranks = ranks
+                module.group = ranks.tp
             elif isinstance(module, SyncNorm):
                 module.handle = exchange_handle(ranks.over_tp if module.over_tp else ranks.over_dp)
             elif isinstance(module, Draw):
@@ -268,24 +262,11 @@ class Parallel(nn.Module):
         super().train(mode)
         if mode not in self._modes:
             with torch.inference_mode(False):
-                self._add_mode(mode)
+                stages, num = self.stages_of, self.num_stages
+                self._install(
+                    mode, self._lower(mode, lambda made: cuts_like(made.program, stages, num))
+                )
         return self
-
-    def _add_mode(self, mode: bool) -> None:
-        graph = capture(self._skeleton[0], self._example, train=mode)
-        batch = self._example[0].shape[0]
-        options = {"batch": batch, "prefer": self._prefer, "stored": self.shards}
-        assignment = assign(graph, self._tp, **options)  # type: ignore[arg-type]
-        places = cuts_like(assignment.program, self.stages_of, self.num_stages)
-        codes = lower_stages(
-            assignment,
-            self._rank,
-            places,
-            replicas=self._dp,
-            device=self.device,
-            stored=dict(self.shards),
-        )
-        self._install(graph, assignment, places, codes, mode)
 
     def forward(self, *inputs: Tensor) -> Any:
         """Return what the model returns, whole on every rank; a pipeline's is without gradient."""
@@ -329,19 +310,14 @@ class Parallel(nn.Module):
 
     def summary(self) -> str:
         """Return what is split, and what a step sends, in a few lines."""
-        return printout.summary(
-            self.assignment, self.codes, self._tp, self.num_stages, self.kept_share
-        )
+        return printout.summary(self)
 
     def codes_for(self, batch: int) -> list[Code]:
         """Return `codes` for another number of samples of a replica: for what they send."""
         mode = self._modes[self.training]
         if batch == mode.assignment.program.batch:
             return mode.codes
-        again = mode.assignment.resized(batch)
-        return lower_stages(
-            again, self._rank, mode.places, replicas=self._dp, stored=dict(self.shards)
-        )
+        return self._codes(mode.assignment.resized(batch), mode.cuts)
 
     @property
     def graph_modules(self) -> list[fx.GraphModule]:

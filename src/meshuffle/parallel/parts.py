@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from meshuffle.dist import collectives
 from meshuffle.layout.layout import Shard
+from meshuffle.layout.transfer import whole_route
 
 
 def cut_part(whole: Tensor, shard: Shard, rank: int) -> Tensor:
@@ -30,16 +32,8 @@ def join_parts(part: Tensor, shard: Shard, group: dist.ProcessGroup) -> Tensor:
     Args:
         part: this rank's.
     """
-    longest = max(map(len, shard.owners))
-    first = part.movedim(shard.dim, 0)
-    padded = first.new_zeros(longest, *first.shape[1:])
-    padded[: len(first)] = first
-    gathered = padded.new_empty(shard.world, *padded.shape)
-    dist.all_gather_into_tensor(gathered.view(-1), padded.view(-1), group=group)
-    whole = padded.new_empty(shard.size, *first.shape[1:])
-    for owned, theirs in zip(shard.owners, gathered, strict=True):
-        whole[torch.tensor(owned, dtype=torch.int64)] = theirs[: len(owned)]
-    return whole.movedim(0, shard.dim).contiguous()
+    route = whole_route(shard.owners, dist.get_rank(group))
+    return collectives.gather(part, shard.dim, route, group).contiguous()
 
 
 def gather_named(

@@ -21,8 +21,9 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 from torch.nn import Parameter
 from torch.utils import _pytree as pytree
 
-from meshuffle.dist.group import wait
+from meshuffle.dist.group import new_group, wait
 from meshuffle.dist.sent_bytes import labelled
+from meshuffle.layout.layout import Replicate
 from meshuffle.parallel.code import Crossing
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.ranks import Ranks
@@ -36,7 +37,13 @@ Loss = Callable[[int, Any], Tensor]
 
 @dataclass
 class _Kept:
-    """What a stage keeps of a micro-batch between its forward and its backward."""
+    """What a stage keeps of a micro-batch between its forward and its backward.
+
+    Attributes:
+        given: what it took in.
+        results: of what it made, those that a gradient comes back for; of the last one the loss.
+        weights: computes the gradients of the weights, where that is done later.
+    """
 
     given: list[Tensor]
     results: list[Tensor]
@@ -106,8 +113,8 @@ class Pipeline:
         for stage in range(self.schedule.num_stages - 1):
             members = self._global((stage, stage + 1))
             if dist.get_rank() in members and len(members) > 1:
-                groups["F", stage] = _new_group(members)
-                groups["B", stage + 1] = _new_group(members)
+                groups["F", stage] = new_group(list(members), local=True)
+                groups["B", stage + 1] = new_group(list(members), local=True)
         return groups
 
     def _tied_groups(self) -> dict[str, dist.ProcessGroup]:
@@ -118,7 +125,7 @@ class Pipeline:
             members = tuple(self._global(self.module.stages_of[name]))
             if parameter.requires_grad and len(members) > 1:
                 if members not in made:
-                    made[members] = _new_group(members)
+                    made[members] = new_group(list(members), local=True)
                 found[name] = made[members]
         return found
 
@@ -168,8 +175,8 @@ class Pipeline:
         module, program = self.module, self.module.assignment.program
         dims = [program.samples_dim_of(node.meta["val"]) for node in program.outputs()]
         can_cut = not module.training and None not in dims
-        num = min(self.schedule.num_stages, len(inputs[0])) if can_cut else 1
-        parts = [tuple(x.tensor_split(max(1, num))[i] for x in inputs) for i in range(max(1, num))]
+        num = max(1, min(self.schedule.num_stages, len(inputs[0]))) if can_cut else 1
+        parts = list(zip(*(x.tensor_split(num) for x in inputs), strict=True))
         found: list[list[Tensor]] = []
 
         def keep(_: int, result: Any) -> None:
@@ -183,17 +190,15 @@ class Pipeline:
                 step.kept.clear()
         step.wait(self.ranks.pp)
         outputs = []
-        source = dist.get_global_rank(self.ranks.pp, self.schedule.ranks[-1])
         for k, (node, dim) in enumerate(zip(program.outputs(), dims, strict=True)):
+            output = Crossing(node, Replicate(), has_grad=False)
             if found:
                 x = torch.cat([part[k] for part in found], dim) if dim is not None else found[0][k]
             else:
-                shape = program.graph.shape(
-                    node.meta["val"], len(inputs[0]) if program.graph.symbol is not None else None
-                )
-                x = torch.empty(shape, dtype=node.meta["val"].dtype, device=module.device)
-            x = x.to(node.meta["val"].dtype).contiguous()
-            dist.broadcast(x, src=source, group=self.ranks.pp)
+                shape = output.shape(program, 0, len(inputs[0]))
+                x = torch.empty(shape, dtype=output.dtype, device=module.device)
+            x = x.to(output.dtype).contiguous()
+            dist.broadcast(x, group=self.ranks.pp, group_src=self.schedule.ranks[-1])
             outputs.append(x)
         return outputs
 
@@ -219,7 +224,7 @@ class Pipeline:
     def _forward(self, step: _Step, stage: int, i: int) -> None:
         given = list(step.inputs(i)) if stage == 0 else self._arrived(step, "F", stage - 1, i)
         if stage and torch.is_grad_enabled():
-            for x, crossing in zip(given, self._leaving(stage - 1), strict=True):
+            for x, crossing in zip(given, self._crossing("F", stage - 1), strict=True):
                 x.requires_grad_(crossing.has_grad)
         step.prepare(i)
         arguments = given if stage == 0 else [step.sizes[i], *given]
@@ -229,8 +234,9 @@ class Pipeline:
             loss = step.finish(i, result)
             step.kept[stage, i] = _Kept(given, [] if loss is None else [loss])
             return
-        values = [x.detach().to(c.dtype) for x, c in zip(result, self._leaving(stage), strict=True)]
-        step.kept[stage, i] = _Kept(given, list(result))
+        step.kept[stage, i] = _Kept(given, self._returning(result, stage))
+        pairs = zip(result, self._crossing("F", stage), strict=True)
+        values = [x.detach().to(crossing.dtype) for x, crossing in pairs]
         self._send(step, "F", stage, i, values)
 
     def _gradients(
@@ -240,14 +246,15 @@ class Pipeline:
         kept = step.kept[stage, i]
         if stage + 1 == self.schedule.num_stages:
             return kept.results, None
-        expected = [
-            x for x, c in zip(kept.results, self._leaving(stage), strict=True) if c.has_grad
-        ]
         arrived = self._arrived(step, "B", stage + 1, i)
-        pairs = [
-            (x, g.to(x.dtype)) for x, g in zip(expected, arrived, strict=True) if x.requires_grad
-        ]
-        return [x for x, _ in pairs], [g for _, g in pairs]
+        pairs = zip(kept.results, arrived, strict=True)
+        found = [(x, grad.to(x.dtype)) for x, grad in pairs if x.requires_grad]
+        return [x for x, _ in found], [grad for _, grad in found]
+
+    def _returning(self, values: Sequence[Tensor], stage: int) -> list[Tensor]:
+        """Return, of the values that leave a stage, those whose gradients come back."""
+        pairs = zip(values, self._crossing("F", stage), strict=True)
+        return [x for x, crossing in pairs if crossing.has_grad]
 
     def _backward(self, step: _Step, stage: int, i: int) -> None:
         results, gradients = self._gradients(step, stage, i)
@@ -287,8 +294,11 @@ class Pipeline:
 
     # Messages
 
-    def _leaving(self, stage: int) -> list[Crossing]:
-        return self.module.codes[stage].leaving
+    def _crossing(self, way: str, sender: int) -> list[Crossing]:
+        """Return what a stage sends to the next, or as gradients to the one before."""
+        if way == "F":
+            return self.module.codes[sender].leaving
+        return [c for c in self.module.codes[sender - 1].leaving if c.has_grad]
 
     def _source(self, action: Action) -> tuple[str, int, int] | None:
         """Return which message an action needs: (way, the stage that sends it, micro-batch)."""
@@ -314,11 +324,9 @@ class Pipeline:
         (way, sender, i), peer = key, self.schedule.ranks[key[1]]
         if peer == self.ranks.pp_rank:
             return
-        crossings = self._leaving(sender) if way == "F" else self._leaving(sender - 1)
-        crossings = [c for c in crossings if way == "F" or c.has_grad]
         program, group = self.module.assignment.program, self._group(way, sender)
         asked = []
-        for number, crossing in enumerate(crossings):
+        for number, crossing in enumerate(self._crossing(way, sender)):
             shape = crossing.shape(program, self.ranks.tp_rank, step.sizes[i])
             buffer = torch.empty(shape, dtype=crossing.dtype, device=self.module.device)
             tag = self._tag(way, sender, i, number, len(step.sizes))
@@ -359,11 +367,8 @@ class Pipeline:
     def _send_back(self, step: _Step, stage: int, i: int) -> None:
         if stage == 0:
             return
-        kept = step.kept[stage, i]
-        values = []
-        for x, crossing in zip(kept.given, self._leaving(stage - 1), strict=True):
-            if crossing.has_grad:
-                values.append(torch.zeros_like(x) if x.grad is None else x.grad)
+        waiting = self._returning(step.kept[stage, i].given, stage - 1)
+        values = [torch.zeros_like(x) if x.grad is None else x.grad for x in waiting]
         self._send(step, "B", stage, i, values)
 
     # Parameters that several stages share
@@ -378,10 +383,3 @@ class Pipeline:
                 parameter.grad = torch.zeros_like(parameter)
             with labelled("parameters"):
                 dist.all_reduce(parameter.grad, group=group)
-
-
-def _new_group(members: Iterable[int]) -> dist.ProcessGroup:
-    """Return a group that its members alone make."""
-    group = dist.new_group(list(members), use_local_synchronization=True)
-    assert isinstance(group, dist.ProcessGroup)
-    return group

@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import fx, nn
 
-from meshuffle.layout.assign import Assignment
-from meshuffle.parallel.code import Code
+if TYPE_CHECKING:
+    from meshuffle.parallel.module import Parallel
 
 
-def summary(
-    assignment: Assignment, codes: Sequence[Code], tp: int, num_stages: int, kept_share: float
-) -> str:
-    """Return what is split, and what a step sends, in a few lines.
-
-    Args:
-        codes: of all stages.
-        kept_share: of the parameters on this rank, 0 … 1.
-    """
+def summary(module: Parallel) -> str:
+    """Return what is split, and what a step sends, in a few lines."""
+    assignment, codes, tp = module.assignment, module.codes, module.assignment.program.world
     sent = sum(s.forward + s.backward for code in codes for s in code.sent)
     reduced = sum(code.reduced_bytes for code in codes)
     lines = [
         f"tp={tp}: {100 * assignment.sharded_fraction():.1f} % of the FLOPs are split, "
-        f"{100 * kept_share:.1f} % of the parameters are on this rank, a step sends "
+        f"{100 * module.kept_share:.1f} % of the parameters are on this rank, a step sends "
         f"{size_text(sent)} for values and {size_text(reduced)} for gradients"
     ]
-    if num_stages > 1:
-        places = [code.leaving for code in codes[:-1]]
-        crossing = ", ".join(str(len(crossings)) for crossings in places)
-        lines.append(f"{num_stages} pipeline stages; tensors that cross each cut: {crossing}")
+    if len(codes) > 1:
+        crossing = ", ".join(str(len(code.leaving)) for code in codes[:-1])
+        lines.append(f"{len(codes)} pipeline stages; tensors that cross each cut: {crossing}")
     alone = assignment.whole_flops() if tp > 1 else []
     if alone:
         names = ", ".join(f"{name} ({100 * share:.1f} %)" for name, share in alone[:4])

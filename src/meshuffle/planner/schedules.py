@@ -88,10 +88,10 @@ def make_schedule(kind: str | None, pp: int, num_micro_batches: int) -> Schedule
         PlanError: the schedule cannot do with so few ranks, or this number of micro-batches.
     """
     kind = kind or DEFAULT
-    if kind == "gpipe" or pp == 1:
+    if kind == "gpipe":
         orders = [_gpipe(rank, num_micro_batches) for rank in range(pp)]
         return Schedule(tuple(orders), tuple(range(pp)))
-    if kind == "1f1b":
+    if kind == "1f1b" or pp == 1:
         orders = [_one_forward_one_backward(rank, pp, num_micro_batches) for rank in range(pp)]
         return Schedule(tuple(orders), tuple(range(pp)))
     back = reversed(range(pp)) if kind in _V_SHAPED else range(pp)

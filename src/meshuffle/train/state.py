@@ -20,8 +20,7 @@ from meshuffle.errors import ConfigError, RunError
 from meshuffle.models import create_model
 from meshuffle.parallel.batch_norm import synchronise_batch_norm
 from meshuffle.parallel.data_parallel import DataParallel, Mode, broadcast_from_main
-from meshuffle.parallel.draws import DrawState
-from meshuffle.parallel.keyed import key_dropout
+from meshuffle.parallel.draws import DrawState, key_dropout
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.parts import gather_named
 from meshuffle.parallel.ranks import Ranks
