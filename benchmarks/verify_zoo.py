@@ -64,7 +64,8 @@ SCHEDULED = ("shufflenet_v2_x0_5", "vit_b_16", "gpt2")
 BATCH, SMALL = 4, 64
 NATIVE = {"inception_v3": 299, "vit_h_14": 224}
 FIXED = ("maxvit",)  # its windows need 224
-LARGER = {"inception_v3": 160}  # at 96 one device differs from itself by 1e-5 in the third loss
+# At smaller sizes one device differs from itself: by 1e-5 in the third loss, 1e-3 in a parameter.
+LARGER = {"inception_v3": 160, "resnet152": 128, "regnet_x_3_2gf": 128}
 RESULTS = Path(__file__).parents[1] / "results" / "verify_zoo.csv"
 COLUMNS = (
     *("model", "plan", "input", "passed", "worst_relative_error", "worst_tensor"),
