@@ -31,7 +31,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def shell(*arguments: str, timeout: float = 100) -> subprocess.CompletedProcess[str]:
+def shell(*arguments: str, timeout: float = 250) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "meshuffle", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 

@@ -189,7 +189,7 @@ def test_data_that_vanishes(plan: str, here: Path) -> None:
     """Every image is reported once; the run does not hang."""
     with started(*TRAIN, "--plan", plan) as process:
         (here / "photos" / "train").rename(here / "elsewhere")
-        _, err = process.communicate(timeout=100)
+        _, err = process.communicate(timeout=250)
         assert process.returncode in (0, 2), err
         assert "Traceback" not in err
 

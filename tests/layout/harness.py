@@ -35,6 +35,7 @@ from meshuffle.layout.layout import (
 )
 from meshuffle.parallel.code import Code
 from meshuffle.parallel.lower import _Lowering
+from meshuffle.parallel.moves import Move
 from meshuffle.parallel.storage import Storage
 
 
@@ -275,6 +276,21 @@ def run_program(
     return run.env | dict(zip(program.placeholders(), args, strict=True))
 
 
+class _Term(nn.Module):
+    """In place of `share`: here one process adds up the gradients of all ranks."""
+
+    def __init__(self, world: int) -> None:
+        super().__init__()
+        self.world = world
+
+    def forward(self, x: Tensor, _: int) -> Tensor:
+        return x / self.world
+
+
+def is_share(module: nn.Module) -> bool:
+    return isinstance(module, Move) and module.step.name == "share"
+
+
 class _UpToOp(_Lowering):
     """Keeps results that nobody reads: they are compared."""
 
@@ -317,7 +333,11 @@ def compared(
                 name: cut(t, code.stored.get(name), rank).clone()
                 for name, t in whole_tensors(call.program, model).items()
             }
-            parts.append(Run(code.graph, tensors, code.modules).run(*inputs))
+            modules = {
+                name: _Term(call.world) if is_share(module) else module
+                for name, module in code.modules.items()
+            }
+            parts.append(Run(code.graph, tensors, modules).run(*inputs))
         except Exception as error:  # noqa: BLE001  # whatever a rule leads to is a fault of it
             return f"rank {rank}: {type(error).__name__}: {error}"
     if isinstance(choice.output, tuple):

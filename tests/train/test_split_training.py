@@ -26,6 +26,7 @@ from ..ranks import as_launched, run_ranks
 from .conftest import SMALL
 
 EPOCHS = 3
+pytestmark = pytest.mark.timeout(900)  # one fixture makes ten runs; other work may be beside
 # 26 images in batches of 5: the last has one, so that a replica has none. The clip acts.
 SIMPLE: dict[str, Any] = {"batch": 5, "ema": 0.9, "clip_norm": 0.05}
 RICH: dict[str, Any] = {

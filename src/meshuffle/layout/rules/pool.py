@@ -91,18 +91,19 @@ def _resampled(
 ) -> Iterator[Choice]:
     """Yield splits along dims of which each result sees a few inputs; `arguments` are per dim."""
     (x,) = call.inputs
-    nearest_by = "upsample_nearest" in str(call.node.target) and call.given.get("scale_factors")
     fixed = all(isinstance(v, int | float | tuple) for values in arguments.values() for v in values)
     other = any(call.given.get(key) for key in ("scales", "scales_h"))  # of the other overload
     if not fixed or other or not x.meta["val"].is_floating_point():
         return
     num = max(map(len, arguments.values()))
+    sizes, outs = call.shape(x)[-num:], call.out[-num:]
+    # By a scale that the sizes do not have, torch 2.15 may take other rows back than forth.
+    for size, out, scale in zip(sizes, outs, arguments.get("scale_factors", ()), strict=False):
+        if out in (size, 2 * size) and out != scale * size:
+            return
     dtype = torch.promote_types(x.meta["val"].dtype, torch.float32)
-    for d, dim in enumerate(range(len(call.out) - num, len(call.out))):
-        size, out = call.shape(x)[dim], call.out[dim]
-        # By a scale that the sizes do not have, torch 2.15 takes other rows back than forth.
-        if nearest_by and out in (size, 2 * size) and out != nearest_by[d] * size:
-            continue
+    for d, size in enumerate(sizes):
+        dim = len(call.out) - num + d
         others = [i for i in range(num) if i != d]
         _, *rest = (call.given | _leaving(others, 1, arguments)).values()
         constants = tuple(tuple(v) if isinstance(v, list) else v for v in rest)
