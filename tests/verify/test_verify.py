@@ -152,6 +152,7 @@ def test_bad_input_gets_one_line(
 
 def test_parts_of_the_loss_add_up() -> None:
     """Over replicas, with a classifier and without, and with several rows per sample."""
+    torch.manual_seed(0)
     job = Job("", "", "", 5, "float64", 0)
     samples = torch.arange(5)
     for x in (torch.randn(5, 3), torch.randn(10, 3, 2), torch.randn(4, 5)):
@@ -182,3 +183,27 @@ def test_a_rank_builds_a_model_without_filling_its_parameters() -> None:
     sizes = [[(n, p.shape, p.dtype) for n, p in m.named_parameters()] for m in (whole, empty)]
     assert sizes[0] == sizes[1]
     assert all(map(torch.equal, whole.buffers(), empty.buffers()))
+
+
+def test_complex_and_whole_numbers_keep_their_kind() -> None:
+    job = Job(f"{__name__}:Kinds", "tp=2", "3", 2, "float64", 0)
+    for filled in (True, False):
+        kept = dict(build_model(job, torch.float64, filled=filled).state_dict())
+        assert {name: x.dtype for name, x in kept.items()} == {
+            "weight": torch.float64,
+            "count": torch.int64,
+            "phase": torch.complex64,
+            "turn": torch.complex64,
+        }
+        assert kept["turn"].tolist() == [1j] and kept["count"].tolist() == [7]
+
+
+class Kinds(nn.Module):
+    """A module with tensors of several kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.count = nn.Parameter(torch.tensor([7]), requires_grad=False)
+        self.phase = nn.Parameter(torch.tensor([1j]))
+        self.register_buffer("turn", torch.tensor([1j]))

@@ -128,8 +128,9 @@ def build_model(job: Job, dtype: torch.dtype, *, filled: bool = True) -> nn.Modu
     with contextlib.nullcontext() if filled else _Unfilled():
         model = create_model(job.model, seed=job.seed).train()
     for parameter in () if filled else model.parameters():
-        parameter.data = torch.empty_like(parameter, dtype=dtype)
-    return model.to(dtype)
+        if parameter.is_floating_point():
+            parameter.data = torch.empty_like(parameter, dtype=dtype)
+    return model.double() if dtype == torch.float64 else model.float()  # complex numbers stay so
 
 
 class _Unfilled(TorchFunctionMode):
