@@ -117,16 +117,10 @@ def make_reference(job: Job, path: Path) -> Reference:
 
 def _save(tensors: Tensors, path: Path) -> None:
     """Write tensors; those that share memory, or have gaps in it, are copied."""
-    shared = Counter(x.untyped_storage().data_ptr() for x in tensors.values())
-    save_file(
-        {
-            name: x.contiguous().clone()
-            if shared[x.untyped_storage().data_ptr()] > 1
-            else x.detach().contiguous()
-            for name, x in tensors.items()
-        },
-        path,
-    )
+    places = {name: x.untyped_storage().data_ptr() for name, x in tensors.items()}
+    shared = {place for place, count in Counter(places.values()).items() if count > 1}
+    whole = {name: x.detach().contiguous() for name, x in tensors.items()}
+    save_file({n: x.clone() if places[n] in shared else x for n, x in whole.items()}, path)
 
 
 def own_difference(job: Job, reference: Reference, *, num_rounded: int = 0) -> dict[str, float]:
