@@ -6,8 +6,14 @@ in front of it in the first step.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import torchvision
-from torch import Tensor, nn
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from lstm import CharacterModel
 
 SIZE = {"vit_b_16": 64, "vit_b_32": 64, "vit_l_16": 64, "vit_l_32": 64, "vit_h_14": 56}
 
@@ -38,22 +44,8 @@ def vit_h_14() -> nn.Module:
     return _make("vit_h_14")
 
 
-class Characters(nn.Module):
-    """Embedding, two recurrent layers, and a classifier of each position."""
-
-    def __init__(self, width: int = 64) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(256, width)
-        self.recurrent = nn.LSTM(width, width, num_layers=2, batch_first=True)
-        self.classifier = nn.Linear(width, 256)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        hidden, _ = self.recurrent(self.embedding(ids))
-        return self.classifier(hidden)
-
-
 def lstm() -> nn.Module:
-    return Characters()
+    return CharacterModel(width=64)
 
 
 def gpt2() -> nn.Module:
