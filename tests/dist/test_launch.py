@@ -28,6 +28,10 @@ def launch(how: str, *arguments: str) -> None:
     )
 
 
+def handlers_of_signals() -> list[object]:
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """`torchrun` leaves variables behind, on purpose; not here."""
@@ -52,10 +56,11 @@ def test_the_first_failure_reaches_the_parent(
     how: str, says: str, exit_code: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """And the other rank, which waits for it, ends at once, without a word of its own."""
-    began = time.monotonic()
+    began, handlers = time.monotonic(), handlers_of_signals()
     with pytest.raises(RankFailed) as error:
         launch(how)
     assert time.monotonic() - began < 25
+    assert handlers_of_signals() == handlers  # Ctrl-C stops what comes next, as before
     assert str(error.value).startswith(says)
     assert error.value.exit_code == exit_code
     assert "Traceback" not in capfd.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import logging
@@ -9,10 +10,11 @@ import os
 import platform
 import signal
 import sys
+import threading
 import time
 import traceback
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +77,28 @@ def torchrun(
         logs_specs=DefaultLogsSpecs(),
     )
     try:
-        elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
+        with _own_signals():
+            elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
     except SignalException as stopped:
         raise Interrupted("stopped", int(stopped.sigval)) from None
     except ChildFailedError as failed:
         raise _as_error(failed.failures, num_ranks) from None
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Put back the handlers of signals: torchrun leaves its own, which raise an Exception.
+
+    What catches the errors of one case would then take a Ctrl-C behind a launch for one.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _as_error(failures: Mapping[int, Any], num_ranks: int) -> MeshuffleError:
