@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -363,3 +365,21 @@ def test_a_process_of_its_own_without_a_terminal(photos: Path, here: Path) -> No
     assert "Warning" not in done.stderr
     assert done.stdout.splitlines()[0] == done.stdout.splitlines()[-1]
     assert os.path.isdir(done.stdout.splitlines()[0])  # noqa: PTH112
+
+
+def test_sigterm_ends_a_verb_and_leaves_no_temporary_files(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "meshuffle", "verify", "--model", "torchvision:resnet50"]
+    process = subprocess.Popen(
+        [*command, "--plan", "tp=2", "--input", "3x224x224", "--batch", "64"],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for _ in range(600):
+        if any(tmp_path.glob("meshuffle-verify-*/reference-*/initial.safetensors")):
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 143 and err == "error: stopped\n"
+    assert not list(tmp_path.glob("meshuffle-verify-*"))

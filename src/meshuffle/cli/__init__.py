@@ -5,11 +5,14 @@ No verb's file imports torch at its top, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from cyclopts import App, CycloptsError
 
@@ -53,19 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["MESHUFFLE_DEBUG"] = "1"  # for the ranks
     be_a_good_neighbour()
     try:
-        if tokens and tokens[0] in _LATER:
-            return _fail(f"'{tokens[0]}' does not exist yet; it comes with {_LATER[tokens[0]]}", 2)
-        answer = build_app()(
-            tokens, exit_on_error=False, print_error=False, result_action="return_value"
-        )
-        _show(answer, as_json="--json" in tokens)
-        sys.stdout.flush()  # here, where a closed pipe is no error
-        return answer.exit_code if isinstance(answer, Answer) else 0
+        with _stopped_by_sigterm():
+            return _run(tokens)
     except CycloptsError as error:
         return _fail(_one_line(str(error)), 2)
     except BrokenPipeError:  # `meshuffle models | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # kept until the process ends
         return 0
+    except _Stopped:
+        return _fail("stopped", 143)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except Exception as error:  # noqa: BLE001  # contract: one line, and a traceback on request
@@ -75,6 +74,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(error, file=sys.stderr)  # noqa: T201
             return error.exit_code
         return _fail(in_words(error), getattr(error, "exit_code", 1))
+
+
+def _run(tokens: list[str]) -> int:
+    if tokens and tokens[0] in _LATER:
+        return _fail(f"'{tokens[0]}' does not exist yet; it comes with {_LATER[tokens[0]]}", 2)
+    answer = build_app()(
+        tokens, exit_on_error=False, print_error=False, result_action="return_value"
+    )
+    _show(answer, as_json="--json" in tokens)
+    sys.stdout.flush()  # here, where a closed pipe is no error
+    return answer.exit_code if isinstance(answer, Answer) else 0
+
+
+class _Stopped(KeyboardInterrupt):
+    """SIGTERM has come."""
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end a verb as Ctrl-C does: temporary files go, which may be gigabytes."""
+
+    def stop(*_: object) -> None:
+        raise _Stopped
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _fail(text: str, exit_code: int) -> int:
