@@ -88,15 +88,31 @@ class Half(nn.Module):
         return self.third(self.second(self.first(x).tanh())[:, :4].tanh())
 
 
-def half() -> tuple[nn.Module, Tensor]:
+class Saved(nn.Module):
+    """The layer `third` keeps its input, which is a result of its own stage, for its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.third, self.fourth = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(self.first(x).tanh()).tanh()
+        return self.fourth(y + self.third(y))
+
+
+CUTS = {Half: ("tanh", "tanh_1", "linear_2"), Saved: ("linear_1", "add", "linear_3")}
+
+
+def make_of(kind: type[nn.Module]) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    return Half().double().train(), torch.randn(8, 6, dtype=torch.float64)
+    return kind().double().train(), torch.randn(8, 6, dtype=torch.float64)
 
 
-def run_half(group: dist.ProcessGroup) -> dict[str, Tensor]:
+def run_cut(group: dist.ProcessGroup, kind: type[nn.Module]) -> dict[str, Tensor]:
     ranks, schedule = join(parse_plan("pp=2"), torch.device("cpu")), make_schedule("zbv", 2, 4)
-    (model, x), stages = half(), schedule.stages_of(ranks.pp_rank)
-    cuts = ("tanh", "tanh_1", "linear_2")
+    (model, x), stages = make_of(kind), schedule.stages_of(ranks.pp_rank)
+    cuts = CUTS[kind]
     split = Parallel(model, (x[:2],), 1, 0, num_stages=4, stages=stages, cuts=cuts)
     assert split.cuts == cuts
     pipeline, parts = Pipeline(split.bind(ranks), ranks, schedule), x.chunk(4)
@@ -104,9 +120,10 @@ def run_half(group: dist.ProcessGroup) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in split.named_parameters()}
 
 
-def test_a_stage_whose_result_is_a_view() -> None:
-    found = run_ranks(run_half, 2)
-    model, x = half()
+@pytest.mark.parametrize("kind", CUTS)
+def test_a_stage_whose_results_torch_may_not_detach_in_place(kind: type[nn.Module]) -> None:
+    found = run_ranks(run_cut, 2, kind)
+    model, x = make_of(kind)
     model(x).square().sum().backward()
     for name, grad in (pair for rank in found for pair in rank.items()):
         torch.testing.assert_close(grad, model.get_parameter(name).grad)

@@ -274,8 +274,8 @@ class Pipeline:
             return
         weights = self._weights(stage)
         edges = [get_gradient_edge(x) for x in results]
-        whole = [x.clone() if x._is_view() else x for x in results]  # torch detaches them in place
-        _, groups = stage_backward_input(whole, gradients, wanted, iter(weights))
+        copies = [x.clone() for x in results]  # torch detaches in place, also what ops have saved
+        _, groups = stage_backward_input(copies, gradients, wanted, iter(weights))
         found = {acc for group in groups for acc in group["params"]}
         alone = [w for w in weights if get_gradient_edge(w).node not in found]
         if alone:  # no way from the stage's inputs leads past them
