@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from meshuffle.dist.group import new_group
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.pipeline import Pipeline
 from meshuffle.parallel.ranks import join
@@ -127,3 +128,42 @@ def test_a_stage_whose_results_torch_may_not_detach_in_place(kind: type[nn.Modul
     model(x).square().sum().backward()
     for name, grad in (pair for rank in found for pair in rank.items()):
         torch.testing.assert_close(grad, model.get_parameter(name).grad)
+
+
+class Tied(nn.Module):
+    """Its first and last layers share their weights; what lies between has nothing of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.third.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.second(self.first(x).tanh()).tanh())
+
+
+def run_tied(group: dist.ProcessGroup, edge_groups: bool) -> tuple[list[Tensor], float]:
+    ranks, schedule = join(parse_plan("pp=3"), torch.device("cpu")), make_schedule("1f1b", 3, 3)
+    (model, x), stages = make_of(Tied), schedule.stages_of(ranks.pp_rank)
+    cuts = ("linear_1", "linear_2")
+    split = Parallel(model, (x[:2],), 1, 0, num_stages=3, stages=stages, cuts=cuts)
+    pipeline = Pipeline(split.bind(ranks), ranks, schedule, edge_groups=edge_groups)
+    parts = x.tensor_split(3)
+    sizes = [len(part) for part in parts]
+    pipeline.train(sizes, lambda i: (parts[i],), lambda _, result: result.square().sum())
+    pipeline.sum_tied()
+    shared = [p.grad for name, p in split.named_parameters() if p is not None and "weight" in name]
+    later = torch.ones(())
+    dist.all_reduce(later, group=new_group())  # the middle rank has no part in what is tied
+    return [grad for grad in shared if grad is not None], float(later)
+
+
+@pytest.mark.parametrize("edge_groups", [True, False])
+def test_groups_are_made_by_all_ranks_so_that_later_ones_meet(edge_groups: bool) -> None:
+    found = run_ranks(run_tied, 3, edge_groups)
+    model, x = make_of(Tied)
+    model(x).square().sum().backward()
+    assert [later for _, later in found] == [3.0, 3.0, 3.0]
+    for (gradients, _), layer in zip(found, ("first", "second", "third"), strict=True):
+        (grad,) = gradients
+        torch.testing.assert_close(grad, model.get_submodule(layer).weight.grad)

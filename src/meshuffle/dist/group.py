@@ -137,7 +137,7 @@ def new_group(
 
     Args:
         backend: None is the default group's.
-        local: only the members call it.
+        local: only the members call it; they make no group with other ranks after it.
     """
     group = dist.new_group(ranks, backend=backend, use_local_synchronization=local)
     assert isinstance(group, dist.ProcessGroup) or dist.get_rank() not in (ranks or [])

@@ -103,30 +103,37 @@ class Pipeline:
 
     # Process groups
 
-    def _global(self, stages: Iterable[int]) -> list[int]:
-        """Return the ranks, in the world, of some stages at this place on `tp` and `dp`."""
-        own = {self.schedule.ranks[stage] for stage in stages}
-        return sorted(dist.get_global_rank(self.ranks.pp, rank) for rank in own)
+    def _new_group(self, stages: Iterable[int]) -> dist.ProcessGroup | None:
+        """Return the group of some stages at this place on `tp` and `dp`; None outside of it.
+
+        All ranks make the groups of all places: torch names a group by how many there are, and
+        ranks that have made different numbers of them wait for each other for ever.
+        """
+        own, found = sorted({self.schedule.ranks[stage] for stage in stages}), None
+        for place in self.ranks.mesh.mesh.flatten(1).T if len(own) > 1 else ():
+            members = place[own].tolist()
+            group = new_group(members)
+            found = group if dist.get_rank() in members else found
+        return found
 
     def _make_groups(self) -> dict[tuple[str, int], dist.ProcessGroup]:
         groups = {}
         for stage in range(self.schedule.num_stages - 1):
-            members = self._global((stage, stage + 1))
-            if dist.get_rank() in members and len(members) > 1:
-                groups["F", stage] = new_group(list(members), local=True)
-                groups["B", stage + 1] = new_group(list(members), local=True)
+            for key in (("F", stage), ("B", stage + 1)):
+                if (group := self._new_group((stage, stage + 1))) is not None:
+                    groups[key] = group
         return groups
 
     def _tied_groups(self) -> dict[str, dist.ProcessGroup]:
-        """Return, by name, the groups of ranks that share a parameter, made in one order by all."""
-        made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        """Return, by name, the groups of ranks that share a parameter."""
+        stages_of = self.module.stages_of
+        shared = sorted({tuple(sorted(stages)) for stages in stages_of.values()})
+        groups = {frozenset(stages): self._new_group(stages) for stages in shared}
         found = {}
-        for name, parameter in sorted(self.module.named_parameters()):
-            members = tuple(self._global(self.module.stages_of[name]))
-            if parameter.requires_grad and len(members) > 1:
-                if members not in made:
-                    made[members] = new_group(list(members), local=True)
-                found[name] = made[members]
+        for name, parameter in self.module.named_parameters():
+            group = groups[stages_of[name]]
+            if parameter.requires_grad and group is not None:
+                found[name] = group
         return found
 
     # Steps
