@@ -20,14 +20,14 @@ from meshuffle.train.config import TrainConfig
 def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     """Return the optimiser of the trainable parameters of `model`.
 
-    Weight decay acts on weights of two or more dims, never on norms and biases.
+    Weight decay acts on weights of two or more dims, never on norms and biases. A stage of a
+    pipeline may have nothing to train.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in trained)
     lr = config.lr or 0.0
     if config.optimizer == "sgd":

@@ -268,7 +268,8 @@ def train(
         rate: the learning rate, or None to choose it by the first step.
         see: is given `outputs`, `gradients`, `loss` and `parameters`.
     """
-    optimizer = torch.optim.SGD(trained.values(), 0.0, momentum=MOMENTUM)
+    groups = [{"params": list(trained.values())}]  # none, on a stage that has no parameters
+    optimizer = torch.optim.SGD(groups, 0.0, momentum=MOMENTUM)
     losses = {}
     for step in range(NUM_STEPS):
         optimizer.zero_grad(set_to_none=False)
