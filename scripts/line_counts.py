@@ -12,7 +12,7 @@ from statistics import median
 ROOT = Path(__file__).parents[1]
 LIMIT = 400
 ENGINE = ("graph", "layout", "planner", "parallel", "verify")
-ENGINE_LIMIT = 8300  # DESIGN aims at about 6000; 1400 of these lines are rules, 1100 pipelines
+ENGINE_LIMIT = 8320  # DESIGN aims at about 6000; 1400 of these lines are rules, 1100 pipelines
 
 
 def main() -> int:

@@ -58,6 +58,20 @@ class Tokens(nn.Module):
         return {"tokens": y, "pooled": y.mean(1).tanh()}
 
 
+class Placed(Tokens):
+    """Adds the places of the tokens, kept for the next input of the same length (timm's ConViT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("places", torch.zeros(1), persistent=False)
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        if len(self.places) != ids.shape[1]:
+            self.places = torch.linspace(0, 1, ids.shape[1], dtype=self.table.weight.dtype)
+        found = super().forward(ids)
+        return found | {"placed": found["tokens"] * self.places[:, None]}
+
+
 class Tied(nn.Module):
     """The table of tokens is the classifier too; so the first and the last stage have it."""
 
@@ -104,6 +118,10 @@ def wide() -> nn.Module:
 
 def tokens() -> nn.Module:
     return Tokens()
+
+
+def placed() -> nn.Module:
+    return Placed()
 
 
 def tied() -> nn.Module:

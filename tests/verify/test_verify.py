@@ -46,12 +46,13 @@ def test_two_ranks_and_cases_that_fail_between_good_ones() -> None:
             (models.net, "dp=2", IMAGE),
             (models.net, "dp=5", IMAGE),
             (lambda: models.Net(), "tp=2", IMAGE),
+            (models.placed, "tp=2", "6:int"),
         ]
     )
     errors = [v.error for v in verdicts]
     assert [e is None for e in errors] == [
         *(True, False, False, True, False),
-        *(True, True, True, True, False, False),
+        *(True, True, True, True, False, False, True),
     ]
     assert "cannot capture Branching" in str(errors[1]) and verdicts[1].exit_code == 2
     assert "randn_like" in str(errors[2])

@@ -49,6 +49,7 @@ def capture(model: nn.Module, example: Tensor | Sequence[Tensor], *, train: bool
             if len(program.range_constraints) > 1:  # inputs whose batches nothing ties
                 program = _export(model, inputs, Dim("batch", min=2))
             _inline_autocast(program.graph_module)
+            _leave_caches(program.graph_module.graph)
         except Exception as error:
             name = type(model).__name__
             raise ModelError(
@@ -93,6 +94,17 @@ def _inline_autocast(module: fx.GraphModule) -> None:
             module.graph.erase_node(user)
         module.graph.erase_node(node)
         module.graph.erase_node(part)
+
+
+def _leave_caches(graph: fx.Graph) -> None:
+    """Drop the write to a buffer that is made anew in another shape and never read.
+
+    Such a one depends on the size of the input alone (timm's ConViT); torch writes it by `copy_`.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+        buffer, value = node.args
+        if set(buffer.users) == {node} and buffer.meta["val"].shape != value.meta["val"].shape:
+            graph.erase_node(node)
 
 
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

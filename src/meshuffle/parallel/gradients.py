@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 import torch.distributed as dist
 
 from meshuffle.dist.sent_bytes import labelled
-from meshuffle.parallel.data_parallel import Bucket, fill_buckets
+from meshuffle.parallel.data_parallel import fill_buckets
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.ranks import Ranks
 
@@ -23,14 +21,10 @@ def sum_gradients(module: Parallel, ranks: Ranks, *, average: bool = False) -> N
         average: divide by the number of replicas, for a loss that is a mean over each one's batch.
     """
     with labelled("parameters"):
-        _sum(fill_buckets(module, ranks.dp, module.partial, ranks.every))
+        for bucket in fill_buckets(module, ranks.dp, module.partial, ranks.every):
+            dist.all_reduce(bucket.pack(), group=bucket.group)
+            bucket.unpack()
     if average and ranks.dp_world > 1:
         for parameter in module.parameters():
             if parameter.grad is not None:
                 parameter.grad /= ranks.dp_world
-
-
-def _sum(buckets: Iterable[Bucket]) -> None:
-    for bucket in buckets:
-        dist.all_reduce(bucket.pack(), group=bucket.group)
-        bucket.unpack()

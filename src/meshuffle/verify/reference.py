@@ -236,8 +236,10 @@ def _run(
         return joined, torch.stack(losses).sum()
 
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    shapes = {name: x.shape for name, x in model.named_buffers()}
     rate = train(trained, run_step, facts.learning_rate, see)
-    see("buffers", dict(model.named_buffers()))
+    # One that the forward makes anew for another size of input is no state (timm's convit).
+    see("buffers", {n: x for n, x in model.named_buffers() if x.shape == shapes.get(n)})
     return rate
 
 
