@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -107,8 +108,35 @@ def test_plain_torch_files(tmp_path: Path) -> None:
         found, card = read_weights(path)
         assert card is None
         assert found.keys() == tensors.keys()
-    with pytest.raises(RunError, match="without a card"):
-        load_model(path)
+    with pytest.raises(ModelError, match=r"2\.pth: the keys are those of torchvision's .* none of"):
+        load_model(path)  # of other depths than any published model
+    tensors = create_model("shufflenet_v2_x0_5", num_classes=2).state_dict()
+    torch.save(tensors, path)
+    network, found_card = load_model(path)
+    assert found_card.source == "torchvision's ShuffleNet V2" and not found_card.named
+    assert all(torch.equal(network.state_dict()[k], v) for k, v in tensors.items())
+
+
+def test_downloads_once_and_says_where_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision.models import ShuffleNet_V2_X0_5_Weights as Weights
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    source = tmp_path / "shufflenetv2_x0.5-f707e7126e.pth"
+    weights = dataclasses.replace(Weights.DEFAULT.value, url=source.as_uri())
+    monkeypatch.setattr(Weights.DEFAULT, "_value_", weights)
+    with pytest.raises(RunError, match=r"cannot be downloaded .* --model torchvision:shuff"):
+        load_model(Path("torchvision:shufflenet_v2_x0_5"))
+    tensors = create_model("shufflenet_v2_x0_5").state_dict()
+    torch.save(tensors, source)
+    for _ in range(2):
+        network, card = load_model(Path("torchvision:shufflenet_v2_x0_5"))
+        assert torch.equal(network.fc.weight, tensors["fc.weight"])
+        assert card.classes[0] == "tench" and card.preprocess.resize == 256
+        source.unlink(missing_ok=True)
+    with pytest.raises(ModelError, match="no such model; did you mean 'shuff"):
+        load_model(Path("torchvision:shufflenet_v2_x0"))
 
 
 class Sly:

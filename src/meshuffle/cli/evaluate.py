@@ -36,7 +36,7 @@ def evaluate(
     Parameters
     ----------
     target
-        A run folder, or a weights file of one.
+        A run folder, a weights file, or torchvision:NAME for what torchvision publishes.
     """
     from meshuffle.train.inference import evaluate as run_evaluation
 

@@ -32,7 +32,7 @@ def export(
     Parameters
     ----------
     target
-        A run folder, or a weights file of one.
+        A run folder, a weights file, or torchvision:NAME for what torchvision publishes.
     """
     from dataclasses import asdict
 

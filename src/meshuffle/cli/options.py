@@ -14,7 +14,10 @@ Debug = Annotated[
 ]
 Model = Annotated[
     str | None,
-    Parameter(help="Repeat the name of a package.module:function model, to run its code."),
+    Parameter(
+        help="The model of plain weights whose keys do not tell; or repeats the name of a "
+        "package.module:function model, to run its code."
+    ),
 ]
 Spread = Annotated[
     str,

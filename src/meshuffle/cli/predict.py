@@ -32,7 +32,7 @@ def predict(
     Parameters
     ----------
     target
-        A run folder, or a weights file of one.
+        A run folder, a weights file, or torchvision:NAME for what torchvision publishes.
     images
         Image files, or folders of them.
     """

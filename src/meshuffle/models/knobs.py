@@ -11,6 +11,9 @@ Auto = Literal["auto"]
 PerUnit = int | Sequence[int] | Auto
 """One number for every unit, one number per unit, or "auto": chosen from the map's side."""
 
+Order = Literal["paper", "authors"]
+"""Where a unit shuffles: as the paper has it, or as the authors' released weights want it."""
+
 T = TypeVar("T")
 
 

@@ -10,7 +10,6 @@ Shape suffixes: N batch, C channels, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torchvision.ops import StochasticDepth
 
 from meshuffle.errors import ModelError
 from meshuffle.models.knobs import (
+    Order,
     PerUnit,
     auto_kernel_size,
     per_unit,
@@ -49,8 +49,6 @@ STEM_CHANNELS_AT_WIDTH = {1.5: 24}
 """Where the authors depart from `width` · 24 (36 here); 24 gives their 292 and 290 MFLOPs."""
 
 STRIDES = (2, 2, 2)
-
-Order = Literal["paper", "authors"]
 
 
 class ShuffleUnitV1(nn.Module):

@@ -1,7 +1,8 @@
 """ShuffleNet V2 (Ma, Zhang, Zheng, Sun, arXiv 1807.11164), and its large variants.
 
 With the sizes 0.5×, 1×, 1.5× and 2× the module tree, the `state_dict` keys, the order in which
-the initialisation draws, and every number computed are torchvision's.
+the initialisation draws, and every number computed are torchvision's. The authors' released
+weights (github.com/megvii-model/ShuffleNet-Series, folder `ShuffleNetV2`) are of another order.
 
 Shape suffixes: N batch, C channels, H height, W width, D = C/2.
 """
@@ -16,6 +17,7 @@ from torchvision.ops import StochasticDepth
 
 from meshuffle.errors import ModelError
 from meshuffle.models.knobs import (
+    Order,
     PerUnit,
     auto_kernel_size,
     auto_num_branches,
@@ -23,6 +25,7 @@ from meshuffle.models.knobs import (
     most_branches,
     per_unit,
     require_at_least,
+    require_choice,
     require_depths,
     require_divisible,
     require_fraction,
@@ -82,10 +85,14 @@ class ShuffleUnitV2(nn.Module):
     through `branch2`. A unit that changes the map or the channels sends all of x through both
     `branch1` (depthwise, 1×1) and `branch2` (1×1, depthwise, 1×1).
 
+    The authors' order shuffles in front of the split instead, and where all of x goes through
+    both branches `branch1` keeps its number of channels and `branch2` makes the rest.
+
     Args:
         in_channels, out_channels: channels of the unit; `out_channels` must be even.
         stride: 1 or 2.
         kernel_size: of the depthwise convolutions, odd.
+        order: "paper", which is torchvision's, or "authors".
         branches: parallel branches in place of `branch2` (see `MultiBranch`); 1 for none.
         permutation: see `channel_permutation`; two groups, one for each half.
         seed: of the "random" permutation.
@@ -101,6 +108,7 @@ class ShuffleUnitV2(nn.Module):
         *,
         stride: int,
         kernel_size: int = 3,
+        order: Order = "paper",
         branches: int = 1,
         permutation: Permutation = "paper",
         seed: int = 0,
@@ -110,15 +118,19 @@ class ShuffleUnitV2(nn.Module):
     ) -> None:
         super().__init__()
         require_divisible("out_channels", out_channels, "halves", 2)
-        half = out_channels // 2
+        half = wide = out_channels // 2
         self.splits = stride == 1 and in_channels == out_channels
         self.adds = residual and self.splits
+        self.shuffles_first = order == "authors"
         self.branch1 = nn.Sequential()
         if not self.splits:
+            if self.shuffles_first:
+                wide = out_channels - in_channels
+                require_at_least("out_channels - in_channels", wide, 1)
             self.branch1 = nn.Sequential(
                 depthwise(in_channels, kernel_size, stride),
                 nn.BatchNorm2d(in_channels),
-                *conv_bn_relu(in_channels, half),
+                *conv_bn_relu(in_channels, out_channels - wide),
             )
         branch_in = half if self.splits else in_channels
         self.branch2: nn.Module
@@ -127,11 +139,11 @@ class ShuffleUnitV2(nn.Module):
                 *conv_bn_relu(branch_in, half),
                 depthwise(half, kernel_size, stride),
                 nn.BatchNorm2d(half),
-                *(conv_bn if self.adds else conv_bn_relu)(half, half),
+                *(conv_bn if self.adds else conv_bn_relu)(half, wide),
             )
         else:
-            self.branch2 = MultiBranch(branch_in, half, branches, stride, kernel_size)
-        self.se = SqueezeExcite(half, SE_REDUCTION) if se else nn.Identity()
+            self.branch2 = MultiBranch(branch_in, wide, branches, stride, kernel_size)
+        self.se = SqueezeExcite(wide, SE_REDUCTION) if se else nn.Identity()
         drops = self.adds and drop_path > 0
         self.drop_path = StochasticDepth(drop_path, "row") if drops else nn.Identity()
         self.shuffle = ChannelShuffle(out_channels, 2, permutation, seed)
@@ -141,17 +153,29 @@ class ShuffleUnitV2(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return (N, out_channels, H / stride, W / stride), H and W rounded up.
 
-        `x` may be the two halves of its channels; with `as_halves` so is the result.
+        `x` may be the two halves of its channels; with `as_halves` so may be the result.
         """
         join = self.shuffle.join_halves if as_halves else self.shuffle.join
+        split = _halves
+        if self.shuffles_first:
+            join, split = _join, self.shuffle.split
         if not self.splits:
             x_NCHW = torch.cat(x, dim=1) if isinstance(x, tuple) else x
             return join(self.branch1(x_NCHW), self.se(self.branch2(x_NCHW)))
-        kept_NDHW, active_NDHW = x if isinstance(x, tuple) else x.chunk(2, dim=1)
+        kept_NDHW, active_NDHW = x if isinstance(x, tuple) else split(x)
         y_NDHW = self.se(self.branch2(active_NDHW))
         if self.adds:
             y_NDHW = torch.relu(active_NDHW + self.drop_path(y_NDHW))
         return join(kept_NDHW, y_NDHW)
+
+
+def _halves(x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+    first_NDHW, second_NDHW = x_NCHW.chunk(2, dim=1)
+    return first_NDHW, second_NDHW
+
+
+def _join(a_NDHW: Tensor, b_NDHW: Tensor) -> Tensor:
+    return torch.cat((a_NDHW, b_NDHW), dim=1)
 
 
 class Stage(nn.Sequential):
@@ -185,6 +209,8 @@ class ShuffleNetV2(nn.Module):
             which number, depth and width follow the map's side (see `auto_num_branches`,
             `branch_widths` and `MultiBranch`).
         input_size: side of the input in pixels, which "auto" reads the maps' sides from.
+        order: "paper", or "authors", whose weights go with the "inverse" permutation (see
+            `ShuffleUnitV2`).
         permutation: the channel permutation (see `channel_permutation`). An explicit list
             fits a single number of channels, so it needs stages of equal width.
         permutation_seed: of the "random" permutation; unit i takes `permutation_seed + i`.
@@ -212,6 +238,7 @@ class ShuffleNetV2(nn.Module):
         kernel_size: PerUnit = 3,
         branches: PerUnit = 1,
         input_size: int = 224,
+        order: Order = "paper",
         permutation: Permutation = "paper",
         permutation_seed: int = 0,
         se: bool = False,
@@ -222,6 +249,7 @@ class ShuffleNetV2(nn.Module):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
+        require_choice("order", order, ("paper", "authors"))
         require_at_least("num_classes", num_classes, 1)
         require_at_least("in_channels", in_channels, 1)
         require_at_least("head_channels", head_channels, 1)
@@ -261,6 +289,7 @@ class ShuffleNetV2(nn.Module):
                         out_unit,
                         stride=1 if position else stride,
                         kernel_size=kernels[i],
+                        order=order,
                         branches=num_branches[i],
                         permutation=permutation,
                         seed=permutation_seed + i,

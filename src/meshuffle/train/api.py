@@ -18,7 +18,14 @@ from meshuffle.dist.group import RankEnv, process_group, rank_env
 from meshuffle.errors import MeshuffleError
 from meshuffle.train.config import Origin, TrainConfig, to_toml
 from meshuffle.train.rank import train_rank
-from meshuffle.train.run import Prepared, launch, prepare, reopen, resolve_for
+from meshuffle.train.run import (
+    Prepared,
+    adopt_model,
+    launch,
+    prepare,
+    reopen,
+    resolve_for,
+)
 
 
 def train(config: TrainConfig, origins: Mapping[str, Origin] | None = None) -> dict[str, Any]:
@@ -108,6 +115,7 @@ def describe_config(
     config: TrainConfig, origins: Mapping[str, Origin]
 ) -> tuple[dict[str, Any], str]:
     """Return the resolved settings as plain data and as TOML with origins; trains nothing."""
+    config = adopt_model(config, origins)
     resolved = resolve_for(config, open_data(config.data, need=("train", "val")))
     full = {
         name: origins.get(name, "chosen" if getattr(config, name) != value else "default")

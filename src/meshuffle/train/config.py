@@ -42,7 +42,10 @@ class TrainConfig:
     task: Annotated[Literal["classify"], _option("What the model learns.")] = "classify"
     plan: Annotated[str, _option("Plan text, auto, or a plan.json.")] = "auto"
     from_: Annotated[
-        str | None, Parameter(name="--from", help="Start from the weights of a run or file.")
+        str | None,
+        Parameter(
+            name="--from", help="Start from the weights of a run, a file, or torchvision:NAME."
+        ),
     ] = None
     epochs: Annotated[int | None, _option("Passes over the data.")] = None
     batch: Annotated[int | None, _option("Global batch size, over all ranks.")] = None

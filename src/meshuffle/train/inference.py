@@ -49,6 +49,7 @@ from meshuffle.train.run import absolute_data, threads_per_rank
 from meshuffle.train.shared import replica_group, shared
 from meshuffle.train.weights import Card, find_weights, load_model
 
+_UNNAMED = ", which name no classes: output i is taken for the data's i-th"
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
 
@@ -167,7 +168,7 @@ def judge_rank(question: Question, plan: Plan, env: RankEnv) -> tuple[Evaluation
     """Judge as one rank of `plan`; every rank returns the whole answer."""
     device = pick_device(local_rank=env.local_rank)
     network, card = load_model(Path(question.target), question.model)
-    source, what = _source(question, card)
+    source, what, card = _source(question, card)
     with contextlib.ExitStack() as stack:
         control = None
         if env.world > 1:
@@ -235,23 +236,42 @@ def _input_size(card: Card) -> tuple[int, int, int]:
     return (3, *EvalTransform(card.preprocess).size)
 
 
-def _source(question: Question, card: Card) -> tuple[ImageSource, str]:
-    """Return the images to judge, and what they are called."""
+def _source(question: Question, card: Card) -> tuple[ImageSource, str, Card]:
+    """Return the images to judge, what they are called, and the card with the classes' names."""
     if question.files:
-        return _Files(tuple(question.files), card.classes), "files"
-    opened = _opened(question.data, card)
+        return _Files(tuple(question.files), card.classes), "files", card
+    opened, card = _opened(question.data, card)
     split = question.split or _last_split(opened)
     if split not in opened.splits:
         raise DataError(f"{opened.spec} has no {split} split; it has {', '.join(opened.splits)}")
-    return opened.splits[split], f"{opened.spec} {split}"
+    what = f"{opened.spec} {split}"
+    if not card.data:  # no run of ours
+        what += f" by {card.source}{'' if card.named else _UNNAMED}"
+    return opened.splits[split], what, card
 
 
-def _opened(data: str | None, card: Card) -> Data:
+def _opened(data: str | None, card: Card) -> tuple[Data, Card]:
+    """Return the data, with labels that are the model's outputs, and the card."""
+    if not (data or card.data):
+        raise DataError("these weights do not say what they were trained on; give --data DATA")
     opened = open_data(data or card.data, need=())
     own = data is None or absolute_data(data) == card.data
     if own and "train" in opened.splits and "val" not in opened.splits:
         opened = open_data(card.data, need=("train", "val"))  # the part that training set aside
-    return relabel(opened, card.classes)
+    if not card.named and not set(opened.classes) <= set(card.classes):
+        return opened, _named_by(opened, card)
+    return relabel(opened, card.classes), dataclasses.replace(card, named=True)
+
+
+def _named_by(data: Data, card: Card) -> Card:
+    """Return the card with the classes of `data`, in their order, for weights that name none."""
+    if len(data.classes) != len(card.classes):
+        raise DataError(
+            f"{data.spec} has {len(data.classes)} classes and the weights, {card.source}, have "
+            f"{len(card.classes)} outputs; train a new classifier: meshuffle train {data.spec} "
+            "--from WEIGHTS"
+        )
+    return dataclasses.replace(card, classes=data.classes, titles=dict(data.titles))
 
 
 def _last_split(data: Data) -> str:

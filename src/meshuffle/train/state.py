@@ -235,9 +235,10 @@ def model_knobs(config: TrainConfig) -> dict[str, Any]:
 
 def make_card(config: TrainConfig, data: Data) -> weights.Card:
     """Return the card of a run: from its settings and its data."""
-    preprocess = Preprocess.for_data(data, config.input_size)
+    preprocess, source = Preprocess.for_data(data, config.input_size), ""
     if config.from_:
-        preprocess = _inherited(config, preprocess)
+        _, begun = weights.open_weights(Path(config.from_), config.model)
+        preprocess, source = _inherited(preprocess, begun), begun.source
     return weights.Card(
         model=config.model,
         classes=data.classes,
@@ -246,21 +247,19 @@ def make_card(config: TrainConfig, data: Data) -> weights.Card:
         knobs=model_knobs(config),
         titles=dict(data.titles),
         data=config.data,
+        source=source,
     )
 
 
-def _inherited(config: TrainConfig, preprocess: Preprocess) -> Preprocess:
+def _inherited(preprocess: Preprocess, begun: weights.Card) -> Preprocess:
     """Return the numbers that the weights of `--from` were trained with, at this run's size."""
-    _, card = weights.read_weights(weights.find_weights(Path(config.from_ or "")))
-    if card is None:
-        return preprocess
-    return dataclasses.replace(card.preprocess, crop=preprocess.crop, resize=preprocess.resize)
+    return dataclasses.replace(begun.preprocess, crop=preprocess.crop, resize=preprocess.resize)
 
 
 def build_model(config: TrainConfig, card: weights.Card) -> tuple[nn.Module, list[str], list[str]]:
     """Return the model as training starts, the names that are frozen, and lines to tell."""
     model = new_model(config, card)
-    lines = _start_from(model, config.from_) if config.from_ else []
+    lines = _start_from(model, config.from_, config.model) if config.from_ else []
     return model, optim.freeze(model, config.freeze), lines
 
 
@@ -349,15 +348,16 @@ def _to_channels_last(model: nn.Module) -> None:
             tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
 
 
-def _start_from(model: nn.Module, target: str) -> list[str]:
+def _start_from(model: nn.Module, target: str, name: str) -> list[str]:
     """Copy the weights that fit; return lines that list what did not."""
     path = weights.find_weights(Path(target))
-    tensors, _ = weights.read_weights(path)
+    tensors, card = weights.open_weights(Path(target), name)
     missing, unexpected, reshaped = weights.load_matching(model, tensors)
     num_loaded = len(tensors) - len(unexpected) - len(reshaped)
     if not num_loaded:
         raise ConfigError(f"--from {target}: none of its {len(tensors)} tensors fits the model")
-    lines = [f"loaded {num_loaded} of {len(tensors)} tensors from {path}"]
+    whose = f": {card.source}" if card.source else ""
+    lines = [f"loaded {num_loaded} of {len(tensors)} tensors from {path}{whose}"]
     for what, names in (("new", missing), ("left out", unexpected), ("other shape", reshaped)):
         if names:
             lines.append(f"  {what}: {', '.join(names[:6])}{' …' if len(names) > 6 else ''}")

@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision.models
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from meshuffle.data import Preprocess
-from meshuffle.errors import ConfigError, ModelError, RunError
+from meshuffle.errors import ConfigError, ModelError, RunError, did_you_mean
 from meshuffle.models import create_model
+from meshuffle.models.published import recognise
 from meshuffle.train.files import disk_errors, replaced
 
 _KEY = "meshuffle"
+_HUB = "torchvision:"
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Card:
         classes: names in the order of the outputs; `titles`: readable names, where known.
         preprocess: from an image to the input.
         data: the text of the DATA argument that it was trained on.
+        source: who published the weights, or the ones that training began with.
+        named: False where `classes` are numbers or ImageNet's: the file has no class list.
         epoch: finished epochs; `metrics`: those of the validation split at that point.
     """
 
@@ -47,6 +53,8 @@ class Card:
     knobs: dict[str, Any] = field(default_factory=dict)
     titles: dict[str, str] = field(default_factory=dict)
     data: str = ""
+    source: str = ""
+    named: bool = True
     epoch: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -86,19 +94,42 @@ def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def find_weights(target: Path) -> Path:
-    """Return the weights file that `target` means: itself, or the best one of a run folder.
+    """Return the weights file that `target` means.
+
+    That is itself, the best one of a run folder, or that of `torchvision:NAME`, downloaded once.
 
     Raises:
         RunError: nothing there, with what was looked for.
     """
     if target.is_file():
         return target
+    if not target.exists() and str(target).startswith(_HUB):
+        return _downloaded(str(target).removeprefix(_HUB))
     if not target.exists():
         raise RunError(f"{target}: no such run folder or weights file")
     for name in ("best", "last"):
         if (path := target / "weights" / f"{name}.safetensors").is_file():
             return path
     raise RunError(f"{target}: no weights/best.safetensors in it; is it a run folder?")
+
+
+def _downloaded(name: str) -> Path:
+    """Return the file of torchvision's default weights, in torch's cache of downloads."""
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise ModelError(f"torchvision:{name}: no such model{did_you_mean(name, known)}")
+    url = torchvision.models.get_model_weights(name).DEFAULT.url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+        except OSError as error:
+            raise RunError(
+                f"torchvision:{name}: {url} cannot be downloaded ({error}); fetch it elsewhere and "
+                f"give the file in its place, with --model torchvision:{name}"
+            ) from None
+    return path
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], Card | None]:
@@ -141,21 +172,43 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def open_weights(target: Path, model: str | None = None) -> tuple[dict[str, Tensor], Card]:
+    """Return the tensors under the keys of their model, and the card; see `load_model`.
+
+    Of plain weights the card is made from what `recognise` finds in their keys.
+    """
+    path = find_weights(target)
+    tensors, card = read_weights(path)
+    if card is not None:
+        return tensors, card
+    try:
+        found = recognise(tensors, model)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+    return found.tensors, Card(
+        model=found.model,
+        classes=found.classes or tuple(map(str, range(found.num_classes))),
+        preprocess=found.preprocess,
+        knobs=found.knobs,
+        source=found.source,
+        named=False,
+    )
+
+
 def load_model(target: Path, model: str | None = None) -> tuple[nn.Module, Card]:
     """Rebuild the model of a run folder or a weights file, in eval mode, with its card.
 
     Args:
-        target: a run folder or a file that `save_weights` wrote.
-        model: repeats the name of a `package.module:function` model, to allow its import.
+        target: a run folder, a file of a run, or published weights (see `find_weights`).
+        model: of plain weights, whose model is not seen from their keys; or repeats the name of a
+            `package.module:function` model, to allow its import.
 
     Raises:
-        RunError: the file is missing, broken or has no card.
-        ModelError: the tensors do not fit the model, or the name must be repeated.
+        RunError: the file is missing or broken.
+        ModelError: the tensors do not fit the model, or the name must be given.
     """
     path = find_weights(target)
-    tensors, card = read_weights(path)
-    if card is None:
-        raise RunError(f"{path}: plain weights without a card; only files of a run work here yet")
+    tensors, card = open_weights(target, model)
     network = build_model(card, model)
     missing, unexpected, reshaped = load_matching(network, tensors)
     if missing or unexpected or reshaped:

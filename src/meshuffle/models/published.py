@@ -1,0 +1,237 @@
+"""Weights as their makers publish them: whose they are is read from the keys.
+
+    tensors ──recognise──▶ model and knobs, tensors under its keys, preprocessing, classes
+
+A further maker is one entry in `MAKERS`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torchvision.models
+from torch import Tensor, nn
+
+from meshuffle.data import Preprocess
+from meshuffle.errors import ModelError
+from meshuffle.models.heads import classifier_of
+from meshuffle.models.registry import create_model, list_models
+
+IMAGENET_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a file of plain tensors turned out to be.
+
+    Attributes:
+        model: what `create_model` takes; `knobs`: with which of its knobs.
+        num_classes: outputs of its classifier.
+        tensors: under the model's own keys.
+        preprocess: what the weights were trained with.
+        classes: their names, or () where nobody says.
+        source: whose weights they are, for a message.
+    """
+
+    model: str
+    knobs: dict[str, Any]
+    num_classes: int
+    tensors: dict[str, Tensor]
+    preprocess: Preprocess
+    classes: tuple[str, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Somebody who publishes weights of a family of our models.
+
+    Attributes:
+        name: for a message.
+        sign: matches a key that only these files have.
+        models: pattern of our names (see `list_models`).
+        knobs: of the model that the weights want.
+        renames: (pattern, replacement) from a key of theirs to ours; the first that matches.
+        preprocess: from the model's name.
+    """
+
+    name: str
+    sign: str
+    models: str
+    preprocess: Callable[[str], Preprocess]
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+    renames: tuple[tuple[str, str], ...] = ()
+
+    def names(self) -> list[str]:
+        """Return our models that the weights may be of."""
+        return [info.name for info in list_models(self.models)]
+
+    def renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors under our keys."""
+        return {self._renamed(key): tensor for key, tensor in tensors.items()}
+
+    def _renamed(self, key: str) -> str:
+        for pattern, replacement in self.renames:
+            ours, num = re.subn(pattern, replacement, key)
+            if num:
+                return ours
+        return key
+
+
+def _units(*depths: int) -> Iterable[tuple[str, str]]:
+    """Yield renames of units that are numbered through, with three stages of these depths."""
+    number = 0
+    for stage, depth in enumerate(depths, 2):
+        for unit in range(depth):
+            for theirs, ours in (("branch_proj", "branch1"), ("branch_main", "branch2")):
+                yield rf"^features\.{number}\.{theirs}\.", f"stage{stage}.{unit}.{ours}."
+            number += 1
+
+
+def _torchvision(name: str) -> Preprocess:
+    """Return the preprocessing with which torchvision evaluates its default weights."""
+    preset: Any = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    return Preprocess(
+        crop=preset.crop_size[0],
+        resize=preset.resize_size[0],
+        interpolation=preset.interpolation.value,
+        mean=preset.mean,
+        std=preset.std,
+    )
+
+
+def _timm(name: str) -> Preprocess:
+    """Return the preprocessing of timm's default weights."""
+    import timm
+
+    config: Any = timm.get_pretrained_cfg(name)
+    if config is None:
+        return Preprocess.imagenet()
+    side = config.input_size[-1]
+    return Preprocess(
+        crop=side,
+        resize=int(side / config.crop_pct),
+        interpolation=config.interpolation,
+        mean=config.mean,
+        std=config.std,
+    )
+
+
+_AUTHORS = {"order": "authors", "permutation": "inverse"}
+_BRANCHES = (("branch_proj", "branch1"), ("branch_main", "branch2"))
+MAKERS = (
+    Maker(
+        "the authors' ShuffleNet V1 (shuffle behind the depthwise convolution, BGR 0…255)",
+        r"features\.0\.branch_main_1\.0\.weight",
+        "shufflenet_v1_x*_g[38]",
+        lambda _: Preprocess.authors(),
+        _AUTHORS,
+    ),
+    Maker(
+        "the authors' ShuffleNet V2+ (BGR 0…255)",
+        r"LastSE\.SE_opr\.1\.weight",
+        "shufflenet_v2plus_*",
+        lambda _: Preprocess.authors(),
+    ),
+    Maker(
+        "the authors' ShuffleNet V2 (shuffle in front of the split, BGR 0…255)",
+        r"(features\.0|stage2\.0)\.branch_main\.0\.weight",
+        "shufflenet_v2_x?_?",
+        lambda _: Preprocess.authors(),
+        _AUTHORS,
+        (
+            *_units(4, 8, 4),
+            *((rf"^(stage\d\.\d+)\.{a}\.", rf"\1.{b}.") for a, b in _BRANCHES),
+            (r"^first_conv\.", "conv1."),
+            (r"^conv_last\.", "conv5."),
+            (r"^classifier\.0\.", "fc."),
+        ),
+    ),
+    Maker(
+        "torchvision's ShuffleNet V2",
+        r"stage2\.0\.branch1\.0\.weight",
+        "shufflenet_v2_x?_?",
+        _torchvision,
+    ),
+)
+"""Asked in this order."""
+
+
+def recognise(tensors: Mapping[str, Tensor], model: str | None = None) -> Published:
+    """Tell what a state dict without a card is.
+
+    Args:
+        tensors: keys without `module.`.
+        model: the name of the model that the caller says it is of; then nothing is searched, and
+            whether the shapes fit is for who loads them to see.
+
+    Raises:
+        ModelError: it is nobody's that we know, or no size of a family has these shapes.
+    """
+    signed = (m for m in MAKERS if any(re.fullmatch(m.sign, key) for key in tensors))
+    maker = next(signed, None)
+    if maker is None or model not in (None, *maker.names()):
+        if model is None:
+            few = ", ".join(list(tensors)[:3])
+            raise ModelError(f"weights without a card, of keys {few} …: give --model NAME")
+        return _plain(tensors, model)
+    ours, knobs = maker.renamed(tensors), dict(maker.knobs)
+    for name in maker.names() if model is None else [model]:
+        with torch.device("meta"):
+            network = create_model(name, **knobs)
+        found, num_classes = _completed(ours, network)
+        if model or _fits(found, network):
+            preprocess, classes = maker.preprocess(name), _imagenet_classes(num_classes)
+            return Published(name, knobs, num_classes, found, preprocess, classes, maker.name)
+    raise ModelError(
+        f"the keys are those of {maker.name}, but none of {', '.join(maker.names())} has "
+        "these shapes; give --model NAME to see what differs"
+    )
+
+
+def _plain(tensors: Mapping[str, Tensor], model: str) -> Published:
+    """Return tensors under the model's own keys, with the preprocessing of its package."""
+    found, num_classes = _completed(tensors, create_model(model))
+    package, _, name = model.rpartition(":")
+    presets = {"torchvision": _torchvision, "timm": _timm}
+    preprocess = presets[package](name) if package in presets else Preprocess.imagenet()
+    classes = _imagenet_classes(num_classes) if package in presets else ()
+    source = f"{package}'s {name}" if package in presets else f"plain weights of {model}"
+    return Published(model, {}, num_classes, found, preprocess, classes, source)
+
+
+def _completed(tensors: Mapping[str, Tensor], network: nn.Module) -> tuple[dict[str, Tensor], int]:
+    """Return the tensors with what old or bias-free files leave out, and the number of classes."""
+    found, own, head = dict(tensors), network.state_dict(), _head(network)
+    sizes = [len(found[key]) for key in own if key.startswith(head) and key in found]
+    num_classes = sizes[0] if sizes else IMAGENET_CLASSES
+    for key, tensor in own.items():
+        if key not in found and key.endswith("num_batches_tracked"):
+            found[key] = torch.zeros((), dtype=torch.int64)
+        elif key not in found and sizes and key == f"{head}bias":
+            found[key] = torch.zeros(num_classes, dtype=tensor.dtype)
+    return found, num_classes
+
+
+def _fits(tensors: Mapping[str, Tensor], network: nn.Module) -> bool:
+    """Tell whether keys and shapes are the model's, with any number of classes."""
+    head, own = _head(network), network.state_dict()
+    return own.keys() == tensors.keys() and all(
+        tensors[key].shape == tensor.shape or key.startswith(head) for key, tensor in own.items()
+    )
+
+
+def _head(network: nn.Module) -> str:
+    return f"{classifier_of(network)[-1]}."
+
+
+def _imagenet_classes(num_classes: int) -> tuple[str, ...]:
+    """Return ImageNet's names; two of them stand for two classes each and get a number."""
+    if num_classes != IMAGENET_CLASSES:
+        return ()
+    names = torchvision.models.ShuffleNet_V2_X1_0_Weights.DEFAULT.meta["categories"]
+    return tuple(n if names.index(n) == i else f"{n} ({i})" for i, n in enumerate(names))
