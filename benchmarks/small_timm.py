@@ -44,10 +44,23 @@ def smallest_input(name: str) -> tuple[dict[str, Any], int]:
     raise RuntimeError(f"timm:{name} runs with no size that was tried: {why}")
 
 
+def _is_large(name: str) -> bool:
+    """Tell whether a model has more than 100 million parameters; two blocks do as well then."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with torch.device("meta"):
+                return sum(p.numel() for p in timm.create_model(name).parameters()) > 1e8
+        except (RuntimeError, NotImplementedError):  # not made for the meta device
+            return False
+
+
 def _candidates(name: str) -> Iterator[tuple[dict[str, Any], int]]:
     config = timm.get_pretrained_cfg(name)
     native = config.input_size[-1] if config is not None else 224
     if config is not None and not config.fixed_input_size:
+        knobs: dict[str, Any] = {"depth": 2} if _is_large(name) else {}
+        yield from ((knobs, size) for size in _SIZES if size < native)
         yield from (({}, size) for size in _SIZES if size < native)
     else:
         for size in (s for s in _SIZES if s < native):
