@@ -16,11 +16,11 @@ from meshuffle.data import open_data
 from meshuffle.dist.device import pick_device
 from meshuffle.dist.group import RankEnv, process_group, rank_env
 from meshuffle.errors import MeshuffleError
+from meshuffle.train.begin import adopt_model
 from meshuffle.train.config import Origin, TrainConfig, to_toml
 from meshuffle.train.rank import train_rank
 from meshuffle.train.run import (
     Prepared,
-    adopt_model,
     launch,
     prepare,
     reopen,

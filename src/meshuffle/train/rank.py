@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from meshuffle.data import auto_workers, open_data, prepare_workers
+from meshuffle.data import auto_workers, open_data, prepare_workers, relabel
 from meshuffle.dist.device import keep_freed_pages, pick_device
 from meshuffle.dist.exchange import make_exchange
 from meshuffle.dist.group import RankEnv, new_group, process_group, rank_env, set_patience
@@ -66,6 +66,7 @@ def train_rank(run: Path) -> dict[str, Any]:
         if workers:
             prepare_workers()
         card = make_card(config, data)
+        data = relabel(data, card.classes)
         state, lines = build_state(config, plan, card, env, device, group)
         if found.folder is not None:
             state.restore(found.folder)

@@ -6,7 +6,6 @@ prepare ──▶ run folder: config.toml, plan.json, env.json ──▶ launch 
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
 import re
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from meshuffle.dist.launch import torchrun
 from meshuffle.dist.lost import ranks_in_words, read_waiting
 from meshuffle.errors import PlanError, RankFailed, RunError
 from meshuffle.planner.plan import Plan, parse_plan, read_plan
+from meshuffle.train.begin import adopt_model
 from meshuffle.train.candidates import fastest_plan
 from meshuffle.train.checkpoint import way_back
 from meshuffle.train.compiling import CompileChoice
@@ -30,7 +30,7 @@ from meshuffle.train.files import write_json, write_text
 from meshuffle.train.place import schedule_of, split_model
 from meshuffle.train.state import augment_config, augment_values, build_model, make_card
 from meshuffle.train.watch import environment
-from meshuffle.train.weights import Card, open_weights, require_repeated
+from meshuffle.train.weights import Card, require_repeated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,25 +76,6 @@ def prepare(
     write_json(run / "plan.json", plan.to_dict())
     write_json(run / "env.json", environment())
     return Prepared(run, plan, tuple(lines))
-
-
-def adopt_model(config: TrainConfig, origins: Mapping[str, Origin]) -> TrainConfig:
-    """Return `config` with the model of the weights of `--from`, where it asks for no other.
-
-    Where it asks for the same model, with the knobs that the weights want, under its own.
-    """
-    if not config.from_:
-        return config
-    given = origins.get("model", "default") != "default" or config.model != TrainConfig.model
-    asked = config.model if given else None
-    _, card = open_weights(Path(config.from_), asked)
-    if asked not in (None, card.model):
-        return config
-    require_repeated(card.model, asked)
-    knobs = {k: v if isinstance(v, str) else json.dumps(v) for k, v in card.knobs.items()}
-    if config.dropout is not None:
-        knobs.pop("dropout", None)
-    return dataclasses.replace(config, model=card.model, knobs={**knobs, **config.knobs})
 
 
 def _rehearse(config: TrainConfig, card: Card, num_train: int) -> tuple[nn.Module, list[str]]:

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from meshuffle.data import AugmentConfig, Data, Preprocess
 from meshuffle.dist.exchange import make_exchange
 from meshuffle.dist.group import RankEnv
-from meshuffle.errors import ConfigError, RunError
+from meshuffle.errors import RunError
 from meshuffle.models import create_model
 from meshuffle.parallel.batch_norm import synchronise_batch_norm
 from meshuffle.parallel.data_parallel import DataParallel, Mode, broadcast_from_main
@@ -25,7 +25,7 @@ from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.parts import gather_named
 from meshuffle.parallel.ranks import Ranks
 from meshuffle.planner.plan import Plan
-from meshuffle.train import checkpoint, optim, weights
+from meshuffle.train import begin, checkpoint, optim, weights
 from meshuffle.train.config import TrainConfig, parse_knobs
 from meshuffle.train.place import Place, join_ranks, num_micro_batches, place_of, split_model
 from meshuffle.train.saver import Saver
@@ -235,31 +235,22 @@ def model_knobs(config: TrainConfig) -> dict[str, Any]:
 
 def make_card(config: TrainConfig, data: Data) -> weights.Card:
     """Return the card of a run: from its settings and its data."""
-    preprocess, source = Preprocess.for_data(data, config.input_size), ""
-    if config.from_:
-        _, begun = weights.open_weights(Path(config.from_), config.model)
-        preprocess, source = _inherited(preprocess, begun), begun.source
-    return weights.Card(
+    card = weights.Card(
         model=config.model,
         classes=data.classes,
-        preprocess=preprocess,
+        preprocess=Preprocess.for_data(data, config.input_size),
         task=config.task,
         knobs=model_knobs(config),
         titles=dict(data.titles),
         data=config.data,
-        source=source,
     )
-
-
-def _inherited(preprocess: Preprocess, begun: weights.Card) -> Preprocess:
-    """Return the numbers that the weights of `--from` were trained with, at this run's size."""
-    return dataclasses.replace(begun.preprocess, crop=preprocess.crop, resize=preprocess.resize)
+    return begin.card_from(config.from_, card) if config.from_ else card
 
 
 def build_model(config: TrainConfig, card: weights.Card) -> tuple[nn.Module, list[str], list[str]]:
     """Return the model as training starts, the names that are frozen, and lines to tell."""
     model = new_model(config, card)
-    lines = _start_from(model, config.from_, config.model) if config.from_ else []
+    lines = begin.start_from(model, config.from_, card) if config.from_ else []
     return model, optim.freeze(model, config.freeze), lines
 
 
@@ -346,19 +337,3 @@ def _to_channels_last(model: nn.Module) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.ndim == 4:
             tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
-
-
-def _start_from(model: nn.Module, target: str, name: str) -> list[str]:
-    """Copy the weights that fit; return lines that list what did not."""
-    path = weights.find_weights(Path(target))
-    tensors, card = weights.open_weights(Path(target), name)
-    missing, unexpected, reshaped = weights.load_matching(model, tensors)
-    num_loaded = len(tensors) - len(unexpected) - len(reshaped)
-    if not num_loaded:
-        raise ConfigError(f"--from {target}: none of its {len(tensors)} tensors fits the model")
-    whose = f": {card.source}" if card.source else ""
-    lines = [f"loaded {num_loaded} of {len(tensors)} tensors from {path}{whose}"]
-    for what, names in (("new", missing), ("left out", unexpected), ("other shape", reshaped)):
-        if names:
-            lines.append(f"  {what}: {', '.join(names[:6])}{' …' if len(names) > 6 else ''}")
-    return lines

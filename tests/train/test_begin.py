@@ -1,0 +1,81 @@
+"""A run that begins from another's weights: classes keep their outputs, new ones come behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from meshuffle.data import open_data
+from meshuffle.train.api import train
+from meshuffle.train.config import TrainConfig
+from meshuffle.train.inference import evaluate
+from meshuffle.train.state import build_model, make_card
+from meshuffle.train.weights import load_model, read_weights
+
+
+@pytest.fixture
+def first(small: TrainConfig, tmp_path: Path) -> Path:
+    return Path(train(dataclasses.replace(small, epochs=1, out=str(tmp_path / "first")))["run"])
+
+
+def with_classes(photos: Path, root: Path, **folders: str) -> Path:
+    """Return photos as other classes: `folders` says which of ours each is."""
+    for split in ("train", "val"):
+        for name, ours in folders.items():
+            shutil.copytree(photos / split / ours, root / split / name)
+    return root
+
+
+def test_new_classes_come_behind_the_old_ones(
+    first: Path, small: TrainConfig, photos: Path, tmp_path: Path
+) -> None:
+    data = with_classes(photos, tmp_path / "more", green="blue", red="red")
+    config = dataclasses.replace(small, data=str(data), from_=str(first), epochs=1)
+    opened = open_data(str(data))
+    card = make_card(config, opened)
+    assert card.classes == ("blue", "red", "green")
+    model, _, lines = build_model(config, card)
+    old, _ = read_weights(first / "weights" / "best.safetensors")
+    assert torch.equal(model.fc.weight[:2], old["fc.weight"]) and len(model.fc.weight) == 3
+    assert torch.equal(model.conv1[0].weight, old["conv1.0.weight"])
+    assert any("2 classes keep their outputs; new ones: green" in line for line in lines)
+
+    run = Path(train(dataclasses.replace(config, out=str(tmp_path / "second")))["run"])
+    assert load_model(run)[1].classes == ("blue", "red", "green")
+    found, _ = evaluate(run)
+    assert sorted(set(found.labels)) == [1, 2]  # red keeps its index
+    found, _ = evaluate(run, data=str(photos))
+    assert sorted(set(found.labels)) == [0, 1]
+
+
+def test_of_another_question_no_output_is_kept(
+    first: Path, small: TrainConfig, photos: Path, tmp_path: Path
+) -> None:
+    data = with_classes(photos, tmp_path / "other", night="blue", day="red")
+    config = dataclasses.replace(small, data=str(data), from_=str(first))
+    card = make_card(config, open_data(str(data)))
+    assert card.classes == ("day", "night")
+    model, _, lines = build_model(config, card)
+    old, _ = read_weights(first / "weights" / "best.safetensors")
+    assert torch.equal(model.conv1[0].weight, old["conv1.0.weight"])
+    assert not torch.equal(model.fc.weight, old["fc.weight"])
+    assert any("a new classifier" in line for line in lines)
+    assert any("new: fc.weight, fc.bias" in line for line in lines)
+
+
+def test_weights_that_name_no_classes_say_so(
+    small: TrainConfig, photos: Path, tmp_path: Path
+) -> None:
+    from meshuffle.models import create_model
+
+    path = tmp_path / "plain.pth"
+    tensors = create_model("shufflenet_v2_x0_5", num_classes=2).state_dict()
+    torch.save(tensors, path)
+    config = dataclasses.replace(small, from_=str(path), knobs={})
+    model, _, lines = build_model(config, make_card(config, open_data(str(photos))))
+    assert torch.equal(model.fc.weight, tensors["fc.weight"])
+    assert any("output i is taken for class i of 2" in line for line in lines)
