@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from meshuffle.data import open_data
-from meshuffle.train.api import train
+from meshuffle.train.api import resume, train
 from meshuffle.train.config import TrainConfig
 from meshuffle.train.inference import evaluate
 from meshuffle.train.state import build_model, make_card
@@ -50,6 +50,23 @@ def test_new_classes_come_behind_the_old_ones(
     assert sorted(set(found.labels)) == [1, 2]  # red keeps its index
     found, _ = evaluate(run, data=str(photos))
     assert sorted(set(found.labels)) == [0, 1]
+
+
+def test_a_run_goes_on_without_the_weights_that_it_began_with(
+    first: Path, small: TrainConfig, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(small, from_=str(first), epochs=2, out=str(tmp_path / "second"))
+    run = Path(train(config)["run"])
+    expected, _ = read_weights(run / "weights" / "last.safetensors")
+    assert "loaded" in (run / "log.jsonl").read_text()
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "state")
+    shutil.rmtree(first)
+    resume(again)  # from its beginning: no checkpoint is left
+    found, card = read_weights(again / "weights" / "last.safetensors")
+    assert card is not None and card.classes == ("blue", "red")
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_of_another_question_no_output_is_kept(

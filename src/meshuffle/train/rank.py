@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -31,10 +32,10 @@ from meshuffle.train.loop import Loop, median_step_ms
 from meshuffle.train.place import describe_split
 from meshuffle.train.run import threads_per_rank
 from meshuffle.train.signals import stop_requests
-from meshuffle.train.state import TrainState, build_state, make_card
+from meshuffle.train.state import START, TrainState, build_state, make_card
 from meshuffle.train.timeline import traced
 from meshuffle.train.watch import SilentWatch, Watch, watch_run
-from meshuffle.train.weights import load_model
+from meshuffle.train.weights import Card, load_model, read_weights
 
 
 def train_rank(run: Path) -> dict[str, Any]:
@@ -65,9 +66,11 @@ def train_rank(run: Path) -> dict[str, Any]:
             workers = auto_workers(data.splits["train"], env.local_world, threads)
         if workers:
             prepare_workers()
-        card = make_card(config, data)
+        begun, about = _begun(run)
+        card = begun or make_card(config, data)
         data = relabel(data, card.classes)
-        state, lines = build_state(config, plan, card, env, device, group)
+        state, lines = build_state(config, plan, card, env, device, group, run / START)
+        lines += about
         if found.folder is not None:
             state.restore(found.folder)
             where = f"epoch {state.progress.epoch + 1}, step {state.progress.step}"
@@ -84,6 +87,14 @@ def train_rank(run: Path) -> dict[str, Any]:
             with traced(loop):
                 loop.fit()
             return _finish(run, loop, env)
+
+
+def _begun(run: Path) -> tuple[Card | None, list[str]]:
+    """Return the card of a run that began from other weights, and what was said of them."""
+    if not (run / START).is_file():
+        return None, []
+    env = json.loads((run / "env.json").read_text())
+    return read_weights(run / START)[1], env.get("from", [])
 
 
 def _watch(run: Path, state: TrainState, env: RankEnv) -> contextlib.AbstractContextManager[Watch]:

@@ -28,9 +28,9 @@ from meshuffle.train.compiling import CompileChoice
 from meshuffle.train.config import Origin, TrainConfig, read_config, resolve, to_toml
 from meshuffle.train.files import write_json, write_text
 from meshuffle.train.place import schedule_of, split_model
-from meshuffle.train.state import augment_config, augment_values, build_model, make_card
+from meshuffle.train.state import START, augment_config, augment_values, build_model, make_card
 from meshuffle.train.watch import environment
-from meshuffle.train.weights import Card, require_repeated
+from meshuffle.train.weights import Card, require_repeated, save_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ def prepare(
     data = open_data(config.data, need=("train", "val"))
     resolved = resolve_for(config, data)
     card = make_card(resolved, data)
-    model, frozen = _rehearse(resolved, card, len(data.splits["train"]))
+    model, frozen, about = _rehearse(resolved, card, len(data.splits["train"]))
     plan, lines = _choose_plan(resolved, len(card.classes), env)
     if plan.tp > 1 or plan.pp > 1:
         split = split_model(model, frozen, resolved, plan, torch.device("cpu"))
@@ -74,20 +74,24 @@ def prepare(
     resolved = dataclasses.replace(resolved, plan=str(plan), out=None)
     write_text(run / "config.toml", to_toml(resolved, origins))
     write_json(run / "plan.json", plan.to_dict())
-    write_json(run / "env.json", environment())
+    write_json(run / "env.json", {**environment(), **({"from": about} if about else {})})
+    if config.from_:
+        save_weights(run / START, model.state_dict(), card)
     return Prepared(run, plan, tuple(lines))
 
 
-def _rehearse(config: TrainConfig, card: Card, num_train: int) -> tuple[nn.Module, list[str]]:
+def _rehearse(
+    config: TrainConfig, card: Card, num_train: int
+) -> tuple[nn.Module, list[str], list[str]]:
     """Build what every rank will build, so that a wrong value leaves no run folder behind.
 
-    Returns the model, and the names that are frozen.
+    Returns what `build_model` does.
     """
     check_device(config.device)
     CompileChoice(config, None)
     repeats = augment_config(config).repeats
     EpochSampler(num_train, config.batch or 1, repeats=repeats)
-    return build_model(config, card)[:2]
+    return build_model(config, card)
 
 
 def absolute_data(spec: str) -> str:

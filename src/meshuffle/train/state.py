@@ -32,6 +32,9 @@ from meshuffle.train.saver import Saver
 from meshuffle.train.step import Step
 from meshuffle.train.task import Classify
 
+START = Path("weights") / "start.safetensors"
+"""In a run that began from other weights, what it began with: those may be gone when it goes on."""
+
 AUGMENT_FIELDS = {
     "crop_scale": "random_resized_crop",
     "flip": "flip",
@@ -247,10 +250,19 @@ def make_card(config: TrainConfig, data: Data) -> weights.Card:
     return begin.card_from(config.from_, card) if config.from_ else card
 
 
-def build_model(config: TrainConfig, card: weights.Card) -> tuple[nn.Module, list[str], list[str]]:
-    """Return the model as training starts, the names that are frozen, and lines to tell."""
-    model = new_model(config, card)
-    lines = begin.start_from(model, config.from_, card) if config.from_ else []
+def build_model(
+    config: TrainConfig, card: weights.Card, start: Path | None = None
+) -> tuple[nn.Module, list[str], list[str]]:
+    """Return the model as training starts, the names that are frozen, and lines to tell.
+
+    Args:
+        start: the run's own copy of what it begins with, where it has one.
+    """
+    model, lines = new_model(config, card), []
+    if start is not None and start.is_file():
+        model.load_state_dict(weights.read_weights(start)[0])
+    elif config.from_:
+        lines = begin.start_from(model, config.from_, card)
     return model, optim.freeze(model, config.freeze), lines
 
 
@@ -266,12 +278,13 @@ def build_state(
     env: RankEnv,
     device: torch.device,
     group: dist.ProcessGroup,
+    start: Path | None = None,
 ) -> tuple[TrainState, list[str]]:
     """Build the model, its optimiser and its parallel parts, in the order in which they apply.
 
     Returns the state, and lines to tell the user about weights that did not fit.
     """
-    model, frozen, lines = build_model(config, card)
+    model, frozen, lines = build_model(config, card, start)
     model.to(device)
     if config.channels_last:
         _to_channels_last(model)
