@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from meshuffle.data import open_data
+from meshuffle.errors import ConfigError
+from meshuffle.models import create_model
 from meshuffle.train.api import resume, train
 from meshuffle.train.config import TrainConfig
 from meshuffle.train.inference import evaluate
@@ -84,11 +86,19 @@ def test_of_another_question_no_output_is_kept(
     assert any("new: fc.weight, fc.bias" in line for line in lines)
 
 
+def test_weights_of_another_model_fit_nowhere(
+    small: TrainConfig, photos: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "v1.pth"
+    torch.save(create_model("shufflenet_v1_x0_5_g3", num_classes=2).state_dict(), path)
+    config = dataclasses.replace(small, model="timm:resnet10t", from_=str(path), knobs={})
+    with pytest.raises(ConfigError, match="none of its 295 tensors fits"):
+        build_model(config, make_card(config, open_data(str(photos))))
+
+
 def test_weights_that_name_no_classes_say_so(
     small: TrainConfig, photos: Path, tmp_path: Path
 ) -> None:
-    from meshuffle.models import create_model
-
     path = tmp_path / "plain.pth"
     tensors = create_model("shufflenet_v2_x0_5", num_classes=2).state_dict()
     torch.save(tensors, path)

@@ -210,7 +210,8 @@ def _completed(tensors: Mapping[str, Tensor], network: nn.Module) -> tuple[dict[
     sizes = [len(found[key]) for key in own if key.startswith(head) and key in found]
     num_classes = sizes[0] if sizes else IMAGENET_CLASSES
     for key, tensor in own.items():
-        if key not in found and key.endswith("num_batches_tracked"):
+        norm, _, last = key.rpartition(".")
+        if key not in found and last == "num_batches_tracked" and f"{norm}.running_mean" in found:
             found[key] = torch.zeros((), dtype=torch.int64)
         elif key not in found and sizes and key == f"{head}bias":
             found[key] = torch.zeros(num_classes, dtype=tensor.dtype)

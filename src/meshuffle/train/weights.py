@@ -159,7 +159,12 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError:
+        raise RunError(
+            f"{path}: not a readable weights file: neither safetensors nor a torch file that holds "
+            "tensors alone; one that holds code or whole modules is not opened"
+        ) from None
+    except (RuntimeError, EOFError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RunError(f"{path}: not a readable weights file ({reason})") from None
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
