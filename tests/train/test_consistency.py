@@ -78,6 +78,18 @@ def test_two_exchanged_elements_change_it(values: list[int], data: st.DataObject
     assert (fingerprint(x) == fingerprint(y)) == torch.equal(x, y)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.int64])
+def test_two_bits_in_two_elements_do_not_cancel(dtype: torch.dtype) -> None:
+    """The sign of two float64 did, while an element was one number of 64 bits."""
+    x = torch.arange(6).to(dtype)
+    for bit in range(8 * dtype.itemsize):
+        for i, j in ((0, 1), (2, 5), (0, 4)):
+            y = x.clone()
+            flip(y, i, bit)
+            flip(y, j, bit)
+            assert fingerprint(x) != fingerprint(y), (i, j, bit)
+
+
 def test_signs_of_zero_and_kinds_of_nan_count() -> None:
     zeros, nans = torch.zeros(3), torch.full((3,), torch.nan)
     other = nans.clone()

@@ -36,7 +36,7 @@ from meshuffle.train.state import TrainState
 _ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2⁶⁴ over the golden ratio, as a signed number
 _BLOCK = 1 << 18  # elements at a time: 2 MB of weights, and no large temporary tensor
 _SMALL = 1 << 16  # elements of a tensor that is not worth operations of its own
-_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 _MOST_NAMED = 3
 
 Scope = tuple[int | None, tuple[int, ...]]
@@ -52,17 +52,19 @@ def _weights(device: torch.device) -> Tensor:
 def fingerprint(tensor: Tensor) -> Tensor:
     """Return an int64 scalar of a tensor's bits, their positions and nothing else.
 
-    The bits of an element are a whole number; the fingerprint is their sum modulo 2⁶⁴, each times
-    an odd number that depends on its position. So a change in one element, even of the sign of a
-    zero or among NaNs, always changes it; changes in several cancel by chance, once in 2⁶³ or so.
+    The bits of an element are a whole number, or two where it has eight bytes; the fingerprint is
+    their sum modulo 2⁶⁴, each times an odd number that depends on its position. So a change in one
+    number, even of the sign of a zero or among NaNs, always changes it; changes in several cancel
+    by chance, once in 2³² or less. (With numbers of 64 bits any two signs that flip would cancel:
+    2⁶³ times an odd number is 2⁶³.)
     """
     return _sum_of(_words(tensor.detach()))
 
 
 def _words(tensor: Tensor) -> Tensor:
-    """Return the bits of each element as a whole number, in the order of the positions."""
+    """Return the bits of each element as whole numbers, in the order of the positions."""
     x = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return x.reshape(-1).view(_WORDS[x.element_size()])
+    return x.reshape(-1).contiguous().view(_WORDS[x.element_size()])
 
 
 def _sum_of(words: Tensor) -> Tensor:
