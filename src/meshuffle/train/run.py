@@ -55,7 +55,8 @@ def prepare(
     Raises:
         InputError: the data, the model, the plan or a setting is wrong.
     """
-    config = dataclasses.replace(config, data=absolute_data(config.data))
+    begins = config.from_ and absolute_data(config.from_)
+    config = dataclasses.replace(config, data=absolute_data(config.data), from_=begins)
     given, config = config, adopt_model(config, origins)
     data = open_data(config.data, need=("train", "val"))
     resolved = resolve_for(config, data)
@@ -95,7 +96,7 @@ def _rehearse(
 
 
 def absolute_data(spec: str) -> str:
-    """Return DATA with its path made absolute: a run is continued and judged from anywhere."""
+    """Return DATA, or weights, with the path made absolute: a run goes on from anywhere."""
     prefix, colon, path = spec.partition(":")
     if Path(spec).expanduser().exists():
         return str(Path(spec).expanduser().resolve())
