@@ -197,3 +197,30 @@ def test_autocast_inside_of_a_model_is_refused() -> None:
 
 def _arguments(graph: Graph) -> list[Tensor]:
     return [torch.ones(graph.shape(n.meta["val"])) for n in graph.nodes("placeholder")]
+
+
+class Copying(nn.Module):
+    """Copies of another shape: into a new tensor, whose result is read; and a table made anew.
+
+    `grows` is read before it is made anew: that is state, and its write stays.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("row", torch.zeros(4))
+        self.register_buffer("table", torch.zeros(1))
+        self.register_buffer("grows", torch.zeros(1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.empty(3, 4).copy_(self.row + 1)
+        self.table = torch.arange(4.0)
+        self.grows = torch.cat([self.grows, x.mean(0, keepdim=True)])
+        return (self.linear(x) + self.table + self.grows.sum(0)) @ wide.T
+
+
+def test_only_a_write_to_a_buffer_that_nobody_reads_is_left_out() -> None:
+    graph = capture(Copying(), torch.zeros(2, 4))
+    copies = [n for n in graph.program.graph.nodes if n.target is torch.ops.aten.copy_.default]
+    assert len(copies) == 2
+    assert "b_table" not in {copy.args[0].name for copy in copies}

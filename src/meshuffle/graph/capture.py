@@ -103,7 +103,8 @@ def _leave_caches(graph: fx.Graph) -> None:
     """
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
         buffer, value = node.args
-        if set(buffer.users) == {node} and buffer.meta["val"].shape != value.meta["val"].shape:
+        alone = buffer.op == "placeholder" and set(buffer.users) == {node} and not node.users
+        if alone and buffer.meta["val"].shape != value.meta["val"].shape:
             graph.erase_node(node)
 
 
