@@ -59,9 +59,8 @@ def _candidates(name: str) -> Iterator[tuple[dict[str, Any], int]]:
     config = timm.get_pretrained_cfg(name)
     native = config.input_size[-1] if config is not None else 224
     if config is not None and not config.fixed_input_size:
-        knobs: dict[str, Any] = {"depth": 2} if _is_large(name) else {}
-        yield from ((knobs, size) for size in _SIZES if size < native)
-        yield from (({}, size) for size in _SIZES if size < native)
+        for knobs in ({"depth": 2}, {}) if _is_large(name) else ({},):
+            yield from ((knobs, size) for size in _SIZES if size < native)
     else:
         for size in (s for s in _SIZES if s < native):
             yield {"img_size": size, "depth": 2}, size

@@ -39,9 +39,7 @@ def export(
     """
     exporters = {name: find_exporter(name.strip()) for name in formats}
     network, card = load_model(target, model)
-    if not (data or card.data):
-        raise DataError("these weights do not say what they were trained on; give --data DATA")
-    images_NCHW = some_images(data or card.data, card.preprocess)
+    images_NCHW = some_images(card.data_or(data), card.preprocess)
     folder = out or (target if target.is_dir() else find_weights(target).parent) / "export"
     folder.mkdir(parents=True, exist_ok=True)
     written = {}

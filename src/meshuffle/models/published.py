@@ -22,6 +22,8 @@ from meshuffle.models.heads import classifier_of
 from meshuffle.models.registry import create_model, list_models
 
 IMAGENET_CLASSES = 1000
+_BRANCHES = (("branch_proj", "branch1"), ("branch_main", "branch2"))
+"""Of the authors' V2 units and of ours."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def _units(*depths: int) -> Iterable[tuple[str, str]]:
     number = 0
     for stage, depth in enumerate(depths, 2):
         for unit in range(depth):
-            for theirs, ours in (("branch_proj", "branch1"), ("branch_main", "branch2")):
+            for theirs, ours in _BRANCHES:
                 yield rf"^features\.{number}\.{theirs}\.", f"stage{stage}.{unit}.{ours}."
             number += 1
 
@@ -122,7 +124,6 @@ def _timm(name: str) -> Preprocess:
 
 
 _AUTHORS = {"order": "authors", "permutation": "inverse"}
-_BRANCHES = (("branch_proj", "branch1"), ("branch_main", "branch2"))
 MAKERS = (
     Maker(
         "the authors' ShuffleNet V1 (shuffle behind the depthwise convolution, BGR 0…255)",

@@ -19,13 +19,7 @@ from meshuffle.errors import MeshuffleError
 from meshuffle.train.begin import adopt_model
 from meshuffle.train.config import Origin, TrainConfig, to_toml
 from meshuffle.train.rank import train_rank
-from meshuffle.train.run import (
-    Prepared,
-    launch,
-    prepare,
-    reopen,
-    resolve_for,
-)
+from meshuffle.train.run import Prepared, launch, prepare, reopen, resolve_for
 
 
 def train(config: TrainConfig, origins: Mapping[str, Origin] | None = None) -> dict[str, Any]:

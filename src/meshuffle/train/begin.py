@@ -23,6 +23,9 @@ from meshuffle.train.weights import (
     require_repeated,
 )
 
+START = Path("weights") / "start.safetensors"
+"""In a run that began from other weights, what it began with: those may be gone when it goes on."""
+
 
 def adopt_model(config: TrainConfig, origins: Mapping[str, Origin]) -> TrainConfig:
     """Return `config` with the model of the weights of `--from`, where it asks for no other.

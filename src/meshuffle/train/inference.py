@@ -252,9 +252,7 @@ def _source(question: Question, card: Card) -> tuple[ImageSource, str, Card]:
 
 def _opened(data: str | None, card: Card) -> tuple[Data, Card]:
     """Return the data, with labels that are the model's outputs, and the card."""
-    if not (data or card.data):
-        raise DataError("these weights do not say what they were trained on; give --data DATA")
-    opened = open_data(data or card.data, need=())
+    opened = open_data(card.data_or(data), need=())
     own = data is None or absolute_data(data) == card.data
     if own and "train" in opened.splits and "val" not in opened.splits:
         opened = open_data(card.data, need=("train", "val"))  # the part that training set aside

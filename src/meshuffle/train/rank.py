@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from pathlib import Path
@@ -24,15 +23,17 @@ from meshuffle.dist.lost import told_when_lost
 from meshuffle.errors import Interrupted
 from meshuffle.parallel.module import Parallel
 from meshuffle.planner.plan import read_plan
+from meshuffle.train.begin import START
 from meshuffle.train.checkpoint import locked
 from meshuffle.train.config import TrainConfig, read_config
 from meshuffle.train.files import write_json
 from meshuffle.train.intact import agree_on_checkpoint
 from meshuffle.train.loop import Loop, median_step_ms
 from meshuffle.train.place import describe_split
+from meshuffle.train.record import read_record
 from meshuffle.train.run import threads_per_rank
 from meshuffle.train.signals import stop_requests
-from meshuffle.train.state import START, TrainState, build_state, make_card
+from meshuffle.train.state import TrainState, build_state, make_card
 from meshuffle.train.timeline import traced
 from meshuffle.train.watch import SilentWatch, Watch, watch_run
 from meshuffle.train.weights import Card, load_model, read_weights
@@ -93,8 +94,7 @@ def _begun(run: Path) -> tuple[Card | None, list[str]]:
     """Return the card of a run that began from other weights, and what was said of them."""
     if not (run / START).is_file():
         return None, []
-    env = json.loads((run / "env.json").read_text())
-    return read_weights(run / START)[1], env.get("from", [])
+    return read_weights(run / START)[1], list(read_record(run).env.get("from", ()))
 
 
 def _watch(run: Path, state: TrainState, env: RankEnv) -> contextlib.AbstractContextManager[Watch]:

@@ -21,14 +21,14 @@ from meshuffle.dist.launch import torchrun
 from meshuffle.dist.lost import ranks_in_words, read_waiting
 from meshuffle.errors import PlanError, RankFailed, RunError
 from meshuffle.planner.plan import Plan, parse_plan, read_plan
-from meshuffle.train.begin import adopt_model
+from meshuffle.train.begin import START, adopt_model
 from meshuffle.train.candidates import fastest_plan
 from meshuffle.train.checkpoint import way_back
 from meshuffle.train.compiling import CompileChoice
 from meshuffle.train.config import Origin, TrainConfig, read_config, resolve, to_toml
 from meshuffle.train.files import write_json, write_text
 from meshuffle.train.place import schedule_of, split_model
-from meshuffle.train.state import START, augment_config, augment_values, build_model, make_card
+from meshuffle.train.state import augment_config, augment_values, build_model, make_card
 from meshuffle.train.watch import environment
 from meshuffle.train.weights import Card, require_repeated, save_weights
 

@@ -32,9 +32,6 @@ from meshuffle.train.saver import Saver
 from meshuffle.train.step import Step
 from meshuffle.train.task import Classify
 
-START = Path("weights") / "start.safetensors"
-"""In a run that began from other weights, what it began with: those may be gone when it goes on."""
-
 AUGMENT_FIELDS = {
     "crop_scale": "random_resized_crop",
     "flip": "flip",

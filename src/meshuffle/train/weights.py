@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from meshuffle.data import Preprocess
-from meshuffle.errors import ConfigError, ModelError, RunError, did_you_mean
+from meshuffle.errors import ConfigError, DataError, ModelError, RunError, did_you_mean
 from meshuffle.models import create_model
 from meshuffle.models.published import recognise
 from meshuffle.train.files import disk_errors, replaced
@@ -57,6 +57,16 @@ class Card:
     named: bool = True
     epoch: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+
+    def data_or(self, given: str | None) -> str:
+        """Return the DATA that is given, or that the weights were trained on.
+
+        Raises:
+            DataError: neither.
+        """
+        if not (given or self.data):
+            raise DataError("these weights do not say what they were trained on; give --data DATA")
+        return given or self.data
 
     def to_json(self) -> str:
         """Return the card as one line of JSON."""
