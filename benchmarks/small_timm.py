@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 _SIZES = (64, 96, 128, 160, 224, 256)
+_AT_LEAST = {"inception_v4": 160}
+"""With smaller images its last maps have one pixel: a batch norm over four numbers is chaotic."""
 
 
 def __getattr__(name: str) -> Callable[[], nn.Module]:
@@ -60,7 +62,8 @@ def _candidates(name: str) -> Iterator[tuple[dict[str, Any], int]]:
     native = config.input_size[-1] if config is not None else 224
     if config is not None and not config.fixed_input_size:
         for knobs in ({"depth": 2}, {}) if _is_large(name) else ({},):
-            yield from ((knobs, size) for size in _SIZES if size < native)
+            sizes = (s for s in _SIZES if _AT_LEAST.get(name, 0) <= s < native)
+            yield from ((knobs, size) for size in sizes)
     else:
         for size in (s for s in _SIZES if s < native):
             yield {"img_size": size, "depth": 2}, size
