@@ -43,7 +43,7 @@ def network_input(source, config, world, *, unit=2, batch_size=6, epoch=1, start
 
 def mixed(batch, config, num_classes):
     images = SMALL.normalise(batch.images)
-    return mix_batch(images, batch.labels, num_classes, config, batch.draws, batch.positions)
+    return mix_batch(images, batch.targets, num_classes, config, batch.draws, batch.positions)
 
 
 def equal(first, second) -> bool:
@@ -84,7 +84,7 @@ def test_a_forgotten_position_would_be_noticed(photos, monkeypatch):
     """The planted fault: pairs counted in what is left after broken images went."""
     right = network_input(photos, MIXED, 1)
     forgetful = lambda batch, config, num: mix_batch(  # noqa: E731
-        SMALL.normalise(batch.images), batch.labels, num, config, batch.draws
+        SMALL.normalise(batch.images), batch.targets, num, config, batch.draws
     )
     monkeypatch.setitem(globals(), "mixed", forgetful)
     assert not equal(network_input(photos, MIXED, 1), right)
@@ -125,7 +125,7 @@ def test_training_and_evaluation_agree_without_augmentation():
         strict=True,
     ):
         assert torch.equal(a.images, b.images)
-        assert torch.equal(a.labels, b.labels)
+        assert torch.equal(a.targets, b.targets)
 
 
 # --- splits and views ------------------------------------------------------------------------

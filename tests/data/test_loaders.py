@@ -30,7 +30,7 @@ from meshuffle.errors import ImageError, MeshuffleError
 
 SMALL = Preprocess(crop=(6, 8), resize=8)
 TRANSFORM = build_train_transform(AugmentConfig(random_resized_crop=0.3, flip=0.5), SMALL)
-FIELDS = ("images", "labels", "indices", "draws", "positions")
+FIELDS = ("images", "targets", "indices", "draws", "positions")
 
 
 def in_memory(num: int) -> ArraySource:
@@ -66,7 +66,7 @@ def test_a_batch_holds_what_its_keys_say():
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
         assert batch.indices.tolist() == [key.index for key in keys]
         assert batch.draws.tolist() == [key.draw for key in keys]
-        assert batch.labels.tolist() == [key.index % 3 for key in keys]
+        assert batch.targets.tolist() == [key.index % 3 for key in keys]
         assert batch.positions.tolist() == list(range(len(batch)))
         for image, key in zip(batch.images, keys, strict=True):
             assert torch.equal(image, TRANSFORM(source.image(key.index), key.draw))
@@ -85,7 +85,7 @@ def test_ranks_together_load_what_one_process_loads(num, batch_size, world):
     assert all(len(batches) == len(whole) for batches in ranks)
     for step, expected in enumerate(whole):
         parts = joined([batches[step] for batches in ranks])
-        for field in ("images", "labels", "indices", "draws"):
+        for field in ("images", "targets", "indices", "draws"):
             assert torch.equal(parts[field], getattr(expected, field))
 
 
@@ -102,7 +102,7 @@ def test_a_rank_without_samples_has_an_empty_batch():
     last = list(train_loader(in_memory(5), TRANSFORM, sampler, 0))[-1]
     assert len(last) == 0
     assert last.images.shape == (0, 3, 6, 8)
-    assert last.images.dtype == torch.uint8 and last.labels.dtype == torch.int64
+    assert last.images.dtype == torch.uint8 and last.targets.dtype == torch.int64
     assert SMALL.normalise(last.images).shape == (0, 3, 6, 8)
 
 
@@ -125,7 +125,7 @@ def test_broken_images_leave_their_batch(broken_folder):
     assert [len(batch) for batch in batches] == [4, 3, 1]
     assert batches[1].indices.tolist() == [4, 5, 7]
     assert batches[1].positions.tolist() == [0, 1, 3]
-    assert batches[1].labels.tolist() == [0, 1, 1]
+    assert batches[1].targets.tolist() == [0, 1, 1]
     messages = [message for batch in batches for message in batch.skipped]
     assert len(messages) == 2
     assert "001.png: empty file" in messages[0]
@@ -200,11 +200,12 @@ class Probe:
 
     size = (1, 3)
 
-    def __call__(self, image, draw):
+    def pair(self, image, target, draw):
         ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])  # from birth
         facts = [torch.get_num_threads(), int(ignored) + int(blocked), os.getpid() % 251]
-        return torch.tensor(facts, dtype=torch.uint8).repeat(3, 1, 1).view(3, 1, 3)
+        view = torch.tensor(facts, dtype=torch.uint8).repeat(3, 1, 1).view(3, 1, 3)
+        return view, torch.tensor(target)
 
 
 def test_workers_have_one_thread_and_ignore_ctrl_c():
@@ -228,7 +229,7 @@ def test_ctrl_c_is_left_to_the_rank():
 class Suicide:
     size = (1, 1)
 
-    def __call__(self, image, draw):
+    def pair(self, image, target, draw):
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 import meshuffle.data
-from meshuffle.data import OPENERS, open_data
+from meshuffle.data import FORMATS, open_data
 from meshuffle.errors import DataError
 
 
@@ -12,16 +12,37 @@ def error_of(spec: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("prefix", ["coco", "voc", "yolo", "masks", "csv", "json", "text", "hf"])
-def test_formats_of_later_tasks(prefix):
-    assert error_of(f"{prefix}:somewhere").startswith(f"{prefix}: data comes with its task")
+@pytest.mark.parametrize(
+    ("spec", "task", "ways"),
+    [
+        ("digits", "detect", "--task classify"),
+        ("masks:somewhere", "classify", "--task segment"),
+        ("voc:somewhere", "regress", "--task detect or --task segment or --task classify or"),
+        ("coco:somewhere", "generate", None),
+        ("digits", "generate", None),
+    ],
+)
+def test_a_task_for_which_there_is_nothing(spec, task, ways):
+    if ways is None:
+        assert "have nothing" not in error_of_task(spec, task)
+    else:
+        assert f"nothing for --task {task}; use {ways}" in error_of_task(spec, task)
+
+
+def error_of_task(spec: str, task: str) -> str:
+    try:
+        opened = open_data(spec, task=task)
+    except DataError as error:
+        return str(error)
+    assert opened.task == task
+    return ""
 
 
 @pytest.mark.parametrize(
     ("spec", "text"),
     [
         ("cifar:x", "unknown data format 'cifar' in 'cifar:x'; did you mean 'cifar10'?"),
-        ("what:x", "known: cifar10:, fashion-mnist:, folder:, imagenet:, mnist:"),
+        ("what:x", "known: cifar10:, coco:, csv:, fashion-mnist:, folder:, hf:, imagenet:, json:,"),
         ("mnist:", "'mnist:' lacks its path: mnist:PATH"),
         ("mnist", "'mnist' lacks its path: mnist:PATH"),
         ("digits8", "no such folder or data set: digits8; did you mean 'digits'?"),
@@ -57,12 +78,15 @@ def test_home_folder(make_folder, monkeypatch):
 
 
 def test_table_of_formats():
-    assert sorted(OPENERS) == ["cifar10", "fashion-mnist", "folder", "imagenet", "mnist"]
+    assert sorted(FORMATS) == [
+        *("cifar10", "coco", "csv", "fashion-mnist", "folder", "hf", "imagenet", "json"),
+        *("masks", "mnist", "voc", "yolo"),
+    ]
 
 
 def test_public_names():
     assert meshuffle.data.__all__ == [
-        "OPENERS",
+        "FORMATS",
         "ArraySource",
         "AugmentConfig",
         "Batch",
@@ -78,6 +102,7 @@ def test_public_names():
         "View",
         "augmentation_for",
         "auto_workers",
+        "build_eval_transform",
         "build_train_transform",
         "check_data",
         "decode_image",

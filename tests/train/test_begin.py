@@ -49,9 +49,9 @@ def test_new_classes_come_behind_the_old_ones(
     run = Path(train(dataclasses.replace(config, out=str(tmp_path / "second")))["run"])
     assert load_model(run)[1].classes == ("blue", "red", "green")
     found, _ = evaluate(run)
-    assert sorted(set(found.labels)) == [1, 2]  # red keeps its index
+    assert sorted(set(found.rows["labels"].tolist())) == [1, 2]  # red keeps its index
     found, _ = evaluate(run, data=str(photos))
-    assert sorted(set(found.labels)) == [0, 1]
+    assert sorted(set(found.rows["labels"].tolist())) == [0, 1]
 
 
 def test_a_run_goes_on_without_the_weights_that_it_began_with(

@@ -7,11 +7,14 @@ from collections.abc import Mapping
 
 import pytest
 
+from meshuffle.data import Preprocess
 from meshuffle.errors import MeshuffleError
 from meshuffle.planner.plan import Plan
 from meshuffle.train import candidates
 from meshuffle.train.candidates import candidate_plans, choose, fastest_plan, time_plans
 from meshuffle.train.config import TrainConfig
+from meshuffle.train.state import model_knobs
+from meshuffle.train.weights import Card
 
 from .conftest import SMALL
 
@@ -57,12 +60,19 @@ def settings(batch: int = 4, **knobs: str) -> TrainConfig:
     )
 
 
+CARD = Card("shufflenet_v2_x0_5", tuple("0123456789"), Preprocess.imagenet(32))
+
+
+def card_of(config: TrainConfig) -> Card:
+    return dataclasses.replace(CARD, model=config.model, knobs=model_knobs(config))
+
+
 def test_the_fastest_is_taken_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    def timed(config: TrainConfig, num_classes: int, plans: list[Plan]) -> Mapping[str, float]:
+    def timed(config: TrainConfig, card: Card, plans: list[Plan]) -> Mapping[str, float]:
         return {str(plan): 10.0 + plan.dp - 5 * (plan.dp == 2) for plan in plans}
 
     monkeypatch.setattr(candidates, "time_plans", timed)
-    plan, lines = fastest_plan(settings(), 10, 2, 0)
+    plan, lines = fastest_plan(settings(), CARD, 2, 0)
     assert plan == Plan(dp=2, threads=1)
     assert plan.predicted_step_ms == 7.0
     assert lines == [
@@ -73,18 +83,18 @@ def test_the_fastest_is_taken_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_candidate_needs_no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates, "time_plans", None)
-    plan, lines = fastest_plan(settings(), 10, 1, 0)
+    plan, lines = fastest_plan(settings(), CARD, 1, 0)
     assert plan == Plan(dp=1, threads=1)
     assert "the only candidate" in lines[0]
     on_cpu = dataclasses.replace(settings(), device="cpu")
-    assert fastest_plan(on_cpu, 10, 1, 8)[0] == Plan(dp=1, threads=1)
+    assert fastest_plan(on_cpu, CARD, 1, 8)[0] == Plan(dp=1, threads=1)
 
 
 def test_candidates_are_timed_for_real() -> None:
     """Two plans, with knobs that need the input's size, in ranks of their own."""
     config = dataclasses.replace(settings(kernel_size="auto"), accumulate=2, dropout=0.1)
     plans = [Plan(dp=1, threads=1), Plan(dp=2, threads=1)]
-    times = time_plans(config, 10, plans)
+    times = time_plans(config, card_of(config), plans)
     assert list(times) == ["dp=1,threads=1", "dp=2,threads=1"]
     assert all(0 < ms < 60_000 for ms in times.values())
 
@@ -92,7 +102,8 @@ def test_candidates_are_timed_for_real() -> None:
 @pytest.mark.slow
 def test_what_fails_there_is_one_line() -> None:
     with pytest.raises(MeshuffleError, match="has no knob `colour`") as error:
-        time_plans(settings(colour="red"), 10, [Plan(dp=2, threads=1)])
+        config = settings(colour="red")
+        time_plans(config, card_of(config), [Plan(dp=2, threads=1)])
     assert "\n" not in str(error.value)
     assert error.value.exit_code == 2
 

@@ -10,12 +10,15 @@ from torch import nn
 
 from meshuffle.data import ArraySource, Batch, Preprocess, eval_loader
 from meshuffle.train.evaluate import Evaluation, evaluate
+from meshuffle.train.tasks.classify import Classify, confusion
+from meshuffle.train.weights import Card
 
 from ..ranks import run_ranks
 
 CLASSES = tuple("abcdefgh")
 NUM, SIZE = 61, 6
 PREPROCESS = Preprocess(crop=SIZE, resize=SIZE)
+TASK = Classify(Card("none", CLASSES, PREPROCESS))
 
 
 def source() -> ArraySource:
@@ -34,7 +37,7 @@ def model() -> nn.Module:
 def run(rank: int = 0, world: int = 1, group: dist.ProcessGroup | None = None) -> Evaluation:
     batches = eval_loader(source(), PREPROCESS, batch_size=8, rank=rank, world=world)
     device = torch.device("cpu")
-    return evaluate(model(), batches, CLASSES, PREPROCESS, device, group=group)
+    return evaluate(model(), batches, TASK, PREPROCESS, device, group=group)
 
 
 def test_metrics_are_those_of_scikit_learn() -> None:
@@ -53,8 +56,8 @@ def test_metrics_are_those_of_scikit_learn() -> None:
     top5 = top_k_accuracy_score(labels, probabilities, k=5, labels=every)
     assert found.metrics["top5"] == pytest.approx(100 * top5)
     assert found.metrics["loss"] == pytest.approx(log_loss(labels, probabilities, labels=every))
-    assert (found.confusion == confusion_matrix(labels, guessed, labels=every)).all()
-    assert found.top_probabilities[:, 0] == pytest.approx(probabilities.max(1), rel=1e-5)
+    assert (confusion(found.rows, 8) == confusion_matrix(labels, guessed, labels=every)).all()
+    assert found.rows["top_probabilities"][:, 0] == pytest.approx(probabilities.max(1), rel=1e-5)
 
 
 def one_of(group: dist.ProcessGroup) -> Evaluation:
@@ -66,14 +69,15 @@ def test_ranks_together_equal_one() -> None:
     for found in run_ranks(one_of, 2):
         assert found.metrics == pytest.approx(expected.metrics, rel=1e-6)
         assert (found.indices == np.arange(NUM)).all()
-        assert (found.labels == expected.labels).all()
-        assert (found.top_classes == expected.top_classes).all()
+        assert found.rows.keys() == expected.rows.keys()
+        assert (found.rows["labels"] == expected.rows["labels"]).all()
+        assert (found.rows["top_classes"] == expected.rows["top_classes"]).all()
 
 
 def test_five_classes_have_no_top5() -> None:
-    none = np.zeros((1, 5), np.int64)
-    found = Evaluation(CLASSES[:5], none[:, 0], none[:, 0], none[:, 0] + 0.5, none, none + 0.2)
-    assert found.metrics == {"top1": 100.0, "loss": 0.5}
+    five = Classify(Card("none", CLASSES[:5], PREPROCESS))
+    rows = {"labels": np.zeros(1, np.int64), "top_classes": np.zeros((1, 5), np.int64)}
+    assert five.conclude(rows) == {"top1": 100.0}
 
 
 def batch_of(num: int, skipped: list[str]) -> Batch:
@@ -85,17 +89,17 @@ def batch_of(num: int, skipped: list[str]) -> Batch:
 def test_empty_and_unreadable() -> None:
     device = torch.device("cpu")
     batches = [batch_of(0, ["a: broken", "b: broken"]), batch_of(0, ["a: broken"])]
-    found = evaluate(model(), batches, CLASSES, PREPROCESS, device)
+    found = evaluate(model(), batches, TASK, PREPROCESS, device)
     assert (found.num_samples, found.metrics) == (0, {})
     assert found.skipped == ("a: broken", "b: broken")
-    assert found.confusion.sum() == 0
-    assert evaluate(model(), [], CLASSES, PREPROCESS, device).metrics == {}
+    assert np.isnan(found.objective)
+    assert evaluate(model(), [], TASK, PREPROCESS, device).metrics == {}
 
 
 def test_the_mode_of_the_model_comes_back() -> None:
     network, seen = model().train(), []
     batches = [batch_of(3, [])]
-    evaluate(network, batches, CLASSES, PREPROCESS, torch.device("cpu"), progress=seen.append)
+    evaluate(network, batches, TASK, PREPROCESS, torch.device("cpu"), progress=seen.append)
     assert network.training
     assert seen == [3]
     assert network[1].running_mean.abs().sum() == 0  # type: ignore[index,union-attr]

@@ -71,9 +71,11 @@ def test_every_rank_finds_what_one_device_finds(
 
 
 def assert_same(found: Evaluation, expected: Evaluation) -> None:
-    for name in ("indices", "labels", "top_classes"):
-        assert np.array_equal(getattr(found, name), getattr(expected, name))
-    np.testing.assert_allclose(found.top_probabilities, expected.top_probabilities, rtol=1e-4)
+    assert (found.indices == expected.indices).all()
+    for name in ("labels", "top_classes"):
+        assert np.array_equal(found.rows[name], expected.rows[name])
+    probabilities = (each.rows["top_probabilities"] for each in (found, expected))
+    np.testing.assert_allclose(*probabilities, rtol=1e-4)
     assert found.skipped == expected.skipped
     assert len(found.skipped) == 1
 
@@ -118,7 +120,7 @@ def test_ranks_of_a_replica_share_what_its_first_reads() -> None:
     found = run_ranks(read, 4)
     for replica in (0, 1):
         first, second = found[2 * replica], found[2 * replica + 1]
-        assert first[0]["labels"].tolist() == [7 + replica] * 3
+        assert first[0]["targets"].tolist() == [7 + replica] * 3
         assert first[0]["skipped"] == [f"broken on {replica}"]
         assert first[1] is None and second[1] is None
         for own, got in ((first[0], second[0]), (first[2], second[2])):

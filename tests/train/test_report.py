@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import doctest
 import io
 import json
@@ -20,6 +21,7 @@ from meshuffle.errors import ImageError
 from meshuffle.train import page, plots, record
 from meshuffle.train.evaluate import Evaluation
 from meshuffle.train.report import write_report
+from meshuffle.train.tasks import make_task
 from meshuffle.train.weights import Card
 
 HOSTILE = "<script>alert(1)</script>"
@@ -91,7 +93,15 @@ def make_evaluation(source: ArraySource, wrong: tuple[int, ...] = ()) -> Evaluat
         losses[index] = 1 + index / 100
     probabilities = np.tile(np.linspace(0.9, 0.01, top, dtype=np.float32), (len(labels), 1))
     indices = np.arange(len(labels))
-    return Evaluation(source.classes, indices, labels, losses, likeliest, probabilities)
+    rows = {
+        "labels": labels,
+        "losses": losses,
+        "top_classes": likeliest,
+        "top_probabilities": probabilities,
+    }
+    metrics = make_task(make_card(source.classes)).conclude(rows) if len(labels) else {}
+    loss = {"loss": float(losses.mean())} if len(labels) else {}
+    return Evaluation("classify", source.classes, indices, rows, {**metrics, **loss})
 
 
 def make_card(names: tuple[str, ...], **values: object) -> Card:
@@ -220,7 +230,9 @@ def test_a_broken_record_is_no_reason_to_fail(run: Path, name: str, content: byt
     found = record.read_record(run)
     assert found.splits == {}
     assert found.seconds is None
-    assert all(chart.is_empty for chart in plots.training_charts(found))
+    assert all(
+        chart.is_empty for chart in plots.training_charts(found, make_task(make_card(DIGITS)))
+    )
 
 
 def test_names_from_outside_appear_as_text(run: Path) -> None:
@@ -262,7 +274,7 @@ def test_a_loss_that_is_not_a_number_is_shown_all_the_same(run: Path) -> None:
     fill_run(run)
     source = make_source(20, DIGITS)
     evaluation = make_evaluation(source, wrong=(3, 4))
-    evaluation.losses[3] = np.nan
+    evaluation.rows["losses"][3] = np.nan
     (run / "log.jsonl").write_text('{"kind": "step", "step": 1, "loss": NaN, "lr": 1e-3}\n')
     path = write_report(run, evaluation, source, make_card(DIGITS))
     assert "digits[3]" in path.read_text(encoding="utf-8")
@@ -312,7 +324,7 @@ def test_skipped_images_are_named(
     (run / "result.json").write_text(json.dumps({"skipped_inputs": inputs}))
     source = make_source(4, DIGITS)
     rows = make_evaluation(source)
-    evaluation = Evaluation(*(getattr(rows, f) for f in list(rows.__dict__)[:-1]), skipped=messages)
+    evaluation = dataclasses.replace(rows, skipped=messages)
     path = write_report(run, evaluation, source, make_card(DIGITS))
     assert wanted in Page(path.read_text(encoding="utf-8")).text
 

@@ -12,9 +12,12 @@ from meshuffle.data import AugmentConfig, Batch, Preprocess, mix_batch
 from meshuffle.dist.exchange import GroupExchange
 from meshuffle.parallel.data_parallel import DataParallel
 from meshuffle.train.step import Step, sum_over_ranks
-from meshuffle.train.task import Classify, seed_step
+from meshuffle.train.task import seed_step
+from meshuffle.train.tasks.classify import Classify
+from meshuffle.train.weights import Card
 
 NUM_CLASSES, SIZE, LR = 3, 4, 0.5
+CARD = Card("none", tuple("abc"), Preprocess(crop=SIZE, resize=SIZE))
 
 
 def make_step(accumulate: int = 1, augment: AugmentConfig | None = None, clip: float = 0.0) -> Step:
@@ -31,7 +34,7 @@ def make_step(accumulate: int = 1, augment: AugmentConfig | None = None, clip: f
         forward=forward,
         optimizer=torch.optim.SGD(model.parameters(), LR),
         parallel=DataParallel(model, group),
-        task=Classify(NUM_CLASSES, 0.1),
+        task=Classify(CARD, label_smoothing=0.1),
         preprocess=Preprocess(crop=SIZE, resize=SIZE),
         augment=augment or AugmentConfig(),
         device=torch.device("cpu"),
@@ -60,13 +63,13 @@ def by_hand(batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
     step = make_step()
     x = step.preprocess.normalise(batch.images).double()
     logits = step.model(x)
-    loss = F.cross_entropy(logits, batch.labels, label_smoothing=0.1)
+    loss = F.cross_entropy(logits, batch.targets, label_smoothing=0.1)
     loss.backward()
     with torch.no_grad():
         for parameter in step.model.parameters():
             assert parameter.grad is not None
             parameter -= LR * parameter.grad
-    correct = (logits.argmax(1) == batch.labels).sum()
+    correct = (logits.argmax(1) == batch.targets).sum()
     sums = [len(batch) * float(loss.detach()), float(correct), float(len(batch))]
     return step.model.state_dict(), torch.tensor(sums, dtype=torch.float64)
 
@@ -120,18 +123,18 @@ def test_mixup_pairs_stay_together(alone: None) -> None:
 def test_mixed_targets_are_counted_by_the_larger_share() -> None:
     soft = torch.tensor([[0.7, 0.3, 0.0], [0.2, 0.0, 0.8]])
     logits = torch.tensor([[5.0, 0.0, 0.0], [5.0, 0.0, 0.0]])
-    assert int(Classify.num_correct(logits, soft)) == 1
+    assert int(Classify(CARD).score_sum(logits, soft)) == 1
 
 
 def test_soft_targets_have_the_expected_loss() -> None:
     batch = make_batch(4)
     _, soft = mix_batch(
-        batch.images.float(), batch.labels, NUM_CLASSES, AugmentConfig(mixup=1.0), batch.draws
+        batch.images.float(), batch.targets, NUM_CLASSES, AugmentConfig(mixup=1.0), batch.draws
     )
     assert soft.sum(1).tolist() == pytest.approx([1] * 4)
     logits = torch.randn(4, NUM_CLASSES)
     expected = -(soft * logits.log_softmax(1)).sum()
-    torch.testing.assert_close(Classify(NUM_CLASSES).loss_sum(logits, soft), expected)
+    torch.testing.assert_close(Classify(CARD).loss_sum(logits, soft), expected)
 
 
 def test_clipping_limits_the_update(alone: None) -> None:

@@ -11,13 +11,19 @@ from typing import Any
 
 import pytest
 
+from meshuffle.data import Preprocess
 from meshuffle.errors import Interrupted, MeshuffleError
 from meshuffle.train import watch
 from meshuffle.train.api import resume, train
 from meshuffle.train.config import TrainConfig
-from meshuffle.train.watch import COLUMNS, environment, watch_run
+from meshuffle.train.tasks import make_task
+from meshuffle.train.watch import columns, environment, watch_run
+from meshuffle.train.weights import Card
 
 from .test_resume import stop_when
+
+TASK = make_task(Card("none", ("a", "b"), Preprocess()))
+COLUMNS = columns(TASK)
 
 ROW: dict[str, Any] = {
     "epoch": 1,
@@ -71,7 +77,9 @@ def test_records_of_a_stopped_and_resumed_run(
 
 def test_a_row_of_an_epoch_that_is_made_again_goes(tmp_path: Path) -> None:
     for first_epoch, expected in ((1, ["1"]), (2, ["1", "1"]), (1, ["1"])):
-        with watch_run(tmp_path, first_step=0, first_epoch=first_epoch, quiet=True) as records:
+        with watch_run(
+            tmp_path, TASK, first_step=0, first_epoch=first_epoch, quiet=True
+        ) as records:
             records.end_epoch(ROW)
         assert [row["epoch"] for row in rows(tmp_path)] == expected
     assert (tmp_path / "metrics.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
@@ -81,11 +89,11 @@ def test_a_row_of_an_epoch_that_is_made_again_goes(tmp_path: Path) -> None:
 def test_half_a_row_of_a_killed_run_goes(tmp_path: Path) -> None:
     text = ",".join(COLUMNS) + "\n1,4,0.1,0.5,75,0.4,80,,10,0,1\n2,"
     (tmp_path / "metrics.csv").write_text(text)
-    with watch_run(tmp_path, first_step=4, first_epoch=2, quiet=True):
+    with watch_run(tmp_path, TASK, first_step=4, first_epoch=2, quiet=True):
         pass
     assert [row["epoch"] for row in rows(tmp_path)] == ["1"]
     (tmp_path / "metrics.csv").write_text(text.removesuffix("2,") + "\0\0,")
-    with watch_run(tmp_path, first_step=4, first_epoch=2, quiet=True):
+    with watch_run(tmp_path, TASK, first_step=4, first_epoch=2, quiet=True):
         pass
     assert [row["epoch"] for row in rows(tmp_path)] == ["1"]
 
@@ -94,7 +102,7 @@ def test_plain_lines_without_a_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watch, "_PLAIN_EVERY_S", 0.0)
-    with watch_run(tmp_path, first_step=0, first_epoch=1, quiet=False) as records:
+    with watch_run(tmp_path, TASK, first_step=0, first_epoch=1, quiet=False) as records:
         records.begin_epoch(1, 3, 4, 0)
         records.step(VALUES, 4)
         records.end_epoch(ROW)
@@ -112,14 +120,14 @@ def test_plain_lines_without_a_terminal(
 def test_quiet_leaves_standard_output_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with watch_run(tmp_path, first_step=0, first_epoch=1, quiet=True) as records:
+    with watch_run(tmp_path, TASK, first_step=0, first_epoch=1, quiet=True) as records:
         records.event("hello")
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "hello\n")
 
 
 def test_numbers_that_json_does_not_have(tmp_path: Path) -> None:
-    with watch_run(tmp_path, first_step=0, first_epoch=1, quiet=True) as records:
+    with watch_run(tmp_path, TASK, first_step=0, first_epoch=1, quiet=True) as records:
         records.step({**VALUES, "loss": math.nan, "lr": math.inf}, 1)
     line = strict((tmp_path / "log.jsonl").read_text())
     assert line["loss"] is None

@@ -10,6 +10,7 @@ from cyclopts import App, Parameter
 
 from meshuffle.cli import Answer
 from meshuffle.cli.options import Debug, Json
+from meshuffle.train.config import TaskName
 
 
 def register(app: App) -> None:
@@ -23,6 +24,7 @@ def check(
     data: str,
     /,
     *,
+    task: Annotated[TaskName, Parameter(help="What the images are to be told about.")] = "classify",
     grid: Annotated[Path, Parameter(help="Where to write a picture of samples.")] = Path(
         "data-check.png"
     ),
@@ -43,5 +45,5 @@ def check(
             end = "\n" if done == total else ""
             print(f"\r{done:,} of {total:,} images", end=end, file=sys.stderr)  # noqa: T201
 
-    report = check_data(data, grid_path=grid, progress=progress)
+    report = check_data(data, grid_path=grid, progress=progress, task=task)
     return Answer(report.to_dict(), report.render())

@@ -38,18 +38,15 @@ def evaluate(
     target
         A run folder, a weights file, or torchvision:NAME for what torchvision publishes.
     """
+    from meshuffle.train.api import told
     from meshuffle.train.inference import evaluate as run_evaluation
 
     evaluation, used = run_evaluation(
         target, data=data, split=split, batch=batch, model=model, plan=plan
     )
     metrics = {key: round(value, 6) for key, value in evaluation.metrics.items()}
-    value = {"task": "classify", "num_samples": evaluation.num_samples, "metrics": metrics}
-    parts = [f"top-1 {metrics['top1']:.2f} %"]
-    if "top5" in metrics:
-        parts.append(f"top-5 {metrics['top5']:.2f} %")
-    text = (
-        f"{used}: {', '.join(parts)}, loss {metrics['loss']:.4f} on {evaluation.num_samples} images"
-    )
+    value = {"task": evaluation.task, "num_samples": evaluation.num_samples, "metrics": metrics}
+    said = told(evaluation.task, metrics)
+    text = f"{used}: {said}, loss {metrics['loss']:.4f} on {evaluation.num_samples} images"
     skipped = [f"skipped: {message}" for message in evaluation.skipped]
     return from_main(Answer(value | {"skipped_inputs": len(skipped)}, "\n".join([*skipped, text])))

@@ -21,13 +21,16 @@ def predict(
     images: list[Path],
     /,
     *,
+    out: Annotated[
+        Path | None, Parameter(help="Folder for the images with the prediction drawn on them.")
+    ] = None,
     batch: Annotated[int, Parameter(help="Images at a time.")] = 64,
     plan: Spread = "dp=1",
     model: Model = None,
     json: Json = False,
     debug: Debug = False,
 ) -> Answer | None:
-    """Predict the class of images.
+    """Predict what the weights have learned to say of images.
 
     Parameters
     ----------
@@ -38,14 +41,9 @@ def predict(
     """
     from meshuffle.train.inference import predict as run_prediction
 
-    values = run_prediction(target, images, batch=batch, model=model, plan=plan)
+    values = run_prediction(target, images, batch=batch, model=model, plan=plan, pictures=out)
     broken = [value for value in values if "error" in value]
-    lines = [
-        f"{value['file']}: {value['error']}"
-        if "error" in value
-        else f"{value['file']}: {value['label']} ({100 * value['probability']:.1f} %)"
-        for value in values
-    ]
+    lines = [f"{value['file']}: {value.get('error') or value.pop('text')}" for value in values]
     if broken:
         lines.append(f"{len(broken)} of {len(values)} images could not be read")
     return from_main(Answer(values, "\n".join(lines), exit_code=2 if broken else 0))

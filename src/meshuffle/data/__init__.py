@@ -5,10 +5,10 @@ from meshuffle.data.augment import (
     EvalTransform,
     TrainTransform,
     augmentation_for,
-    build_train_transform,
 )
 from meshuffle.data.base import ArraySource, Data, ImageSource, View, relabel, subset
 from meshuffle.data.check import CheckReport, check_data
+from meshuffle.data.dense import build_eval_transform, build_train_transform
 from meshuffle.data.image import decode_image
 from meshuffle.data.loader import (
     Batch,
@@ -21,10 +21,10 @@ from meshuffle.data.loader import (
 from meshuffle.data.mix import mix_batch
 from meshuffle.data.preprocess import Preprocess
 from meshuffle.data.sampler import EpochSampler, SampleKey, shard_bounds
-from meshuffle.data.source import OPENERS, open_data
+from meshuffle.data.source import FORMATS, open_data
 
 __all__ = [
-    "OPENERS",
+    "FORMATS",
     "ArraySource",
     "AugmentConfig",
     "Batch",
@@ -40,6 +40,7 @@ __all__ = [
     "View",
     "augmentation_for",
     "auto_workers",
+    "build_eval_transform",
     "build_train_transform",
     "check_data",
     "decode_image",

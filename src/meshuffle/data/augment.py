@@ -73,6 +73,8 @@ class AugmentConfig:
 
 def augmentation_for(data: Data) -> AugmentConfig:
     """Return defaults that suit the images: no flips for digits, crops for photos."""
+    if data.task in ("detect", "segment"):
+        return AugmentConfig(random_resized_crop=0.5, flip=0.5)
     if data.style == "symbols":
         return AugmentConfig(affine_degrees=10, affine_translate=0.1, affine_scale=0.1)
     if data.style == "thumbnails":
@@ -100,6 +102,10 @@ class TrainTransform:
                 view = step(view)
         return view
 
+    def pair(self, image: Image.Image, target: Any, draw: int) -> tuple[Tensor, Tensor]:
+        """Return the view and the target, which says the same of every view."""
+        return self(image, draw), torch.as_tensor(target)
+
 
 class EvalTransform:
     """Callable (RGB image, draw) → uint8 [3, h, w] that ignores the draw."""
@@ -112,10 +118,9 @@ class EvalTransform:
         """Return the evaluation view of an RGB image."""
         return self._preprocess.to_uint8(image)
 
-
-def build_train_transform(config: AugmentConfig, preprocess: Preprocess) -> TrainTransform:
-    """Return the transform of a training image, a function of the image and its draw."""
-    return TrainTransform(config, preprocess)
+    def pair(self, image: Image.Image, target: Any, draw: int) -> tuple[Tensor, Tensor]:
+        """Return the view and the target."""
+        return self(image, draw), torch.as_tensor(target)
 
 
 @contextmanager

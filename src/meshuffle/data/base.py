@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from meshuffle.data.seeds import hash64
+from meshuffle.data.target import remap
 from meshuffle.errors import DataError
 
 Style = Literal["symbols", "thumbnails", "photos"]
@@ -19,7 +20,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class ImageSource(Protocol):
-    """One split: N images with labels that are indices into `classes`."""
+    """One split: N images with what is known of each; labels are indices into `classes`."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -27,7 +28,7 @@ class ImageSource(Protocol):
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """One label per image, int64 [N]."""
+        """One label per image, int64 [N]; of other tasks than classification, for even splits."""
 
     @property
     def in_memory(self) -> bool:
@@ -37,6 +38,9 @@ class ImageSource(Protocol):
 
     def image(self, index: int) -> Image.Image:
         """Return image `index` in mode RGB; raises `ImageError`."""
+
+    def target(self, index: int) -> Any:
+        """Return what a model is to say of image `index`: the task decides its type."""
 
     def name(self, index: int) -> str:
         """Return what to call image `index` in a message: a path, or `digits[17]`."""
@@ -52,7 +56,8 @@ class Data:
     `splits`: keys among train, val, test. `input_size`: the suggested crop in pixels.
     `style`: symbols (digits: a mirror image is another thing), thumbnails (small pictures)
     or photos; it chooses the default augmentation and geometry. `mean`, `std`: per RGB
-    channel on the 0 … 1 scale. `titles`: readable names of classes, where known.
+    channel on the 0 … 1 scale. `titles`: readable names of classes, where known. `task`: what
+    the targets of the sources are for.
     `ignored`: files that were passed over (hidden, or no image by their extension).
     """
 
@@ -65,6 +70,7 @@ class Data:
     std: tuple[float, float, float] = IMAGENET_STD
     titles: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    task: str = "classify"
 
     @property
     def flips(self) -> bool:
@@ -90,6 +96,10 @@ class ArraySource:
         grey_or_rgb = Image.fromarray(self.pixels[index])
         return grey_or_rgb if grey_or_rgb.mode == "RGB" else grey_or_rgb.convert("RGB")
 
+    def target(self, index: int) -> int:
+        """Return the label."""
+        return int(self.labels[index])
+
     def name(self, index: int) -> str:
         """Return for example `digits[17]`."""
         return f"{self.title}[{index}]"
@@ -107,6 +117,8 @@ class View:
     indices: NDArray[np.int64]
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
+    lookup: NDArray[np.int64] | None = None
+    """Of other classes than the source's: the new index of each."""
 
     @property
     def in_memory(self) -> bool:
@@ -119,6 +131,15 @@ class View:
     def image(self, index: int) -> Image.Image:
         """Return image `index` of the view in mode RGB; raises `ImageError`."""
         return self.source.image(int(self.indices[index]))
+
+    def target(self, index: int) -> Any:
+        """Return the target in the view's classes."""
+        target = self.source.target(int(self.indices[index]))
+        if isinstance(target, int):
+            return int(self.labels[index])
+        if self.lookup is None:
+            return target
+        return remap(target, self.lookup, len(self.classes))
 
     def name(self, index: int) -> str:
         """Return the name that the image has in the underlying source."""
@@ -175,7 +196,8 @@ def relabel(data: Data, classes: Sequence[str]) -> Data:
 
 
 def _relabelled(source: ImageSource, lookup: NDArray[np.int64], classes: Sequence[str]) -> View:
-    return View(source, np.arange(len(source)), lookup[source.labels], tuple(classes))
+    every = np.arange(len(source))
+    return View(source, every, lookup[source.labels], tuple(classes), lookup)
 
 
 def shortened(names: Sequence[str], limit: int = 5) -> str:

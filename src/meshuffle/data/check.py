@@ -104,14 +104,17 @@ class _Sample:
 
 
 def check_data(
-    spec: str, grid_path: Path | str | None = None, progress: Progress | None = None
+    spec: str,
+    grid_path: Path | str | None = None,
+    progress: Progress | None = None,
+    task: str = "classify",
 ) -> CheckReport:
     """Read every image of `spec` and report; also save a grid of samples as a PNG.
 
     `progress(done, total)` is called after each image. Raises `DataError` only where there
     is no data set to look at.
     """
-    data = open_data(spec, need=())
+    data = open_data(spec, task=task, need=())
     total = sum(len(source) for source in data.splits.values())
     samples: dict[str, list[_Sample]] = {split: [] for split in data.splits}
     done = 0
@@ -141,6 +144,7 @@ def _look_at(source: ImageSource, index: int) -> _Sample:
         content = source.content(index)
         digest = hashlib.blake2b(content, digest_size=16).digest()
         image = source.image(index) if source.in_memory else decode_image(content, name=name)
+        source.target(index)
     except ImageError as error:
         return _Sample(name, b"", None, str(error))
     return _Sample(name, digest, image.size, None)

@@ -45,6 +45,10 @@ class FolderSource:
         """Decode file `index` to RGB; raises `ImageError`."""
         return decode_image(self.name(index))
 
+    def target(self, index: int) -> int:
+        """Return the label."""
+        return int(self.labels[index])
+
     def name(self, index: int) -> str:
         """Return the path of file `index`."""
         return os.path.join(self.root, self.paths[index])  # noqa: PTH118

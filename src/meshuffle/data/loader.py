@@ -23,11 +23,11 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from meshuffle.data.augment import EvalTransform
 from meshuffle.data.base import ImageSource
+from meshuffle.data.dense import build_eval_transform
 from meshuffle.data.preprocess import Preprocess
 from meshuffle.data.sampler import EpochSampler, SampleKey
 from meshuffle.dist.device import num_cores
@@ -41,29 +41,30 @@ class Transform(Protocol):
 
     size: tuple[int, int]
 
-    def __call__(self, image: Image.Image, draw: int) -> Tensor:
-        """Return uint8 [3, height, width]."""
+    def pair(self, image: Image.Image, target: Any, draw: int) -> tuple[Tensor, Tensor]:
+        """Return uint8 [3, height, width], and what is known of this view."""
 
 
 @dataclass
 class Batch:
     """One rank's valid samples of one step; N may be 0.
 
-    `images`: uint8 [N, 3, H, W], channels-last in memory. `labels`, `indices` (in the
-    source), `draws`, `positions`
-    (in the rank's part of the batch, before broken images left): int64 [N].
-    `skipped`: one message per broken image.
+    `images`: uint8 [N, 3, H, W], channels-last in memory. `targets`: [N, …], what the task
+    learns; of a classifier the labels, int64 [N]. Where samples have different numbers of rows
+    (boxes), the missing ones are −1. `indices` (in the source), `draws`, `positions` (in the
+    rank's part of the batch, before broken images left): int64 [N]. `skipped`: one message per
+    broken image.
     """
 
     images: Tensor
-    labels: Tensor
+    targets: Tensor
     indices: Tensor
     draws: Tensor
     positions: Tensor
     skipped: list[str]
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.images)
 
     def pin_memory(self) -> Batch:
         """Move the images to page-locked memory; the DataLoader calls this."""
@@ -99,16 +100,17 @@ def eval_loader(
     world: int = 1,
     num_workers: int = 0,
     pin_memory: bool = False,
+    dense: bool = False,
 ) -> Iterator[Batch]:
     """Yield every image once in order, in the evaluation geometry.
 
     `batch_size` is global; each rank has a contiguous part of each batch, possibly empty, so
-    that all ranks take the same number of steps.
+    that all ranks take the same number of steps. `dense`: see `build_eval_transform`.
     """
     sampler = EpochSampler(len(source), batch_size, rank=rank, world=world, shuffle=False)
     return train_loader(
         source,
-        EvalTransform(preprocess),
+        build_eval_transform(preprocess, dense=dense),
         sampler,
         0,
         num_workers=num_workers,
@@ -165,23 +167,34 @@ class _Samples(Dataset[Batch]):
         self._transform = transform
 
     def __getitems__(self, keys: list[SampleKey]) -> Batch:
-        views, kept, skipped = [], [], []
+        views, targets, kept, skipped = [], [], [], []
         for position, key in enumerate(keys):
             try:
-                views.append(self._transform(self._source.image(key.index), key.draw))
+                image, target = self._source.image(key.index), self._source.target(key.index)
+                view, target = self._transform.pair(image, target, key.draw)
+                views.append(view)
+                targets.append(target)
                 kept.append((key.index, key.draw, position))
             except ImageError as error:
                 skipped.append(str(error))
         images = self._stack(views)
         indices, draws, positions = torch.tensor(kept, dtype=torch.int64).reshape(-1, 3).T
-        labels = torch.from_numpy(self._source.labels[indices.numpy()])
-        return Batch(images, labels, indices, draws, positions, skipped)
+        return Batch(images, _joined(targets), indices, draws, positions, skipped)
 
     def _stack(self, views: list[Tensor]) -> Tensor:
         """Channels-last, as PIL has the pixels: a plain copy, and the faster format."""
         if not views:
             return torch.empty((0, 3, *self._transform.size), dtype=torch.uint8)
         return torch.stack([view.permute(1, 2, 0) for view in views]).permute(0, 3, 1, 2)
+
+
+def _joined(targets: list[Tensor]) -> Tensor:
+    """Stack the targets; of those with rows, missing ones become −1."""
+    if not targets:
+        return torch.empty(0, dtype=torch.int64)
+    if len({target.shape for target in targets}) == 1:
+        return torch.stack(targets)
+    return nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-1)
 
 
 def _batches(

@@ -34,11 +34,11 @@ def mix_batch(
 ) -> tuple[Tensor, Tensor]:
     """Return (mixed images, soft labels [N, num_classes] float32).
 
-    `images`: float [N, C, H, W]; `labels`, `draws`: int64 [N] as in a `Batch`; `positions`:
-    int64 [N], increasing, the places in this rank's part of the batch, from which broken
-    images may be missing; by default 0 … N − 1.
+    `images`: float [N, C, H, W]; `labels`, `draws`: int64 [N] as in a `Batch`, or `labels` that
+    are soft already, float32 [N, num_classes]; `positions`: int64 [N], increasing, the places in
+    this rank's part of the batch, from which broken images may be missing; by default 0 … N − 1.
     """
-    soft = one_hot(labels, num_classes).float()
+    soft = one_hot(labels, num_classes).float() if labels.ndim == 1 else labels
     pairs = _pairs(torch.arange(len(labels)) if positions is None else positions)
     if not pairs or not config.mixes:
         return images, soft

@@ -34,6 +34,7 @@ class Preprocess:
 
     `crop`: (height, width) of the centre crop in pixels, or one number for a square.
     `resize`: length of the short side before the crop, or None to keep the size.
+    `fit`: crop, or stretch the whole image to the size of `crop`, whatever its shape.
     `interpolation`: antialiased when it shrinks. `channels`: their order in the network's
     input. `scale`: factor on the bytes 0 … 255. `mean`, `std`: after scaling, in the order
     of `channels`. Raises `ConfigError` for values out of range.
@@ -46,6 +47,7 @@ class Preprocess:
     scale: float = 1 / 255
     mean: Triple = IMAGENET_MEAN
     std: Triple = IMAGENET_STD
+    fit: Literal["crop", "stretch"] = "crop"
 
     def __post_init__(self) -> None:
         size = (self.crop, self.crop) if isinstance(self.crop, int) else tuple(self.crop)
@@ -56,6 +58,8 @@ class Preprocess:
             raise ConfigError(f"crop (={self.crop}) and resize (={self.resize}) must be ≥ 1")
         if self.interpolation not in ("nearest", "bilinear", "bicubic"):
             raise ConfigError(f"interpolation (={self.interpolation!r}) is unknown")
+        if self.fit not in ("crop", "stretch"):
+            raise ConfigError(f"fit (={self.fit!r}) must be crop or stretch")
         if self.channels not in ("RGB", "BGR"):
             raise ConfigError(f"channels (={self.channels!r}) must be RGB or BGR")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0 or self.scale <= 0:
@@ -77,6 +81,8 @@ class Preprocess:
     def for_data(cls, data: Data, size: int | None = None) -> Preprocess:
         """Return what suits a data set, at its suggested size or at `size` pixels."""
         crop = size or data.input_size
+        if data.task in ("detect", "segment"):
+            return cls(crop=crop, resize=None, mean=data.mean, std=data.std, fit="stretch")
         resize = round(crop / _CROP_RATIO) if data.style == "photos" else crop
         return cls(crop=crop, resize=resize, mean=data.mean, std=data.std)
 
@@ -115,7 +121,12 @@ class Preprocess:
         return to_tensor(self.framed(image))
 
     def framed(self, image: Image.Image) -> Image.Image:
-        """Return `image` resized and centre-cropped to `size`; a smaller one gets black edges."""
+        """Return `image` resized and centre-cropped to `size`; a smaller one gets black edges.
+
+        Where the image is to be stretched, that is all that happens.
+        """
+        if self.fit == "stretch":
+            return image.resize(self.size[::-1], Image.Resampling[self.interpolation.upper()])
         if self.resize is not None and min(image.size) != self.resize:
             image = F.resize(_tame(image), [self.resize], interpolation=self.mode)
         if image.size == self.size[::-1]:

@@ -1,68 +1,113 @@
 """Open a data set from its text: one table from prefix to opener.
 
-A new format is one module with an opener and one line in `OPENERS`.
+A new format is one module with an opener and one line in `FORMATS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 
 from meshuffle.data.base import Data, ImageSource
-from meshuffle.data.cifar import open_cifar10
 from meshuffle.data.digits import open_digits
-from meshuffle.data.folder import open_folder, open_imagenet
-from meshuffle.data.mnist import open_fashion_mnist, open_mnist
+from meshuffle.data.folder import open_folder
 from meshuffle.data.scan import existing_folder
 from meshuffle.errors import DataError, did_you_mean
 
-__all__ = ["OPENERS", "Data", "ImageSource", "open_data"]
+__all__ = ["FORMATS", "Data", "ImageSource", "open_data"]
 
-OPENERS: Mapping[str, Callable[..., Data]] = {
-    "cifar10": open_cifar10,
-    "fashion-mnist": open_fashion_mnist,
-    "folder": open_folder,
-    "imagenet": open_imagenet,
-    "mnist": open_mnist,
+_LABELS = ("classify", "multilabel")
+_INPUT_SIZE = {"detect": 320, "segment": 320}  # pixels, where the format suggests none
+
+
+@dataclass(frozen=True)
+class Format:
+    """Where the opener of a format is, and the tasks that its files have targets for."""
+
+    module: str
+    opener: str
+    tasks: tuple[str, ...] = ("classify",)
+
+    def load(self) -> Callable[..., Data]:
+        """Import the opener."""
+        opener: Callable[..., Data] = getattr(
+            import_module(f"meshuffle.data.{self.module}"), self.opener
+        )
+        return opener
+
+
+FORMATS: Mapping[str, Format] = {
+    "cifar10": Format("cifar", "open_cifar10"),
+    "coco": Format("coco", "open_coco", ("detect", "segment", *_LABELS)),
+    "csv": Format("table", "open_csv", (*_LABELS, "regress")),
+    "fashion-mnist": Format("mnist", "open_fashion_mnist"),
+    "folder": Format("folder", "open_folder"),
+    "hf": Format("hub", "open_hf"),
+    "imagenet": Format("folder", "open_imagenet"),
+    "json": Format("table", "open_json", (*_LABELS, "regress")),
+    "masks": Format("masks", "open_masks", ("segment",)),
+    "mnist": Format("mnist", "open_mnist"),
+    "voc": Format("voc", "open_voc", ("detect", "segment", *_LABELS)),
+    "yolo": Format("yolo", "open_yolo", ("detect", *_LABELS)),
 }
-_LATER = ("coco", "csv", "hf", "json", "masks", "text", "voc", "yolo")
+_ONE_LABEL = Format("folder", "open_folder")
 
 
-def open_data(spec: str, *, seed: int = 0, need: Sequence[str] = ("train", "val")) -> Data:
+def open_data(
+    spec: str, *, task: str = "classify", seed: int = 0, need: Sequence[str] = ("train", "val")
+) -> Data:
     """Open the data set that `spec` names; read no image yet.
 
-    `spec`: `digits`, a folder, or `FORMAT:PATH` with a format of `OPENERS`. `seed` chooses
-    the val part of a folder that has none. `need`: the splits that must exist, of train, val
-    and test; others are there if the data set has them. `need=()` requires nothing and joins
-    the classes of all splits: for looking at a data set that may be wrong.
+    `spec`: `digits`, a folder, or `FORMAT:PATH` with a format of `FORMATS`. `task`: what is to be
+    told about the images; some formats know several. `seed` chooses the val part where there is
+    none. `need`: the splits that must exist, of train, val and test; others are there if the data
+    set has them. `need=()` requires nothing and joins the classes of all splits: for looking at a
+    data set that may be wrong.
 
     Raises `DataError`, one line: what is wrong, where, and what to do.
     """
     if not spec:
         raise DataError("the name of the data set is empty; for example digits, or a folder")
-    if spec == "digits":
-        return open_digits("", seed=seed, need=need)
     prefix, colon, path = spec.partition(":")
+    if spec == "digits":
+        _check_task(spec, _ONE_LABEL, task)
+        return _finished(open_digits("", seed=seed, need=need), spec, task)
     if not colon or Path(spec).expanduser().exists():
         _check_exists(spec)
-        return open_folder(spec, seed=seed, need=need)
-    if prefix in _LATER:
-        raise DataError(f"{prefix}: data comes with its task, which does not exist yet")
-    if prefix not in OPENERS:
-        known = ", ".join(f"{name}:" for name in OPENERS)
-        hint = did_you_mean(prefix, [*OPENERS, *_LATER])
+        _check_task(spec, _ONE_LABEL, task)
+        return _finished(open_folder(spec, seed=seed, need=need), spec, task)
+    if prefix not in FORMATS:
+        known = ", ".join(f"{name}:" for name in FORMATS)
+        hint = did_you_mean(prefix, FORMATS)
         raise DataError(f"unknown data format {prefix!r} in {spec!r}{hint}; known: {known}")
     if not path:
         raise DataError(f"{spec!r} lacks its path: {prefix}:PATH")
-    return replace(OPENERS[prefix](path, seed=seed, need=need), spec=spec)
+    form = FORMATS[prefix]
+    _check_task(spec, form, task)
+    chosen = {"task": task} if len(form.tasks) > 1 or "classify" not in form.tasks else {}
+    return _finished(form.load()(path, seed=seed, need=need, **chosen), spec, task)
+
+
+def _check_task(spec: str, form: Format, task: str) -> None:
+    """Refuse a task for which the format has no targets; to generate, images are enough."""
+    if task in form.tasks or (task == "generate" and "classify" in form.tasks):
+        return
+    ways = " or ".join(f"--task {name}" for name in form.tasks)
+    raise DataError(f"{spec}: these data have nothing for --task {task}; use {ways}")
+
+
+def _finished(data: Data, spec: str, task: str) -> Data:
+    size = _INPUT_SIZE.get(task, data.input_size)
+    return replace(data, spec=spec, task=task, input_size=size)
 
 
 def _check_exists(spec: str) -> None:
     """A word that is no folder may be a misspelt data set."""
-    known = ["digits", *OPENERS]
+    known = ["digits", *FORMATS]
     if not Path(spec).expanduser().exists() and "/" not in spec:
-        if spec in OPENERS:
+        if spec in FORMATS:
             raise DataError(f"{spec!r} lacks its path: {spec}:PATH")
         if hint := did_you_mean(spec, known):
             raise DataError(f"no such folder or data set: {spec}{hint}")

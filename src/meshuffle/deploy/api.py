@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from meshuffle.data import Preprocess, open_data
+from meshuffle.data import open_data
 from meshuffle.deploy import find_exporter
 from meshuffle.deploy.parity import Parity
 from meshuffle.errors import DataError, ImageError
-from meshuffle.train.weights import find_weights, load_model
+from meshuffle.train.weights import Card, find_weights, load_model
 
 _NUM_IMAGES = 5
 
@@ -39,7 +39,7 @@ def export(
     """
     exporters = {name: find_exporter(name.strip()) for name in formats}
     network, card = load_model(target, model)
-    images_NCHW = some_images(card.data_or(data), card.preprocess)
+    images_NCHW = some_images(card.data_or(data), card)
     folder = out or (target if target.is_dir() else find_weights(target).parent) / "export"
     folder.mkdir(parents=True, exist_ok=True)
     written = {}
@@ -49,14 +49,14 @@ def export(
     return written
 
 
-def some_images(spec: str, preprocess: Preprocess) -> Tensor:
+def some_images(spec: str, card: Card) -> Tensor:
     """Return a few readable images of a data set in the evaluation view, uint8 [N, 3, H, W]."""
-    splits = open_data(spec, need=()).splits
+    splits = open_data(spec, task=card.task, need=()).splits
     source = next(splits[name] for name in ("test", "val", "train") if name in splits)
     views = []
     for index in range(len(source)):
         try:
-            views.append(preprocess.to_uint8(source.image(index)))
+            views.append(card.preprocess.to_uint8(source.image(index)))
         except ImageError:
             continue
         if len(views) == _NUM_IMAGES:

@@ -20,6 +20,7 @@ from meshuffle.train.begin import adopt_model
 from meshuffle.train.config import Origin, TrainConfig, to_toml
 from meshuffle.train.rank import train_rank
 from meshuffle.train.run import Prepared, launch, prepare, reopen, resolve_for
+from meshuffle.train.tasks import find_task
 
 
 def train(config: TrainConfig, origins: Mapping[str, Origin] | None = None) -> dict[str, Any]:
@@ -85,7 +86,8 @@ def _result(prepared: Prepared) -> dict[str, Any]:
     result = json.loads((prepared.run / "result.json").read_text())
     for split, metrics in result["splits"].items():
         if metrics:
-            _say(f"{split}: top-1 {metrics['top1']:.2f} %, best epoch {result['best_epoch']}")
+            said = told(result.get("task", "classify"), metrics)
+            _say(f"{split}: {said}, best epoch {result['best_epoch']}")
     if result["skipped_inputs"]:
         _say(f"{result['skipped_inputs']} unreadable images were skipped (see report.html)")
     _say(f"report: {prepared.run / 'report.html'}")
@@ -96,6 +98,12 @@ def _result(prepared: Prepared) -> dict[str, Any]:
         "predicted_step_ms": prepared.plan.predicted_step_ms,
         "measured_step_ms": result["measured_step_ms"],
     }
+
+
+def told(task: str, metrics: Mapping[str, float]) -> str:
+    """Return the metrics of a task in words, for example `top-1 97.50 %, top-5 99.90 %`."""
+    shown = find_task(task).metrics
+    return ", ".join(m.text(metrics[m.key]) for m in shown if metrics.get(m.key) is not None)
 
 
 def _say(*lines: str) -> None:
@@ -110,7 +118,8 @@ def describe_config(
 ) -> tuple[dict[str, Any], str]:
     """Return the resolved settings as plain data and as TOML with origins; trains nothing."""
     config = adopt_model(config, origins)
-    resolved = resolve_for(config, open_data(config.data, need=("train", "val")))
+    data = open_data(config.data, task=config.task, need=("train", "val"))
+    resolved = resolve_for(config, data)
     full = {
         name: origins.get(name, "chosen" if getattr(config, name) != value else "default")
         for name, value in vars(resolved).items()

@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 
 def is_better(
-    top1: float, loss: float, kept: tuple[float, float] | None, highest: float, num: int
+    score: float,
+    loss: float,
+    kept: tuple[float, float] | None,
+    best: float,
+    as_good: Callable[[float, float], bool],
 ) -> bool:
-    """Whether an epoch beats the kept one on a validation split of `num` images.
+    """Whether an epoch beats the kept one on the validation split.
 
-    Of the epochs whose top-1 is the highest but for its standard error, at least one image (0.7
-    points of 143, 0.2 of 50,000), the one with the lowest loss is the best: the highest of many
-    such top-1 is chance. The loss is the one that training minimises; without its label smoothing
-    it would be lowest in an epoch that is not yet trained to the end.
+    Of the epochs whose score is the best but for chance, the one with the lowest loss is the best:
+    the best of many such scores is chance too. The loss is the one that training minimises;
+    without its label smoothing it would be lowest in an epoch that is not yet trained to the end.
 
     Args:
-        top1, loss: of the epoch, in percent and nats.
+        score, loss: of the epoch; of the scores the higher is the better.
         kept: the same of the kept epoch, or None before the first.
-        highest: top-1 of all epochs up to this one.
-        num: images of the split.
+        best: the best score of all epochs up to this one.
+        as_good: whether a score is below the best by no more than chance; the task knows.
     """
     if kept is None:
         return True
-    kept_top1, kept_loss = kept
-    if not is_chance(kept_top1, highest, num):
-        return top1 > kept_top1
-    return is_chance(top1, highest, num) and loss < kept_loss
+    kept_score, kept_loss = kept
+    if not as_good(kept_score, best):
+        return score > kept_score
+    return as_good(score, best) and loss < kept_loss
 
 
 def is_chance(top1: float, highest: float, num: int) -> bool:
-    """Whether `top1` of `num` images is below `highest` by no more than its standard error."""
+    """Whether `top1` of `num` images is below `highest` by no more than its standard error.
+
+    That is at least one image: 0.7 points of 143, 0.2 of 50,000.
+    """
     share = (highest / 100 * num + 1) / (num + 2)  # Laplace's, so that 100 % has an error too
     standard_error = 100 * math.sqrt(share * (1 - share) / max(1, num))
     one_image = 100.5 / max(1, num)  # and a little, for rounding

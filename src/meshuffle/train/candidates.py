@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from meshuffle.data import Batch, Preprocess, shard_bounds
+from meshuffle.data import Batch, shard_bounds
 from meshuffle.dist.device import keep_freed_pages, num_cores, pick_device, synchronize
 from meshuffle.dist.group import RankEnv, new_group, process_group, rank_env
 from meshuffle.dist.launch import end_with_parent, report_failure, torchrun
 from meshuffle.planner.plan import Plan, parse_plan
 from meshuffle.train.config import TrainConfig, read_config, to_toml
-from meshuffle.train.state import TrainState, build_state, model_knobs
+from meshuffle.train.state import TrainState, build_state
 from meshuffle.train.weights import Card
 
 _TURNS, _TURN_S, _MAX_STEPS = 3, 0.5, 8
@@ -48,7 +48,7 @@ def candidate_plans(batch: int, num_cores: int, num_accelerators: int) -> list[P
 
 
 def fastest_plan(
-    config: TrainConfig, num_classes: int, num_cores: int, num_accelerators: int
+    config: TrainConfig, card: Card, num_cores: int, num_accelerators: int
 ) -> tuple[Plan, list[str]]:
     """Return the plan, and a line that says why; one candidate needs no timing."""
     assert config.batch is not None
@@ -57,7 +57,7 @@ def fastest_plan(
     plans = candidate_plans(config.batch, num_cores, num_accelerators)
     if len(plans) == 1:
         return plans[0], [f"plan {plans[0]}: the only candidate on this machine"]
-    times = time_plans(config, num_classes, plans)
+    times = time_plans(config, card, plans)
     best, why = choose(times)
     shown = ", ".join(f"{text} {ms:.0f} ms" for text, ms in times.items())
     plan = dataclasses.replace(parse_plan(best), predicted_step_ms=round(times[best], 1))
@@ -84,18 +84,20 @@ def _num_cores(plan: Plan) -> int:
     return plan.num_ranks * (plan.threads or 1)
 
 
-def time_plans(config: TrainConfig, num_classes: int, plans: list[Plan]) -> dict[str, float]:
+def time_plans(config: TrainConfig, card: Card, plans: list[Plan]) -> dict[str, float]:
     """Return milliseconds of a step by plan text, measured in ranks of their own."""
     with tempfile.TemporaryDirectory() as folder:
         settings, out = Path(folder) / "config.toml", Path(folder) / "times.json"
         settings.write_text(to_toml(config, {}))
-        arguments = [str(settings), str(out), str(num_classes), *(str(plan) for plan in plans)]
+        described = Path(folder) / "card.json"
+        described.write_text(card.to_json())
+        arguments = [str(settings), str(out), str(described), *(str(plan) for plan in plans)]
         most = max(plan.num_ranks for plan in plans)
         torchrun("meshuffle.train.candidates", arguments, most, threads=max(1, num_cores() // most))
         return json.loads(out.read_text())
 
 
-def _time_all(config: TrainConfig, num_classes: int, plans: list[Plan]) -> dict[str, float]:
+def _time_all(config: TrainConfig, card: Card, plans: list[Plan]) -> dict[str, float]:
     env = rank_env() or RankEnv()
     device = pick_device(config.device, env.local_rank)
     keep_freed_pages()
@@ -104,7 +106,7 @@ def _time_all(config: TrainConfig, num_classes: int, plans: list[Plan]) -> dict[
         control = new_group(backend="gloo")
         groups = [new_group(list(range(plan.num_ranks))) for plan in plans]
         states = [
-            _build(config, plan, num_classes, env, device, group) if env.rank < plan.dp else None
+            _build(config, plan, card, env, device, group) if env.rank < plan.dp else None
             for plan, group in zip(plans, groups, strict=True)
         ]
         for turn in range(_TURNS + 1):
@@ -119,15 +121,11 @@ def _time_all(config: TrainConfig, num_classes: int, plans: list[Plan]) -> dict[
 def _build(
     config: TrainConfig,
     plan: Plan,
-    num_classes: int,
+    card: Card,
     env: RankEnv,
     device: torch.device,
     group: dist.ProcessGroup,
 ) -> TrainState:
-    assert config.input_size is not None
-    knobs = model_knobs(config)
-    classes = tuple(str(i) for i in range(num_classes))
-    card = Card(config.model, classes, Preprocess.imagenet(config.input_size), knobs=knobs)
     return build_state(
         config, plan, card, RankEnv(env.rank, plan.dp, env.rank, plan.dp), device, group
     )[0]
@@ -160,17 +158,20 @@ def _random_batch(state: TrainState, plan: Plan, env: RankEnv) -> tuple[Batch, i
     num, size = stop - start, config.input_size
     images = torch.randint(0, 256, (num, 3, size, size), dtype=torch.uint8)
     zeros = torch.zeros(num, dtype=torch.int64)
+    blank = torch.as_tensor(state.step.task.blank())
+    targets = blank.expand(num, *blank.shape).clone()
     images = images.contiguous(memory_format=torch.channels_last)
-    return Batch(images, zeros, zeros, zeros, torch.arange(num), []), config.batch
+    return Batch(images, targets, zeros, zeros, torch.arange(num), []), config.batch
 
 
 def main() -> int:
-    """Run as one of torchrun's ranks: CONFIG OUT NUM_CLASSES PLAN…"""
+    """Run as one of torchrun's ranks: CONFIG OUT CARD PLAN…"""
     end_with_parent()
-    settings, out, num_classes, *texts = sys.argv[1:]
+    settings, out, described, *texts = sys.argv[1:]
     try:
         config = TrainConfig(**read_config(Path(settings)))
-        times = _time_all(config, int(num_classes), [parse_plan(text) for text in texts])
+        card = Card.from_json(Path(described).read_text())
+        times = _time_all(config, card, [parse_plan(text) for text in texts])
     except Exception as error:  # noqa: BLE001  # the launcher says it, in one line
         return report_failure(error)
     if (rank_env() or RankEnv()).is_main:

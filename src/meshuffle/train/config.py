@@ -23,7 +23,7 @@ from cyclopts import Parameter
 from meshuffle.errors import ConfigError, did_you_mean
 
 Origin = Literal["default", "chosen", "file", "flag"]
-T = typing.TypeVar("T")
+TaskName = Literal["classify", "multilabel", "regress", "detect", "segment", "generate"]
 
 
 def _option(text: str, group: str = "Run") -> Parameter:
@@ -39,7 +39,11 @@ class TrainConfig:
     knobs: Annotated[
         dict[str, str], _option("Model knobs, for example --knobs.kernel_size auto.")
     ] = field(default_factory=dict)
-    task: Annotated[Literal["classify"], _option("What the model learns.")] = "classify"
+    task: Annotated[TaskName, _option("What the model learns.")] = "classify"
+    head: Annotated[
+        str | None,
+        _option("detect: ssdlite (default) or fpn; segment: lraspp (default) or deeplabv3."),
+    ] = None
     plan: Annotated[str, _option("Plan text, auto, or a plan.json.")] = "auto"
     from_: Annotated[
         str | None,
@@ -85,6 +89,10 @@ class TrainConfig:
     ] = 0
 
     label_smoothing: Annotated[float, _option("0 … 1.", "Regularisation")] = 0.1
+    class_weights: Annotated[
+        Literal["none", "balanced"],
+        _option("balanced: rare classes count more in the loss.", "Regularisation"),
+    ] = "none"
     dropout: Annotated[
         float | None, _option("In front of the classifier, 0 … 1.", "Regularisation")
     ] = None

@@ -1,20 +1,19 @@
-"""Every sample of a split once, over all ranks: metrics, confusion, and what each sample got."""
+"""Every sample of a split once, over all ranks: what each got, and the metrics of all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from meshuffle.data import Batch, Preprocess
-
-_TOP = 5
+from meshuffle.train.task import Task
 
 
 @dataclass(frozen=True)
@@ -22,61 +21,47 @@ class Evaluation:
     """What a model did on a split of N readable samples, ordered by their index.
 
     Attributes:
+        task: its name.
         classes: C names.
         indices: position in the source, int64 (N,).
-        labels: int64 (N,).
-        losses: cross-entropy in nats, float32 (N,).
-        top_classes: the K = min(5, C) likeliest classes, best first, int64 (N, K).
-        top_probabilities: their softmax probabilities, float32 (N, K).
-        objective: mean of the loss that training minimises, label smoothing included.
+        rows: what the task keeps of each sample, N rows each; see `judge` of the task. Always
+            `losses`, float32; empty where nothing was read.
+        metrics: of the task, and the mean `loss`; empty where nothing was read.
         skipped: messages of the images that could not be read.
     """
 
+    task: str
     classes: tuple[str, ...]
     indices: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    losses: NDArray[np.float32]
-    top_classes: NDArray[np.int64]
-    top_probabilities: NDArray[np.float32]
-    objective: float = float("nan")
+    rows: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
 
     @property
     def num_samples(self) -> int:
         """Samples that were read and counted."""
-        return len(self.labels)
+        return len(self.indices)
 
     @property
-    def metrics(self) -> dict[str, float]:
-        """`top1` and `top5` in percent (`top5` from 6 classes on), and the mean `loss`."""
-        if not self.num_samples:
-            return {}
-        hits = self.top_classes == self.labels[:, None]
-        metrics = {"top1": 100.0 * float(hits[:, 0].mean())}
-        if len(self.classes) > _TOP:
-            metrics["top5"] = 100.0 * float(hits.any(1).mean())
-        return {**metrics, "loss": float(self.losses.mean(dtype=np.float64))}
-
-    @property
-    def confusion(self) -> NDArray[np.int64]:
-        """How often class i (row) was taken for class j (column), int64 (C, C)."""
-        num_classes = len(self.classes)
-        flat = self.labels * num_classes + self.top_classes[:, 0]
-        return np.bincount(flat, minlength=num_classes**2).reshape(num_classes, num_classes)
+    def objective(self) -> float:
+        """Mean of the loss that training minimises, label smoothing included; nan of nothing."""
+        rows = self.rows.get("objectives", self.rows.get("losses"))
+        if rows is None or not len(rows):
+            return float("nan")
+        return float(rows.mean(dtype=np.float64))
 
 
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
-    classes: tuple[str, ...],
+    task: Task,
     preprocess: Preprocess,
     device: torch.device,
     *,
     group: dist.ProcessGroup | None = None,
     speaks: bool = True,
     channels_last: bool = True,
-    label_smoothing: float = 0.0,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Run `model` in eval mode over this rank's `batches`; all ranks get the same result.
@@ -87,27 +72,24 @@ def evaluate(
         batches: what `eval_loader` yields.
         group: the ranks that share the split; None is this one alone.
         speaks: False where another rank has the same batches, and reports them.
-        label_smoothing: of the training, for `objective`.
         progress: called with the number of samples of each finished batch.
     """
     was_training = model.training
     model.eval()
-    pieces: list[tuple[Tensor, ...]] = []
+    pieces: list[dict[str, Tensor]] = []
     skipped: list[str] = []
     for batch in batches:
         skipped += batch.skipped
         if len(batch):
-            logits = _logits(model, batch.images, preprocess, device, channels_last)
-            pieces.append(
-                (batch.indices, batch.labels, *_judge(logits, batch.labels, label_smoothing))
-            )
+            outputs = _outputs(model, batch.images, preprocess, device, channels_last)
+            pieces.append({"indices": batch.indices, **task.judge(outputs, batch.targets)})
         if progress:
             progress(len(batch))
     model.train(was_training)
-    return _gather(pieces if speaks else [], skipped, classes, group)
+    return _gather(pieces if speaks else [], skipped, task, group)
 
 
-def _logits(
+def _outputs(
     model: nn.Module,
     images: Tensor,
     preprocess: Preprocess,
@@ -117,44 +99,49 @@ def _logits(
     x_NCHW = preprocess.normalise(images.to(device, non_blocking=True))
     if channels_last:
         x_NCHW = x_NCHW.contiguous(memory_format=torch.channels_last)
-    logits: Tensor = model(x_NCHW)
-    return logits.float().cpu()
-
-
-def _judge(logits: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, ...]:
-    losses, objectives = (
-        F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
-        for smoothing in (0.0, label_smoothing)
-    )
-    probabilities, classes = logits.softmax(1).topk(min(_TOP, logits.shape[1]))
-    return losses, classes, probabilities, objectives
+    outputs: Tensor = model(x_NCHW)
+    return outputs.float().cpu()
 
 
 def _gather(
-    pieces: list[tuple[Tensor, ...]],
+    pieces: list[dict[str, Tensor]],
     skipped: list[str],
-    classes: tuple[str, ...],
+    task: Task,
     group: dist.ProcessGroup | None,
 ) -> Evaluation:
-    """Bring all ranks' rows together, ordered by index."""
-    own = [torch.cat(column).numpy() for column in zip(*pieces, strict=True)]
+    """Bring all ranks' rows together, ordered by index, and let the task conclude."""
+    own = _joined([{name: column.numpy() for name, column in piece.items()} for piece in pieces])
     shares = [(own, skipped)]
     if group is not None and dist.get_world_size(group) > 1:
-        shares = [([], [])] * dist.get_world_size(group)
+        shares = [({}, [])] * dist.get_world_size(group)
         dist.all_gather_object(shares, (own, skipped), group=group)
-    rows = [share for share, _ in shares if share]
-    top = min(_TOP, len(classes))
-    if rows:
-        columns = [np.concatenate(parts) for parts in zip(*rows, strict=True)]
-    else:
-        none, no_top = np.zeros(0, np.int64), np.zeros((0, top), np.int64)
-        no_loss = none.astype(np.float32)
-        columns = [none, none, no_loss, no_top, no_top.astype(np.float32), no_loss]
-    order = np.argsort(columns[0], kind="stable")
     messages = tuple(dict.fromkeys(message for _, part in shares for message in part))
-    *rows_of, objectives = (column[order] for column in columns)
-    objective = float(objectives.mean(dtype=np.float64)) if len(objectives) else float("nan")
-    indices, labels, losses, top_classes, probabilities = rows_of
-    return Evaluation(
-        classes, indices, labels, losses, top_classes, probabilities, objective, messages
-    )
+    rows = _joined([share for share, _ in shares if share])
+    classes = task.card.classes
+    if not rows:
+        return Evaluation(task.name, classes, np.zeros(0, np.int64), skipped=messages)
+    order = np.argsort(rows["indices"], kind="stable")
+    rows = {name: column[order] for name, column in rows.items()}
+    indices = rows.pop("indices")
+    loss = float(rows["losses"].mean(dtype=np.float64))
+    metrics = {**task.conclude(rows), "loss": loss}
+    return Evaluation(task.name, classes, indices, rows, metrics, messages)
+
+
+def _joined(pieces: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    """Join columns by rows; where their other dims differ, the shorter are padded with −1."""
+    if not pieces:
+        return {}
+    return {name: _stacked([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def _stacked(parts: list[NDArray[Any]]) -> NDArray[Any]:
+    shapes = {part.shape[1:] for part in parts}
+    if len(shapes) == 1:
+        return np.concatenate(parts)
+    full = [max(sizes) for sizes in zip(*shapes, strict=True)]
+    padded = []
+    for part in parts:
+        missing = [(0, 0), *((0, m - n) for m, n in zip(full, part.shape[1:], strict=True))]
+        padded.append(np.pad(part, missing, constant_values=-1))
+    return np.concatenate(padded)

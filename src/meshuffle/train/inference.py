@@ -11,7 +11,7 @@ import json
 import platform
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -45,8 +45,10 @@ from meshuffle.train import evaluate as evaluation
 from meshuffle.train.evaluate import Evaluation
 from meshuffle.train.files import write_json
 from meshuffle.train.place import join_ranks, place_of
-from meshuffle.train.run import absolute_data, threads_per_rank
+from meshuffle.train.run import absolute_data, check_splits, threads_per_rank
 from meshuffle.train.shared import replica_group, shared
+from meshuffle.train.task import Task
+from meshuffle.train.tasks import make_task
 from meshuffle.train.weights import Card, find_weights, load_model
 
 _UNNAMED = ", which name no classes: output i is taken for the data's i-th"
@@ -85,13 +87,18 @@ def predict(
     batch: int = 64,
     model: str | None = None,
     plan: str = "dp=1",
+    pictures: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Return `{"file", "label", "probability"}` per image, or `{"file", "error"}`.
+    """Return `{"file"}` and what the task predicts per image, or `{"file", "error"}`.
+
+    A classifier says `label` and `probability`; see `prediction` of each task. `text` is the same
+    in words.
 
     Args:
         target: a run folder or a weights file.
         images: image files, or folders that hold some.
         batch, plan: see `evaluate`.
+        pictures: a folder for the images with what was predicted drawn on them; None draws none.
 
     Raises:
         DataError: a path does not exist, or a folder holds no image.
@@ -100,20 +107,24 @@ def predict(
     paths = [str(path) for path in _expanded(images)]
     question = Question(str(target), model, batch, files=paths)
     found, _ = _answer(question, parse_plan(plan))
-    _, card = load_model(target, model)
+    task = make_task(load_model(target, model)[1])
     rows = {int(index): row for row, index in enumerate(found.indices)}
-    return [_prediction(i, path, rows, found, card) for i, path in enumerate(paths)]
+    return [_prediction(task, path, rows.get(i), found, pictures) for i, path in enumerate(paths)]
 
 
 def _prediction(
-    i: int, path: str, rows: dict[int, int], found: Evaluation, card: Card
+    task: Task, path: str, row: int | None, found: Evaluation, pictures: Path | None
 ) -> dict[str, Any]:
-    if i not in rows:
+    if row is None:
         error = next(text for text in found.skipped if text.startswith(f"{path}: "))
         return {"file": path, "error": error}
-    name = card.classes[int(found.top_classes[rows[i], 0])]
-    probability = float(found.top_probabilities[rows[i], 0])
-    return {"file": path, "label": card.titles.get(name, name), "probability": probability}
+    image = decode_image(path)
+    told = {"file": path, **task.prediction(found.rows, row, image.size)}
+    if pictures is not None:
+        pictures.mkdir(parents=True, exist_ok=True)
+        told["picture"] = str(pictures / f"{row:05d}-{Path(path).stem}.png")
+        task.picture(image, found.rows, row).save(told["picture"])
+    return {**told, "text": task.sentence(told)}
 
 
 @dataclass(frozen=True)
@@ -141,10 +152,21 @@ def _answer(question: Question, plan: Plan) -> tuple[Evaluation, str]:
         threads = threads_per_rank(plan)
         torchrun(__name__, [name], plan.num_ranks, threads=threads)
         found = torch.load(folder / "answer.pt", weights_only=True)
-    arrays: dict[str, Any] = {
-        k: v.numpy() if isinstance(v, Tensor) else v for k, v in found["evaluation"].items()
-    }
-    return Evaluation(**arrays), found["what"]
+    return Evaluation(**_map_leaves(_to_array, found["evaluation"])), found["what"]
+
+
+def _map_leaves(change: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _map_leaves(change, inner) for key, inner in value.items()}
+    return change(value)
+
+
+def _to_array(value: Any) -> Any:
+    return value.numpy() if isinstance(value, Tensor) else value
+
+
+def _to_tensor(value: Any) -> Any:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
 def _check_plan(plan: Plan, question: Question, env: RankEnv | None) -> None:
@@ -169,6 +191,9 @@ def judge_rank(question: Question, plan: Plan, env: RankEnv) -> tuple[Evaluation
     device = pick_device(local_rank=env.local_rank)
     network, card = load_model(Path(question.target), question.model)
     source, what, card = _source(question, card)
+    task = make_task(card)
+    task.detailed = bool(question.files)
+    check_splits(plan, task)
     with contextlib.ExitStack() as stack:
         control = None
         if env.world > 1:
@@ -184,6 +209,7 @@ def judge_rank(question: Question, plan: Plan, env: RankEnv) -> tuple[Evaluation
             rank=place.dp_rank,
             world=place.dp,
             num_workers=auto_workers(source, env.local_world, threads),
+            dense=task.dense and not question.files,
         )
         batches = shared(read, replica_group(place))
         example = torch.empty(-(-question.batch // plan.dp), *_input_size(card), device="meta")
@@ -191,7 +217,7 @@ def judge_rank(question: Question, plan: Plan, env: RankEnv) -> tuple[Evaluation
         found = evaluation.evaluate(
             judged,
             (batch for batch in batches if batch is not None),
-            card.classes,
+            task,
             card.preprocess,
             device,
             group=control,
@@ -239,7 +265,7 @@ def _input_size(card: Card) -> tuple[int, int, int]:
 def _source(question: Question, card: Card) -> tuple[ImageSource, str, Card]:
     """Return the images to judge, what they are called, and the card with the classes' names."""
     if question.files:
-        return _Files(tuple(question.files), card.classes), "files", card
+        return _Files(tuple(question.files), card.classes, make_task(card).blank()), "files", card
     opened, card = _opened(question.data, card)
     split = question.split or _last_split(opened)
     if split not in opened.splits:
@@ -252,10 +278,12 @@ def _source(question: Question, card: Card) -> tuple[ImageSource, str, Card]:
 
 def _opened(data: str | None, card: Card) -> tuple[Data, Card]:
     """Return the data, with labels that are the model's outputs, and the card."""
-    opened = open_data(card.data_or(data), need=())
+    opened = open_data(card.data_or(data), task=card.task, need=())
     own = data is None or absolute_data(data) == card.data
     if own and "train" in opened.splits and "val" not in opened.splits:
-        opened = open_data(card.data, need=("train", "val"))  # the part that training set aside
+        opened = open_data(
+            card.data, task=card.task, need=("train", "val")
+        )  # the part that training set aside
     if not card.named and not set(opened.classes) <= set(card.classes):
         return opened, _named_by(opened, card)
     return relabel(opened, card.classes), dataclasses.replace(card, named=True)
@@ -282,6 +310,7 @@ class _Files:
 
     paths: tuple[str, ...]
     classes: tuple[str, ...]
+    blank: NDArray[Any]
     in_memory: bool = False
 
     @property
@@ -293,6 +322,9 @@ class _Files:
 
     def image(self, index: int) -> Image.Image:
         return decode_image(self.paths[index])
+
+    def target(self, index: int) -> NDArray[Any]:
+        return self.blank
 
     def name(self, index: int) -> str:
         return self.paths[index]
@@ -326,10 +358,7 @@ def main() -> int:
         torch.set_num_threads(threads_per_rank(plan, env.local_world))
         found, what = judge_rank(question, plan, env)
         if env.is_main:
-            values = {
-                k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v
-                for k, v in vars(found).items()
-            }
+            values = _map_leaves(_to_tensor, vars(found))
             torch.save({"evaluation": values, "what": what}, folder / "answer.pt")
     except Exception as error:  # noqa: BLE001  # the launcher says it, in one line
         return report_failure(error)

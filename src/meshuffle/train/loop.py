@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from meshuffle.train.config import save_interval
 from meshuffle.train.consistency import Consistency
 from meshuffle.train.evaluate import Evaluation, evaluate
 from meshuffle.train.memory import out_of_memory
-from meshuffle.train.meter import Meter
+from meshuffle.train.meter import Meter, running_means
 from meshuffle.train.optim import hold_frozen, learning_rate
 from meshuffle.train.saver import Saver
 from meshuffle.train.shared import replica_group, shared
@@ -86,7 +87,9 @@ class Loop:
         assert config.batch is not None and config.epochs is not None
         self.num_epochs = config.epochs
         self.replica = replica_group(state.place)
-        self.transform = build_train_transform(state.step.augment, state.card.preprocess)
+        self.transform = build_train_transform(
+            state.step.augment, state.card.preprocess, dense=state.step.task.dense
+        )
         self.sampler = EpochSampler(
             len(data.splits["train"]),
             config.batch,
@@ -261,7 +264,6 @@ class Loop:
     def _close_epoch(self) -> None:
         """Judge the model, keep the best, write the epoch's row, decide whether to go on."""
         state, progress = self.state, self.state.progress
-        loss, correct, samples = progress.sums
         lr = learning_rate(state.config, progress.step - 1, self.sampler.steps_per_epoch)
         seconds = progress.epoch_seconds
         try:
@@ -273,12 +275,12 @@ class Loop:
             "epoch": progress.epoch,
             "step": progress.step,
             "lr": float(f"{lr:.6g}"),
-            "train_loss": loss / max(1.0, samples),
-            "train_top1": 100 * correct / max(1.0, samples),
-            "images_per_s": round(samples / max(seconds, 1e-9), 2),
+            "images_per_s": round(progress.sums[2] / max(seconds, 1e-9), 2),
             "data_wait": round(self._meter.wait_s / max(self._meter.seconds, 1e-9), 4),
             "seconds": round(seconds, 3),
         }
+        means = running_means(state.step.task, progress.sums)
+        row |= {f"train_{key}": value for key, value in means.items()}
         row |= {f"val_{key}": value for key, value in evaluation.metrics.items()}
         better = self._keep_best(evaluation)
         progress.sums, progress.epoch_step, progress.epoch_seconds = [0.0, 0.0, 0.0], 0, 0.0
@@ -291,15 +293,15 @@ class Loop:
             self._save()
 
     def _keep_best(self, evaluation: Evaluation) -> bool:
-        progress, metrics = self.state.progress, evaluation.metrics
-        top1, loss = metrics.get("top1", 0.0), evaluation.objective
+        progress, metrics, task = self.state.progress, evaluation.metrics, self.state.step.task
+        score, loss = task.score(metrics), evaluation.objective
         loss = loss if math.isfinite(loss) else sys.float_info.max
-        progress.highest_top1 = max(progress.highest_top1, top1)
-        kept = (progress.best_top1, progress.best_loss) if progress.best_epoch else None
-        num = len(self.data.splits["val"])
-        better = is_better(top1, loss, kept, progress.highest_top1, num)
+        progress.highest_score = max(progress.highest_score, score)
+        kept = (progress.best_score, progress.best_loss) if progress.best_epoch else None
+        as_good = partial(task.is_chance, num=len(self.data.splits["val"]))
+        better = is_better(score, loss, kept, progress.highest_score, as_good)
         if better:
-            progress.best_top1, progress.best_loss = top1, loss
+            progress.best_score, progress.best_loss = score, loss
             progress.best_epoch = progress.epoch
             if self.state.place.dp_rank == 0:
                 path = self.run / "weights" / "best.safetensors"
@@ -325,6 +327,7 @@ class Loop:
                 rank=state.place.dp_rank,
                 world=state.place.dp,
                 num_workers=self.num_workers,
+                dense=state.step.task.dense,
             )
             return self._batches(loader)
 
@@ -339,13 +342,12 @@ class Loop:
         evaluation = evaluate(
             state.judged,
             until_lost(),
-            state.card.classes,
+            state.step.task,
             state.card.preprocess,
             state.step.device,
             group=self.control,
             speaks=state.place.speaks,
             channels_last=state.config.channels_last,
-            label_smoothing=state.config.label_smoothing,
         )
         if sum_over_ranks([float(num_lost)], self.exchange)[0]:
             how = f"stopped; continue with: {resume_command(self.run)}"

@@ -50,7 +50,7 @@ def _fits(step: Step, batch: Batch, num: int) -> bool:
     try:
         images = batch.images[:num].to(step.device)
         x_NCHW = step.preprocess.normalise(images)
-        step.task.loss_sum(step.model(x_NCHW), batch.labels[:num].to(step.device)).backward()
+        step.task.loss_sum(step.model(x_NCHW), batch.targets[:num].to(step.device)).backward()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from meshuffle.dist.device import synchronize
@@ -11,6 +12,7 @@ from meshuffle.dist.exchange import Exchange
 from meshuffle.errors import MeshuffleError
 from meshuffle.train.state import TrainState
 from meshuffle.train.step import sum_over_ranks
+from meshuffle.train.task import Task
 from meshuffle.train.watch import Watch
 
 _SHOW_EVERY_S = 0.5
@@ -57,16 +59,23 @@ class Meter:
         self.seconds += seconds
         step_ms = 1000 * seconds / self._num_pending
         progress.step_ms = [*progress.step_ms[-199:], round(step_ms, 3)]
-        self._watch.step(
-            {
-                "step": progress.step,
-                "epoch": progress.epoch + 1,
-                "loss": sums[0] / max(1.0, sums[2]),
-                "top1": 100 * sums[1] / max(1.0, sums[2]),
-                "lr": self._lr,
-                "images_per_s": round(sums[2] / max(seconds, 1e-9), 2),
-            },
-            self._num_pending,
-        )
+        values: dict[str, float] = {"step": progress.step, "epoch": progress.epoch + 1}
+        values |= running_means(self._state.step.task, sums)
+        values |= {"lr": self._lr, "images_per_s": round(sums[2] / max(seconds, 1e-9), 2)}
+        self._watch.step(values, self._num_pending)
         self._every = max(1, round(1000 * _SHOW_EVERY_S / max(step_ms, 1e-3)))
         self._pending, self._num_pending = None, 0
+
+
+def running_means(task: Task, sums: Sequence[float]) -> dict[str, float]:
+    """Return the mean loss and, where the task has one, its running metric.
+
+    Args:
+        sums: [loss sum, score sum, samples].
+    """
+    loss, score, samples = sums
+    means = {"loss": loss / max(1.0, samples)}
+    if task.running is not None:
+        factor = 100 if task.running.unit == "%" else 1
+        means[task.running.key] = factor * score / max(1.0, samples)
+    return means

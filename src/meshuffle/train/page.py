@@ -93,20 +93,20 @@ def picture(light_png: bytes, dark_png: bytes, description: str) -> str:
     )
 
 
-def thumbnail(image: Image.Image) -> str:
-    """Return an image as a data URI of at most 192 pixels a side.
+def thumbnail(image: Image.Image, side: int = _THUMB) -> str:
+    """Return an image as a data URI of at most `side` pixels a side.
 
     Small ones grow by a whole factor without smoothing, so that single pixels can be seen.
     """
     longest = max(image.size)
     file = io.BytesIO()
-    if longest <= _THUMB // 2:
-        factor = _THUMB // longest
+    if longest <= side // 2:
+        factor = side // longest
         size = (image.width * factor, image.height * factor)
         image.resize(size, Image.Resampling.NEAREST).save(file, format="PNG")
         return _data_uri(file.getvalue(), "png")
     image = image.copy()
-    image.thumbnail((_THUMB, _THUMB))
+    image.thumbnail((side, side))
     image.save(file, format="JPEG", quality=82)
     return _data_uri(file.getvalue(), "jpeg")
 
@@ -199,6 +199,7 @@ td { border-top:1px solid var(--rule) }
 .matrix.tall thead span { writing-mode:vertical-rl; transform:rotate(180deg); max-height:12em;
   overflow:hidden; text-overflow:ellipsis; white-space:nowrap }
 .cards { display:grid; grid-template-columns:repeat(auto-fill,minmax(112px,1fr)); gap:20px 16px }
+.cards.large { grid-template-columns:repeat(auto-fill,minmax(min(100%,230px),1fr)) }
 .cards figure { margin:0; min-width:0; font-size:13px; line-height:1.4; break-inside:avoid }
 .cards .frame { display:flex; align-items:center; justify-content:center; aspect-ratio:1;
   margin-bottom:6px; background:var(--soft); color:var(--muted); text-align:center }

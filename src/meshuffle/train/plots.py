@@ -19,6 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from meshuffle.train.record import Record, number, series
+from meshuffle.train.task import Metric, Task
 
 _WIDTH, _HEIGHT, _DPI = 4.8, 2.8, 200  # inches: 500 px on a page, at twice its resolution
 _MAX_POINTS = 400
@@ -69,8 +70,8 @@ class Chart:
         return not any(line.x for line in self.lines)
 
 
-def training_charts(record: Record) -> tuple[Chart, ...]:
-    """Return loss, accuracy, learning rate and throughput over the steps of a run."""
+def training_charts(record: Record, task: Task) -> tuple[Chart, ...]:
+    """Return loss, the first metric, learning rate and throughput over the steps of a run."""
     epochs, steps, best = record.epochs, record.steps, _best_step(record)
     return (
         Chart(
@@ -86,10 +87,10 @@ def training_charts(record: Record) -> tuple[Chart, ...]:
         ),
         Chart(
             "accuracy",
-            "Top-1 accuracy, %",
+            _titled(task.metrics[0]),
             (
-                Line("train", *series(epochs, "step", "train_top1")),
-                Line("val", *series(epochs, "step", "val_top1"), colour=1),
+                Line("train", *series(epochs, "step", f"train_{task.metrics[0].key}")),
+                Line("val", *series(epochs, "step", f"val_{task.metrics[0].key}"), colour=1),
             ),
             digits=4,
             best=best,
@@ -99,6 +100,12 @@ def training_charts(record: Record) -> tuple[Chart, ...]:
             "throughput", "Images per second", (_finest(record, "images_per_s"),), from_zero=True
         ),
     )
+
+
+def _titled(metric: Metric) -> str:
+    label = metric.label[:1].upper() + metric.label[1:]
+    label = f"{label} accuracy" if metric.key == "top1" else label
+    return f"{label}, {metric.unit}" if metric.unit else label
 
 
 def epoch_ticks(record: Record) -> tuple[list[float], list[str]]:

@@ -60,7 +60,7 @@ def train_rank(run: Path) -> dict[str, Any]:
         one_host = env.local_world >= env.world
         found = agree_on_checkpoint(run / "state", env, control)
         exchange = make_exchange(control, torch.device("cpu"), one_host)
-        data = open_data(config.data, need=("train", "val"))
+        data = open_data(config.data, task=config.task, need=("train", "val"))
         workers = config.workers
         if workers is None:
             threads = threads_per_rank(plan, env.local_world) if device.type == "cpu" else 1
@@ -102,7 +102,8 @@ def _watch(run: Path, state: TrainState, env: RankEnv) -> contextlib.AbstractCon
         return contextlib.nullcontext(SilentWatch())
     progress = state.progress
     quiet = os.environ.get("MESHUFFLE_QUIET_STDOUT") == "1"
-    return watch_run(run, first_step=progress.step, first_epoch=progress.epoch + 1, quiet=quiet)
+    first = {"first_step": progress.step, "first_epoch": progress.epoch + 1}
+    return watch_run(run, state.step.task, **first, quiet=quiet)
 
 
 def _finish(run: Path, loop: Loop, env: RankEnv) -> dict[str, Any]:
@@ -112,6 +113,7 @@ def _finish(run: Path, loop: Loop, env: RankEnv) -> dict[str, Any]:
     state.judge(best.state_dict())
     evaluations = {s: loop.evaluate(s) for s in ("val", "test") if s in loop.data.splits}
     result = {
+        "task": card.task,
         "splits": {split: e.metrics for split, e in evaluations.items()},
         "num_samples": {split: e.num_samples for split, e in evaluations.items()},
         "best_epoch": state.progress.best_epoch,

@@ -8,34 +8,25 @@ scripts and without external parts; the curves also lie in `plots/` as PNG.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
-import numpy as np
-
 from meshuffle.data import ImageSource
-from meshuffle.errors import ImageError
 from meshuffle.train import page
+from meshuffle.train.confusion import confusion_section
 from meshuffle.train.diagram import timeline_section
 from meshuffle.train.evaluate import Evaluation
-from meshuffle.train.files import replaced
+from meshuffle.train.files import write_bytes
+from meshuffle.train.gallery import gallery_of
 from meshuffle.train.page import section, text
-from meshuffle.train.plots import (
-    DARK,
-    LIGHT,
-    draw_chart,
-    draw_confusion,
-    epoch_ticks,
-    training_charts,
-)
+from meshuffle.train.plots import DARK, LIGHT, draw_chart, epoch_ticks, training_charts
 from meshuffle.train.record import Record, flatten, number, read_record
+from meshuffle.train.task import Task
+from meshuffle.train.tasks import make_task
 from meshuffle.train.weights import Card
 
-MAX_MATRIX_CLASSES = 40
-_NUM_CARDS = 16
 _MAX_ROWS = 20
-_SEED = 0  # of the sample predictions: the same images in every report on the same split
 _EPOCH_EVENT = re.compile(r"epoch \d+/\d+ ")  # what the curves already show
 
 
@@ -52,15 +43,15 @@ def write_report(
         split: what to call the split, such as `test`.
     """
     record = read_record(run)
-    names = tuple(card.titles.get(name, name) for name in evaluation.classes)
-    gallery = _Gallery(evaluation, source, names)
+    task = make_task(card)
+    gallery = gallery_of(evaluation, source, task)
     body = "\n".join(
         (
-            _headline(record, evaluation, card, split),
-            section("Training", _curves(record, run / "plots")),
+            _headline(record, evaluation, task, split),
+            section("Training", _curves(record, task, run / "plots")),
             timeline_section(run),
-            section(f"Confusion{_on(split)}", _confusion(evaluation, names, run / "plots")),
-            section("Worst mistakes", gallery.mistakes()),
+            _details(evaluation, task, run / "plots", split),
+            section(gallery.worst_title, gallery.worst()),
             section("Sample predictions", gallery.samples()),
             section("Skipped images", _skipped(record, evaluation)),
             '<div class="columns">',
@@ -73,8 +64,7 @@ def write_report(
         )
     )
     path, title = run / "report.html", " on ".join(filter(None, (card.model, card.data)))
-    with replaced(path) as temporary:
-        temporary.write_bytes(page.page(title, body).encode())
+    write_bytes(path, page.page(title, body).encode())
     return path
 
 
@@ -82,31 +72,44 @@ def _on(split: str) -> str:
     return f" on the {split} split" if split else ""
 
 
-def _headline(record: Record, evaluation: Evaluation, card: Card, split: str) -> str:
+def _details(evaluation: Evaluation, task: Task, folder: Path, split: str) -> str:
+    """Return what the task has to say beyond its first metrics."""
+    if task.name == "classify":
+        names = tuple(task.card.titles.get(name, name) for name in evaluation.classes)
+        found = confusion_section(evaluation, names, folder)
+        return section(f"Confusion{_on(split)}", found)
+    rows = [(text(key), f"{value:.5g}") for key, value in evaluation.metrics.items()]
+    return section(f"Metrics{_on(split)}", page.table(("metric", "value"), rows, 1) if rows else "")
+
+
+def _headline(record: Record, evaluation: Evaluation, task: Task, split: str) -> str:
+    card = task.card
     data = f" <span>on</span> {text(card.data)}" if card.data else ""
-    size = f"{len(card.classes)} classes · {evaluation.num_samples:,} images evaluated{_on(split)}"
+    kinds = "targets" if task.name == "regress" else "classes"
+    size = f"{len(card.classes)} {kinds} · {evaluation.num_samples:,} images evaluated{_on(split)}"
     return (
         f"<header><h1>{text(card.model)}{data}</h1>"
         f'<p class="note">{text(record.name)} · {text(size)}</p>'
-        f'<dl class="big">{"".join(_accuracies(record, evaluation, split))}'
+        f'<dl class="big">{"".join(_accuracies(record, evaluation, task, split))}'
         f"{''.join(_efforts(record, card))}</dl></header>"
     )
 
 
-def _accuracies(record: Record, evaluation: Evaluation, split: str) -> Iterator[str]:
+def _accuracies(record: Record, evaluation: Evaluation, task: Task, split: str) -> Iterator[str]:
+    first, *others = task.metrics
     splits = {**record.splits}
     if evaluation.metrics and (split or not splits):
         splits[split or "evaluated"] = evaluation.metrics
     for name, metrics in sorted(splits.items(), key=lambda item: item[0] != "test"):
-        notes = []
-        if (top5 := number(metrics.get("top5"))) is not None:
-            notes.append(f"top-5 {top5:.2f} %")
+        known = [(metric, number(metrics.get(metric.key))) for metric in others]
+        notes = [metric.text(value) for metric, value in known if value is not None]
         if (loss := number(metrics.get("loss"))) is not None:
             notes.append(f"loss {loss:.4f}")
-        top1 = number(metrics.get("top1"))
-        yield _big(f"{name} top-1", None if top1 is None else f"{top1:.2f}", "%", " · ".join(notes))
+        value = number(metrics.get(first.key))
+        shown = None if value is None else f"{value:.{first.digits}f}"
+        yield _big(f"{name} {first.label}", shown, first.unit, " · ".join(notes))
     if not splits:
-        yield _big("top-1", None)
+        yield _big(first.label, None)
 
 
 def _efforts(record: Record, card: Card) -> Iterator[str]:
@@ -139,169 +142,20 @@ def _duration(seconds: float | None) -> tuple[str | None, str]:
     return f"{seconds:.3g}", "s"
 
 
-def _curves(record: Record, folder: Path) -> str:
+def _curves(record: Record, task: Task, folder: Path) -> str:
     pictures, missing = [], []
     ticks = epoch_ticks(record)
-    for chart in training_charts(record):
+    for chart in training_charts(record, task):
         if chart.is_empty:
-            missing.append(chart.title.lower())
+            missing.append(chart.title.lower().removesuffix(", %"))
             continue
         light, dark = (draw_chart(chart, ticks, theme) for theme in (LIGHT, DARK))
-        _write_png(folder / f"{chart.name}.png", light)
+        write_bytes(folder / f"{chart.name}.png", light)
         pictures.append(page.picture(light, dark, f"{chart.title} over the training"))
     if not pictures:
         return ""
     note = f'<p class="missing">not recorded: {text(", ".join(missing))}</p>' if missing else ""
     return f'<div class="charts">{"".join(pictures)}</div>{note}'
-
-
-def _write_png(path: Path, content: bytes) -> None:
-    with replaced(path) as temporary:
-        temporary.write_bytes(content)
-
-
-def _confusion(evaluation: Evaluation, names: tuple[str, ...], folder: Path) -> str:
-    if not evaluation.num_samples:
-        return ""
-    confusion = evaluation.confusion
-    if len(names) > MAX_MATRIX_CLASSES:
-        left = _confused_pairs(confusion, names)
-    else:
-        short = [page.printable(name)[:24] for name in names]
-        _write_png(folder / "confusion.png", draw_confusion(confusion, short))
-        left = _matrix(confusion, names)
-    return f'<div class="pair"><div>{left}</div><div>{_per_class(confusion, names)}</div></div>'
-
-
-def _matrix(confusion: np.ndarray, names: tuple[str, ...]) -> str:
-    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    levels = np.ceil(9 * np.sqrt(shares)).astype(int)
-    rows = []
-    for row, name in enumerate(names):
-        cells = "".join(
-            f'<td class="{"h" if row == column else "m"}{levels[row, column]}">{count}</td>'
-            if count
-            else "<td></td>"
-            for column, count in enumerate(confusion[row].tolist())
-        )
-        rows.append(f'<tr><th scope="row" title="{text(name)}">{text(name)}</th>{cells}</tr>')
-    head = "".join(f'<th scope="col"><span>{text(name)}</span></th>' for name in names)
-    is_wide = len(names) > 15
-    kind = " wide" if is_wide else ""
-    kind += " tall" if max(map(len, names)) > (2 if is_wide else 4) else ""
-    return (
-        '<h3>Rows: true. Columns: predicted.</h3><div class="scroll">'
-        f'<table class="matrix{kind}"><thead><tr><td></td>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def _confused_pairs(confusion: np.ndarray, names: tuple[str, ...]) -> str:
-    errors = confusion.copy()
-    np.fill_diagonal(errors, 0)
-    totals = confusion.sum(1)
-    order = np.argsort(-errors, axis=None, kind="stable")[:_MAX_ROWS]
-    pairs = [divmod(int(flat), len(names)) for flat in order]
-    rows = [
-        (
-            text(names[i]),
-            text(names[j]),
-            f"{errors[i, j]:,}",
-            page.percent(errors[i, j] / totals[i]),
-        )
-        for i, j in pairs
-        if errors[i, j]
-    ]
-    head = ("true", "predicted", "images", "of the class")
-    title = f"<h3>Most confused pairs of {len(names):,} classes</h3>"
-    return title + (page.table(head, rows, 2) if rows else '<p class="note">none</p>')
-
-
-def _per_class(confusion: np.ndarray, names: tuple[str, ...]) -> str:
-    totals, hits = confusion.sum(1), confusion.diagonal()
-    present = np.flatnonzero(totals)
-    shares = hits[present] / totals[present]
-    order = np.argsort(shares, kind="stable")
-    rows = [
-        (
-            text(names[present[k]]),
-            f'<div class="bar"><i style="width:{100 * shares[k]:.1f}%"></i></div>',
-            f"{100 * shares[k]:.1f} %",
-            f"{hits[present[k]]:,} / {totals[present[k]]:,}",
-        )
-        for k in order[:_MAX_ROWS]
-    ]
-    notes = []
-    if rest := len(present) - len(rows):
-        notes.append(f"{rest:,} more classes at {100 * shares[order[_MAX_ROWS]]:.1f} % or above")
-    if absent := len(names) - len(present):
-        notes.append(f"{absent:,} classes without images here")
-    note = f'<p class="note">{"; ".join(notes)}</p>' if notes else ""
-    head = ("class", "", "top-1", "images")
-    return f"<h3>Accuracy per class, worst first</h3>{page.table(head, rows, 2)}{note}"
-
-
-class _Gallery:
-    """Cards of single images: the picture, what it was taken for, and what it is."""
-
-    def __init__(self, evaluation: Evaluation, source: ImageSource, names: tuple[str, ...]) -> None:
-        self.evaluation, self.source, self.names = evaluation, source, names
-        self.wrong = evaluation.top_classes[:, 0] != evaluation.labels
-
-    def mistakes(self) -> str:
-        """Return the wrong predictions with the highest loss."""
-        rows = np.flatnonzero(self.wrong)
-        if not len(rows):
-            count = self.evaluation.num_samples
-            return f'<p class="note">No mistake on {count:,} images.</p>' if count else ""
-        # Negated, so that a loss that is not a number still sorts last.
-        order = np.argsort(-self.evaluation.losses[rows], kind="stable")
-        note = f'<p class="note">{len(rows):,} of {self.evaluation.num_samples:,} images wrong'
-        shown = f", the {_NUM_CARDS} with the highest loss" if len(rows) > _NUM_CARDS else ""
-        meaning = "Percentages are the probabilities that the model gives."
-        return f"{note}{shown}. {meaning}</p>{self._cards(rows[order[:_NUM_CARDS]])}"
-
-    def samples(self) -> str:
-        """Return some images, drawn with a fixed seed, in their order."""
-        count = self.evaluation.num_samples
-        drawn = np.random.default_rng(_SEED).permutation(count)[:_NUM_CARDS]
-        return self._cards(np.sort(drawn)) if count else ""
-
-    def _cards(self, rows: Iterable[int]) -> str:
-        return f'<div class="cards">{"".join(self._card(int(row)) for row in rows)}</div>'
-
-    def _card(self, row: int) -> str:
-        evaluation, wrong = self.evaluation, bool(self.wrong[row])
-        index = int(evaluation.indices[row])
-        guess, true = self.names[evaluation.top_classes[row, 0]], self.names[evaluation.labels[row]]
-        guessed = page.percent(float(evaluation.top_probabilities[row, 0]))
-        # The loss is −ln of the true class's probability.
-        truly = page.percent(float(np.exp(-evaluation.losses[row])))
-        name = self.source.name(index)
-        said = _verdict("✗ " if wrong else "✓ ", guess, guessed)
-        second = f"<div>{_verdict('is ', true, truly)}</div>" if wrong else ""
-        return (
-            f'<figure class="{"wrong" if wrong else "right"}">{self._frame(index)}<figcaption>'
-            f'<div class="said">{said}</div>{second}<div class="name" title="{text(name)}">'
-            f"<span>{text(_short(name))}</span></div>"
-            "</figcaption></figure>"
-        )
-
-    def _frame(self, index: int) -> str:
-        try:
-            image = self.source.image(index)
-        except ImageError:
-            return '<div class="frame">cannot be read</div>'
-        return f'<div class="frame"><img src="{page.thumbnail(image)}" alt=""></div>'
-
-
-def _verdict(word: str, name: str, probability: str) -> str:
-    return f'<span title="{text(name)}">{word}<b>{text(name)}</b></span><span>{probability}</span>'
-
-
-def _short(name: str) -> str:
-    """Keep the folder and the file of a path."""
-    return "/".join(Path(name).parts[-2:])
 
 
 def _skipped(record: Record, evaluation: Evaluation) -> str:

@@ -19,7 +19,7 @@ from meshuffle.dist.device import check_device, num_accelerators, num_cores
 from meshuffle.dist.group import RankEnv
 from meshuffle.dist.launch import torchrun
 from meshuffle.dist.lost import ranks_in_words, read_waiting
-from meshuffle.errors import PlanError, RankFailed, RunError
+from meshuffle.errors import ConfigError, PlanError, RankFailed, RunError
 from meshuffle.planner.plan import Plan, parse_plan, read_plan
 from meshuffle.train.begin import START, adopt_model
 from meshuffle.train.candidates import fastest_plan
@@ -29,6 +29,8 @@ from meshuffle.train.config import Origin, TrainConfig, read_config, resolve, to
 from meshuffle.train.files import write_json, write_text
 from meshuffle.train.place import schedule_of, split_model
 from meshuffle.train.state import augment_config, augment_values, build_model, make_card
+from meshuffle.train.task import Task
+from meshuffle.train.tasks import find_task, make_task
 from meshuffle.train.watch import environment
 from meshuffle.train.weights import Card, require_repeated, save_weights
 
@@ -58,11 +60,11 @@ def prepare(
     begins = config.from_ and absolute_data(config.from_)
     config = dataclasses.replace(config, data=absolute_data(config.data), from_=begins)
     given, config = config, adopt_model(config, origins)
-    data = open_data(config.data, need=("train", "val"))
+    data = open_data(config.data, task=config.task, need=("train", "val"))
     resolved = resolve_for(config, data)
     card = make_card(resolved, data)
     model, frozen, about = _rehearse(resolved, card, len(data.splits["train"]))
-    plan, lines = _choose_plan(resolved, len(card.classes), env)
+    plan, lines = _choose_plan(resolved, card, env)
     if plan.tp > 1 or plan.pp > 1:
         split = split_model(model, frozen, resolved, plan, torch.device("cpu"))
         plan = dataclasses.replace(plan, cuts=split.cuts)
@@ -126,6 +128,10 @@ def reopen(run: Path, env: RankEnv | None = None, model: str | None = None) -> P
 def resolve_for(config: TrainConfig, data: Data) -> TrainConfig:
     """Return `config` with every open value chosen for `data`."""
     augment = augment_values(augmentation_for(data))
+    if (config.mixup or config.cutmix) and not find_task(config.task).mixes:
+        raise ConfigError(f"--mixup and --cutmix: {config.task} has no labels to mix")
+    if config.class_weights != "none" and config.task != "classify":
+        raise ConfigError(f"--class-weights {config.class_weights}: {config.task} has none")
     return resolve(config, len(data.splits["train"]), data.input_size, augment)
 
 
@@ -167,18 +173,25 @@ def threads_per_rank(plan: Plan, local_world: int | None = None) -> int:
     return plan.threads or max(1, num_cores() // (local_world or plan.num_ranks))
 
 
-def _choose_plan(
-    config: TrainConfig, num_classes: int, env: RankEnv | None
-) -> tuple[Plan, list[str]]:
+def _choose_plan(config: TrainConfig, card: Card, env: RankEnv | None) -> tuple[Plan, list[str]]:
     """Return the plan, and lines to print."""
     assert config.batch is not None
     if config.plan != "auto":
         plan = parse_plan(config.plan)
+        check_splits(plan, make_task(card))
         _check_plan(plan, config, env)
         return plan, []
     if env is not None:
         return Plan(dp=env.world), [f"plan dp={env.world}: the ranks that were launched"]
-    return fastest_plan(config, num_classes, num_cores(), num_accelerators())
+    return fastest_plan(config, card, num_cores(), num_accelerators())
+
+
+def check_splits(plan: Plan, task: Task) -> None:
+    """Refuse a plan that splits a model in a way that its task does not know."""
+    for axis, size in (("tp", plan.tp), ("pp", plan.pp)):
+        if size > 1 and axis not in task.splits:
+            known = ", ".join(("dp", *task.splits))
+            raise PlanError(f"plan {plan}: --task {task.name} knows {known}, not {axis}")
 
 
 def _check_plan(plan: Plan, config: TrainConfig, env: RankEnv | None) -> None:

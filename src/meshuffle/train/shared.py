@@ -17,7 +17,7 @@ from meshuffle.data import Batch
 from meshuffle.dist.group import new_group
 from meshuffle.train.place import Place
 
-_FIELDS = ("images", "labels", "indices", "draws", "positions")
+_FIELDS = ("images", "targets", "indices", "draws", "positions")
 
 
 def replica_group(place: Place) -> dist.ProcessGroup | None:

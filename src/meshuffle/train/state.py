@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,6 @@ from meshuffle.data import AugmentConfig, Data, Preprocess
 from meshuffle.dist.exchange import make_exchange
 from meshuffle.dist.group import RankEnv
 from meshuffle.errors import RunError
-from meshuffle.models import create_model
 from meshuffle.parallel.batch_norm import synchronise_batch_norm
 from meshuffle.parallel.data_parallel import DataParallel, Mode, broadcast_from_main
 from meshuffle.parallel.draws import DrawState, key_dropout
@@ -30,7 +30,7 @@ from meshuffle.train.config import TrainConfig, parse_knobs
 from meshuffle.train.place import Place, join_ranks, num_micro_batches, place_of, split_model
 from meshuffle.train.saver import Saver
 from meshuffle.train.step import Step
-from meshuffle.train.task import Classify
+from meshuffle.train.tasks import find_task, make_task
 
 AUGMENT_FIELDS = {
     "crop_scale": "random_resized_crop",
@@ -63,7 +63,7 @@ def augment_values(augment: AugmentConfig) -> dict[str, Any]:
 class Progress:
     """Where a run stands; plain numbers, stored beside the tensors.
 
-    `epoch` and `epoch_step` count what is finished; `sums` are [loss, correct, samples] of the
+    `epoch` and `epoch_step` count what is finished; `sums` are [loss, score, samples] of the
     current epoch so far, over all ranks.
     """
 
@@ -73,8 +73,8 @@ class Progress:
     seconds: float = 0.0
     epoch_seconds: float = 0.0
     sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-    highest_top1: float = -1.0
-    best_top1: float = -1.0  # of the epoch kept as best
+    highest_score: float = -sys.float_info.max
+    best_score: float = -sys.float_info.max  # of the epoch kept as best
     best_loss: float = 0.0
     best_epoch: int = 0
     compiled: bool | None = None
@@ -240,6 +240,7 @@ def make_card(config: TrainConfig, data: Data) -> weights.Card:
         classes=data.classes,
         preprocess=Preprocess.for_data(data, config.input_size),
         task=config.task,
+        settings=find_task(config.task).settings(config, data),
         knobs=model_knobs(config),
         titles=dict(data.titles),
         data=config.data,
@@ -265,7 +266,7 @@ def build_model(
 
 def new_model(config: TrainConfig, card: weights.Card) -> nn.Module:
     """Return the model with random weights, all of it to be trained."""
-    return create_model(card.model, num_classes=len(card.classes), seed=config.seed, **card.knobs)
+    return make_task(card).network(config.seed)
 
 
 def build_state(
@@ -296,12 +297,13 @@ def build_state(
         one_host = env.local_world >= env.world
         synchronise_batch_norm(model, make_exchange(group, device, one_host))
         key_dropout(model, draw_state)
-    step = Step(
+    task = make_task(card, label_smoothing=config.label_smoothing)
+    step = task.step_type(
         model=model,
         forward=model,
         optimizer=optim.build_optimizer(model, config),
         parallel=_data_parallel(model, group, plan, ranks),
-        task=Classify(len(card.classes), config.label_smoothing),
+        task=task,
         preprocess=card.preprocess,
         augment=augment_config(config),
         device=device,

@@ -18,7 +18,7 @@ from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.pipeline import Pipeline
 from meshuffle.parallel.ranks import Ranks
 from meshuffle.train.optim import clip_gradients
-from meshuffle.train.task import Classify
+from meshuffle.train.task import Task
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Step:
     forward: Callable[[Tensor], Tensor]
     optimizer: Optimizer
     parallel: DataParallel
-    task: Classify
+    task: Task
     preprocess: Preprocess
     augment: AugmentConfig
     device: torch.device
@@ -66,7 +66,7 @@ class Step:
         lr: float,
         draws: Sequence[tuple[int, int]] = (),
     ) -> Tensor:
-        """Do one step; returns [loss sum, correct, samples] of this rank, float64 (3,).
+        """Do one step; returns [loss sum, score sum, samples] of this rank, float64 (3,).
 
         Args:
             micro_batches: this rank's, possibly empty ones.
@@ -103,8 +103,8 @@ class Step:
 
     def _forward(self, x_NCHW: Tensor, targets: Tensor, total: int) -> tuple[Tensor, Tensor]:
         with autocast(self.device, self.precision):
-            logits_NC = self.forward(x_NCHW)
-        return self._loss(logits_NC, targets, total)
+            outputs = self.forward(x_NCHW)
+        return self._loss(outputs, targets, total)
 
     def _backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -121,14 +121,14 @@ class Step:
         given = [self._inputs(micro_batches[i]) for i in used]
         sums = torch.zeros(3, dtype=self._sum_dtype, device=self.device)
 
-        def loss(i: int, logits_NC: Tensor) -> Tensor:
-            found, own = self._loss(logits_NC, given[i][1], total)
+        def loss(i: int, outputs: Tensor) -> Tensor:
+            found, own = self._loss(outputs, given[i][1], total)
             sums.add_(own)
             return found
 
         def prepare(i: int) -> None:
             if self.draw_state is not None and draws:
-                self.draw_state.set(*draws[used[i]], len(given[i][1]))
+                self.draw_state.set(*draws[used[i]], len(given[i][0]))
 
         pipeline.train(
             [len(micro_batches[i]) for i in used],
@@ -148,18 +148,21 @@ class Step:
             self.parallel.drop_others()
             self.optimizer.step()
 
-    def _loss(self, logits_NC: Tensor, targets: Tensor, total: int) -> tuple[Tensor, Tensor]:
-        """Return what goes backward, and [loss sum, correct, samples], (3,)."""
-        loss_sum = self.task.loss_sum(logits_NC, targets)
+    def _loss(self, outputs: Tensor, targets: Tensor, total: int) -> tuple[Tensor, Tensor]:
+        """Return what goes backward, and [loss sum, score sum, samples], (3,)."""
+        if not len(outputs):  # another rank has samples of this micro-batch
+            nothing = outputs.sum()
+            return nothing, torch.zeros(3, dtype=self._sum_dtype, device=self.device)
+        loss_sum = self.task.loss_sum(outputs, targets)
         with torch.no_grad():
-            correct = self.task.num_correct(logits_NC, targets)
-            values = [loss_sum.detach(), correct, torch.full_like(loss_sum, len(targets))]
+            score = self.task.score_sum(outputs, targets)
+            values = [loss_sum.detach(), score, torch.full_like(loss_sum, len(outputs))]
             sums = torch.stack([value.to(self._sum_dtype) for value in values])
         return loss_sum / total, sums
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         x_NCHW = self.preprocess.normalise(batch.images.to(self.device, non_blocking=True))
-        targets = batch.labels.to(self.device, non_blocking=True)
+        targets = batch.targets.to(self.device, non_blocking=True)
         if self.augment.mixes:
             x_NCHW, targets = mix_batch(
                 x_NCHW,
@@ -200,7 +203,7 @@ def select(batch: Batch, kept: Tensor) -> Batch:
     """Return the samples for which the mask `kept` is True."""
     return Batch(
         images=batch.images[kept],
-        labels=batch.labels[kept],
+        targets=batch.targets[kept],
         indices=batch.indices[kept],
         draws=batch.draws[kept],
         positions=batch.positions[kept],

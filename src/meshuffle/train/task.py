@@ -1,41 +1,177 @@
-"""What a model learns: its loss and its running metrics. Further tasks are further files."""
+"""What a model learns: head, loss, metrics, words and picture. Each task is a file in `tasks/`.
+
+    card ──network──▶ module ──outputs [N, …]──▶ loss_sum           while it trains
+                                        └──▶ judge ──▶ rows of N samples ──▶ conclude: metrics
+                                                                        └──▶ prediction, picture
+
+A target is one tensor per sample, whatever the task; see `meshuffle.data`.
+"""
 
 from __future__ import annotations
 
+import math
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from meshuffle.errors import ConfigError
+
+if TYPE_CHECKING:
+    from meshuffle.data import Data
+    from meshuffle.train.config import TrainConfig
+    from meshuffle.train.step import Step
+    from meshuffle.train.weights import Card
+
+Rows = Mapping[str, NDArray[Any]]
+Column = NDArray[np.int64] | NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Classify:
-    """One label per image.
+class Metric:
+    """A number that says how good a model is.
 
-    Args:
-        num_classes: C, the outputs of the model.
-        label_smoothing: share of the target spread over all classes (arXiv 1512.00567).
+    `key`: in JSON and CSV; `label`: for people; `unit`: behind the number; `lower`: the lower
+    the better.
     """
 
-    num_classes: int
-    label_smoothing: float = 0.0
+    key: str
+    label: str
+    unit: str = "%"
+    digits: int = 2
+    lower: bool = False
 
-    def loss_sum(self, logits_NC: Tensor, targets: Tensor) -> Tensor:
-        """Return the cross-entropy summed over samples; 0 with a gradient for no sample.
+    def text(self, value: float) -> str:
+        """Return for example `top-1 97.50 %`."""
+        return f"{self.label} {self.number(value)}"
 
-        `targets`: labels int64 (N,), or soft labels (N, C) after mixup or cutmix.
+    def number(self, value: float) -> str:
+        """Return for example `97.50 %`."""
+        return f"{value:.{self.digits}f} {self.unit}".rstrip()
+
+
+class Task:
+    """The base of all tasks; built from the card that travels with the weights.
+
+    Attributes:
+        name: of `--task`.
+        metrics: those that are shown; by the first one the best epoch is chosen.
+        running: what is shown while an epoch trains, from `score_sum`; None is the loss alone.
+        dense: a target has places in it, which move with the pixels.
+        mixes: mixup and cutmix make sense.
+        splits: the plans it knows besides dp.
+        outputs: name of the outputs in an exported file.
+        label_smoothing: see `Classify`.
+        detailed: rows keep all that a prediction shows, not only what metrics need.
+    """
+
+    name: ClassVar[str]
+    metrics: ClassVar[tuple[Metric, ...]]
+    running: ClassVar[Metric | None] = None
+    dense: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
+    splits: ClassVar[tuple[str, ...]] = ("tp", "pp")
+    outputs: ClassVar[str] = "logits"
+
+    def __init__(self, card: Card, *, label_smoothing: float = 0.0) -> None:
+        self.card, self.label_smoothing = card, label_smoothing
+        self.detailed = False
+
+    @property
+    def num_classes(self) -> int:
+        """C, the classes, or of a regression the targets."""
+        return len(self.card.classes)
+
+    @classmethod
+    def settings(cls, config: TrainConfig, data: Data) -> dict[str, Any]:
+        """Return what the task must remember beside the weights, as plain JSON data."""
+        if config.head is not None:
+            raise ConfigError(f"--head {config.head}: {cls.name} has no choice of heads")
+        return {}
+
+    @property
+    def step_type(self) -> type[Step]:
+        """What a training step is; a task with several losses has its own."""
+        from meshuffle.train.step import Step
+
+        return Step
+
+    def network(self, seed: int) -> nn.Module:
+        """Return the module with random weights: images (N, 3, h, w) → outputs (N, …)."""
+        raise NotImplementedError
+
+    def loss_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss summed over the N ≥ 1 samples, a scalar.
+
+        The loss of a sample depends on that sample alone, so that any split of a batch adds up.
         """
-        logits_NC = logits_NC if logits_NC.dtype == torch.float64 else logits_NC.float()
-        return F.cross_entropy(
-            logits_NC, targets, reduction="sum", label_smoothing=self.label_smoothing
-        )
+        raise NotImplementedError
 
-    @staticmethod
-    def num_correct(logits_NC: Tensor, targets: Tensor) -> Tensor:
-        """Return how many samples have their likeliest target as the likeliest output."""
-        labels = targets.argmax(1) if targets.ndim == 2 else targets
-        return (logits_NC.argmax(1) == labels).sum()
+    def score_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the running metric summed over samples, as a share 0 … 1 where it has `%`."""
+        return torch.zeros((), device=outputs.device)
+
+    def judge(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return what evaluation keeps of each sample, N rows each: `losses` and others.
+
+        Args:
+            outputs: float32 on the CPU. targets: of the same samples.
+        """
+        raise NotImplementedError
+
+    def conclude(self, rows: Rows) -> dict[str, float]:
+        """Return the metrics of all samples by key; shares in percent.
+
+        Args:
+            rows: of `judge`, joined; where dims differed between batches, padded with −1.
+        """
+        raise NotImplementedError
+
+    def score(self, metrics: Mapping[str, float]) -> float:
+        """Return the first metric, negated where less is better; no finite one is the worst."""
+        first = self.metrics[0]
+        value = metrics.get(first.key, float("nan"))
+        if not math.isfinite(value):
+            return -sys.float_info.max
+        return -value if first.lower else value
+
+    def is_chance(self, score: float, best: float, num: int) -> bool:
+        """Whether a score is below the best one by no more than chance; here, not at all.
+
+        Args:
+            num: samples of the split.
+        """
+        return score >= best
+
+    def blank(self) -> NDArray[Any]:
+        """Return the target of a sample of which nothing is known."""
+        raise NotImplementedError
+
+    def prediction(self, rows: Rows, i: int, size: tuple[int, int]) -> dict[str, Any]:
+        """Return what `predict --json` says of sample i.
+
+        Args:
+            size: (width, height) of its image in pixels.
+        """
+        raise NotImplementedError
+
+    def sentence(self, prediction: Mapping[str, Any]) -> str:
+        """Return a prediction as a line for people."""
+        raise NotImplementedError
+
+    def truth(self, rows: Rows, i: int) -> str:
+        """Return what is true of sample i in a line; empty where a line cannot say it."""
+        return ""
+
+    def picture(self, image: Image.Image, rows: Rows, i: int, truth: Any = None) -> Image.Image:
+        """Return the image with the prediction of sample i drawn, and the truth where known."""
+        return image
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

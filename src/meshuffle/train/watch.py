@@ -19,12 +19,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from meshuffle.train.files import finite, write_text
+from meshuffle.train.task import Task
 
-COLUMNS = (
-    *("epoch", "step", "lr", "train_loss", "train_top1"),
-    *("val_loss", "val_top1", "val_top5", "images_per_s", "data_wait", "seconds"),
-)
 _PLAIN_EVERY_S = 20.0
+
+
+def columns(task: Task) -> tuple[str, ...]:
+    """Return the columns of `metrics.csv`."""
+    running = (f"train_{task.running.key}",) if task.running else ()
+    judged = tuple(f"val_{metric.key}" for metric in task.metrics)
+    return (
+        *("epoch", "step", "lr", "train_loss", *running),
+        *("val_loss", *judged, "images_per_s", "data_wait", "seconds"),
+    )
 
 
 class Watch(Protocol):
@@ -37,10 +44,10 @@ class Watch(Protocol):
         """Start a bar of `num_steps` steps, `done` of which are done."""
 
     def step(self, values: Mapping[str, float], advance: int) -> None:
-        """Record a step's values: step, epoch, loss, top1, lr, images_per_s."""
+        """Record a step's values: step, epoch, loss, the running metric, lr, images_per_s."""
 
     def end_epoch(self, row: Mapping[str, Any]) -> None:
-        """Record an epoch's row of `COLUMNS`."""
+        """Record an epoch's row of `columns`; what has no column is left out."""
 
 
 class SilentWatch:
@@ -62,13 +69,9 @@ class SilentWatch:
 class RunWatch:
     """The main rank's watch; made by `watch_run`."""
 
-    def __init__(self, run: Path, console: Console, log: Any, board: Any) -> None:
-        self._metrics, self._console, self._log, self._board = (
-            run / "metrics.csv",
-            console,
-            log,
-            board,
-        )
+    def __init__(self, run: Path, task: Task, console: Console, log: Any, board: Any) -> None:
+        self._metrics, self._learns = run / "metrics.csv", task
+        self._console, self._log, self._board = console, log, board
         self._bar = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=24),
@@ -103,10 +106,10 @@ class RunWatch:
         self._record({"kind": "step", **values})
         for key in ("loss", "lr", "images_per_s"):
             self._board.add_scalar(f"train/{key}", values[key], int(values["step"]))
-        text = (
-            f"loss {values['loss']:.4f}  top-1 {values['top1']:5.1f} %  "
-            f"{values['images_per_s']:.0f} images/s"
-        )
+        parts = [f"loss {values['loss']:.4f}"]
+        if (running := self._learns.running) is not None:
+            parts.append(f"{running.label} {values[running.key]:5.1f} {running.unit}")
+        text = "  ".join([*parts, f"{values['images_per_s']:.0f} images/s"])
         if self._task is not None:
             self._bar.update(self._task, advance=advance, values=text)
         elif time.monotonic() - self._last_plain > _PLAIN_EVERY_S:
@@ -116,12 +119,13 @@ class RunWatch:
     def end_epoch(self, row: Mapping[str, Any]) -> None:
         """Write the row and say it in one line."""
         with self._metrics.open("a", newline="") as file:
-            csv.DictWriter(file, COLUMNS, restval="").writerow(row)
-        for key in COLUMNS[2:]:
+            names = columns(self._learns)
+            csv.DictWriter(file, names, restval="", extrasaction="ignore").writerow(row)
+        for key in names[2:]:
             if row.get(key, "") != "":
                 self._board.add_scalar(f"epoch/{key}", row[key], int(row["step"]))
         self._board.flush()
-        self.event(_epoch_line(self._epoch_text, row))
+        self.event(_epoch_line(self._epoch_text, row, self._learns))
 
     def _record(self, values: Mapping[str, Any]) -> None:
         self._log.write(json.dumps(finite({**values, "time": round(time.time(), 3)})) + "\n")
@@ -131,10 +135,13 @@ class RunWatch:
         self._bar.stop()
 
 
-def _epoch_line(epoch: str, row: Mapping[str, Any]) -> str:
-    parts = [f"epoch {epoch}  loss {row['train_loss']:.4f}  top-1 {row['train_top1']:.2f} %"]
-    if row.get("val_top1", "") != "":
-        parts.append(f"val loss {row['val_loss']:.4f}  val top-1 {row['val_top1']:.2f} %")
+def _epoch_line(epoch: str, row: Mapping[str, Any], task: Task) -> str:
+    parts = [f"epoch {epoch}  loss {row['train_loss']:.4f}"]
+    if task.running is not None:
+        parts[0] += f"  {task.running.text(row[f'train_{task.running.key}'])}"
+    first = task.metrics[0]
+    if (value := row.get(f"val_{first.key}", "")) != "":
+        parts.append(f"val loss {row['val_loss']:.4f}  val {first.text(value)}")
     parts.append(f"{row['images_per_s']:.0f} images/s  {row['seconds']:.1f} s")
     if row["data_wait"] > 0.1:
         parts.append(f"waited for data {100 * row['data_wait']:.0f} % of the time")
@@ -142,7 +149,9 @@ def _epoch_line(epoch: str, row: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def watch_run(run: Path, *, first_step: int, first_epoch: int, quiet: bool) -> Iterator[RunWatch]:
+def watch_run(
+    run: Path, task: Task, *, first_step: int, first_epoch: int, quiet: bool
+) -> Iterator[RunWatch]:
     """Open the records of a run; rows from `first_epoch` on are about to be made again.
 
     Args:
@@ -151,10 +160,10 @@ def watch_run(run: Path, *, first_step: int, first_epoch: int, quiet: bool) -> I
     from torch.utils.tensorboard import SummaryWriter
 
     console = Console(stderr=quiet)
-    _keep_rows(run / "metrics.csv", first_epoch)
+    _keep_rows(run / "metrics.csv", columns(task), first_epoch)
     board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step or None)
     with (run / "log.jsonl").open("a", buffering=1) as log:
-        watch = RunWatch(run, console, log, board)
+        watch = RunWatch(run, task, console, log, board)
         try:
             yield watch
         finally:
@@ -162,7 +171,7 @@ def watch_run(run: Path, *, first_step: int, first_epoch: int, quiet: bool) -> I
             board.close()
 
 
-def _keep_rows(path: Path, first_epoch: int) -> None:
+def _keep_rows(path: Path, names: tuple[str, ...], first_epoch: int) -> None:
     """Write the header, and keep the rows of the epochs before `first_epoch` (from 1)."""
     rows: list[dict[str, str]] = []
     if path.exists():
@@ -170,7 +179,7 @@ def _keep_rows(path: Path, first_epoch: int) -> None:
             read = csv.DictReader(line.replace("\0", "") for line in file)
             whole = [row for row in read if row["epoch"].isdigit()]  # a kill leaves half a row
             rows = [row for row in whole if int(row["epoch"]) < first_epoch]
-    lines = [",".join(COLUMNS)] + [",".join(row.get(c, "") for c in COLUMNS) for row in rows]
+    lines = [",".join(names)] + [",".join(row.get(c) or "" for c in names) for row in rows]
     write_text(path, "\n".join(lines) + "\n")
 
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from meshuffle.data import Preprocess
 from meshuffle.errors import ConfigError, DataError, ModelError, RunError, did_you_mean
-from meshuffle.models import create_model
 from meshuffle.models.published import recognise
 from meshuffle.train.files import disk_errors, replaced
+from meshuffle.train.tasks import make_task
 
 _KEY = "meshuffle"
 _HUB = "torchvision:"
@@ -37,7 +37,7 @@ class Card:
 
     Attributes:
         model: the registry's name; `knobs`: what it was built with besides `num_classes`.
-        task: `classify`.
+        task: its name; `settings`: what it remembers beside the weights, plain data.
         classes: names in the order of the outputs; `titles`: readable names, where known.
         preprocess: from an image to the input.
         data: the text of the DATA argument that it was trained on.
@@ -50,6 +50,7 @@ class Card:
     classes: tuple[str, ...]
     preprocess: Preprocess
     task: str = "classify"
+    settings: dict[str, Any] = field(default_factory=dict)
     knobs: dict[str, Any] = field(default_factory=dict)
     titles: dict[str, str] = field(default_factory=dict)
     data: str = ""
@@ -242,7 +243,7 @@ def _listed(what: str, names: list[str]) -> str:
 def build_model(card: Card, model: str | None = None) -> nn.Module:
     """Build the card's model with random weights; see `load_model` for `model`."""
     require_repeated(card.model, model)
-    return create_model(card.model, num_classes=len(card.classes), seed=0, **card.knobs)
+    return make_task(card).network(seed=0)
 
 
 def require_repeated(stored: str, model: str | None) -> None:
