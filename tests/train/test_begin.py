@@ -15,6 +15,8 @@ from meshuffle.models import create_model
 from meshuffle.train.api import resume, train
 from meshuffle.train.config import TrainConfig
 from meshuffle.train.inference import evaluate
+from meshuffle.train.record import read_record
+from meshuffle.train.run import resolve_for
 from meshuffle.train.state import build_model, make_card
 from meshuffle.train.weights import load_model, read_weights
 
@@ -106,3 +108,38 @@ def test_weights_that_name_no_classes_say_so(
     model, _, lines = build_model(config, make_card(config, open_data(str(photos))))
     assert torch.equal(model.fc.weight, tensors["fc.weight"])
     assert any("output i is taken for class i of 2" in line for line in lines)
+
+
+def test_a_new_head_trains_alone_first_and_the_body_slowly(
+    first: Path, small: TrainConfig, photos: Path, tmp_path: Path
+) -> None:
+    other = with_classes(photos, tmp_path / "other", cold="blue", warm="red")
+    chosen = {}
+    for data in (other, photos):
+        config = dataclasses.replace(small, data=str(data), from_=str(first))
+        chosen[data] = resolve_for(config, open_data(str(data)))
+    assert [chosen[other].freeze, chosen[other].unfreeze_epoch] == ["backbone", 2]
+    assert [chosen[photos].freeze, chosen[photos].unfreeze_epoch] == ["none", 0]
+    assert {config.body_lr for config in chosen.values()} == {0.1}
+    assert resolve_for(small, open_data(str(photos))).body_lr == 1.0
+
+
+def test_before_and_after_on_the_new_and_the_old_images(
+    first: Path, small: TrainConfig, photos: Path, tmp_path: Path
+) -> None:
+    data = with_classes(photos, tmp_path / "more", green="blue", red="red")
+    config = dataclasses.replace(small, data=str(data), from_=str(first), out=str(tmp_path / "b"))
+    run = Path(train(config)["run"])
+    result = read_record(run).result
+    assert [entry["data"] for entry in result["compared"]] == [str(data), str(photos)]
+    assert result["compared"][0]["after"] == result["splits"]["val"]
+    old, _ = evaluate(first)
+    assert result["compared"][1]["before"]["top1"] == pytest.approx(old.metrics["top1"])
+    report = (run / "report.html").read_text()
+    assert "Before and after" in report and f"{photos} val" in report
+
+    shutil.rmtree(data)
+    shutil.copytree(photos, data)  # its classes are not those of the second run
+    third = dataclasses.replace(small, from_=str(run), out=str(tmp_path / "c"), epochs=1)
+    last = read_record(Path(train(third)["run"]))
+    assert [entry["data"] for entry in last.result["compared"]] == [str(photos), str(data)]

@@ -13,7 +13,7 @@ from meshuffle.errors import ConfigError
 from meshuffle.models import create_model
 from meshuffle.train.api import train
 from meshuffle.train.checkpoint import load_optimizer, optimizer_tensors
-from meshuffle.train.config import TrainConfig
+from meshuffle.train.config import TrainConfig, parse_knobs
 from meshuffle.train.optim import (
     average,
     build_optimizer,
@@ -21,9 +21,13 @@ from meshuffle.train.optim import (
     freeze,
     hold_frozen,
     learning_rate,
+    rate_factors,
 )
 from meshuffle.train.weights import read_weights
 
+from .conftest import SMALL
+
+RESOLVED = TrainConfig(lr=1.0, epochs=10, weight_decay=0.1)
 BASE = TrainConfig(lr=1.0, epochs=10, warmup_epochs=2.0, weight_decay=0.1)
 STEPS = 5  # per epoch
 
@@ -171,3 +175,28 @@ def test_optimiser_state_is_restored_in_the_parameters_memory_format(optimizer: 
     key = "momentum_buffer" if optimizer == "sgd" else "exp_avg"
     state = optimizers[1].state[models[1].weight][key]
     assert state.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_body_trains_at_a_lower_rate_and_less_with_each_layer() -> None:
+    model = create_model("shufflenet_v2_x0_5", num_classes=3)
+    config = dataclasses.replace(RESOLVED, body_lr=0.1, layer_decay=0.5)
+    factors = rate_factors(model, config)
+    assert not any(name.startswith("fc.") for name in factors)
+    assert factors["conv5.0.weight"] == 0.1 * 0.5
+    assert factors["stage4.3.branch2.0.weight"] < factors["conv5.0.weight"]
+    assert factors["conv1.0.weight"] == min(factors.values())
+    optimizer = build_optimizer(model, config, factors)
+    of = {id(p): group["factor"] for group in optimizer.param_groups for p in group["params"]}
+    assert of == {id(p): factors.get(name, 1.0) for name, p in model.named_parameters()}
+    assert rate_factors(model, RESOLVED) == {}
+
+
+def test_frozen_batch_norms_stay_in_a_run_while_the_rest_learns(small: TrainConfig) -> None:
+    config = dataclasses.replace(small, epochs=1, freeze_norm=True)
+    run = Path(train(config)["run"])
+    after, _ = read_weights(run / "weights" / "last.safetensors")
+    start = create_model("shufflenet_v2_x0_5", num_classes=2, seed=0, **parse_knobs(SMALL))
+    for name, tensor in start.state_dict().items():
+        same = torch.equal(after[name], tensor)
+        is_norm = "running" in name or (tensor.ndim == 1 and name != "fc.bias")
+        assert same == is_norm or name.endswith("num_batches_tracked"), name

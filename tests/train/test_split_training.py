@@ -73,8 +73,8 @@ def train_all(group: dist.ProcessGroup, runs: list[str], blind: Sequence[int] = 
         blind: the ranks that cannot.
     """
     as_launched(group)
-    create, normalise = state.create_model, Preprocess.normalise
-    state.create_model = lambda *a, **k: create(*a, **k).double()  # type: ignore[attr-defined]
+    create, normalise = state.new_model, Preprocess.normalise
+    state.new_model = lambda *a, **k: create(*a, **k).double()  # type: ignore[attr-defined]
     Preprocess.normalise = lambda self, x: normalise(self, x).double()  # type: ignore[method-assign]
     report.write_report = lambda *_, **__: None  # type: ignore[assignment]  # seconds each
     if dist.get_rank(group) in blind:

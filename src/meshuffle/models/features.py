@@ -11,7 +11,15 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 from meshuffle.errors import ModelError
 
+BACKBONE = "features.body."
+"""Where a model that stands on `Features` has the parameters of its backbone."""
+
 _PROBE = 128  # pixels: four strides of two and more can be told apart
+
+
+def backbone_prefix(model: nn.Module) -> str:
+    """Return `BACKBONE` where the parameters of a backbone have it in front, else nothing."""
+    return BACKBONE if any(name.startswith(BACKBONE) for name in model.state_dict()) else ""
 
 
 class Features(nn.Module):

@@ -97,11 +97,21 @@ class TrainConfig:
         float | None, _option("In front of the classifier, 0 … 1.", "Regularisation")
     ] = None
     freeze: Annotated[
-        str, _option("none, backbone, or until:LAYER (inclusive).", "Regularisation")
-    ] = "none"
+        str | None, _option("none, backbone, or until:LAYER (inclusive).", "Fine-tuning")
+    ] = None
     unfreeze_epoch: Annotated[
-        int, _option("Train everything from this epoch on (from 1); 0 is never.", "Regularisation")
-    ] = 0
+        int | None,
+        _option("Train everything from this epoch on (from 1); 0 is never.", "Fine-tuning"),
+    ] = None
+    freeze_norm: Annotated[
+        bool, _option("Batch norms keep their statistics, weights and biases.", "Fine-tuning")
+    ] = False
+    body_lr: Annotated[
+        float | None, _option("Rate of all but the head, as a factor on --lr.", "Fine-tuning")
+    ] = None
+    layer_decay: Annotated[
+        float, _option("Factor on the rate per layer away from the head, 0 … 1.", "Fine-tuning")
+    ] = 1.0
     crop_scale: Annotated[
         float | None, _option("Random resized crop: smallest area; 0 is off.", "Augmentation")
     ] = None
@@ -165,7 +175,7 @@ def check(config: TrainConfig) -> TrainConfig:
     at_least = {"epochs": 1, "batch": 1, "input_size": 8, "accumulate": 1, "repeats": 1}
     at_least |= {"workers": 0, "unfreeze_epoch": 0, "early_stop": 0, "warmup_epochs": 0}
     at_least |= {"check_every": 0, "timeout": 1}
-    at_least |= {"weight_decay": 0, "clip_norm": 0, "lr": 0, "seed": 0}
+    at_least |= {"body_lr": 0, "weight_decay": 0, "clip_norm": 0, "lr": 0, "seed": 0}
     for name, least in at_least.items():
         value = getattr(config, name)
         if value is not None and not value >= least:
@@ -174,17 +184,24 @@ def check(config: TrainConfig) -> TrainConfig:
         value = getattr(config, name)
         if value is not None and not 0 <= value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be in 0 … 1 (1 excluded)")
+    if not 0 < config.layer_decay <= 1:
+        raise ConfigError(f"--layer-decay {config.layer_decay}: must be above 0 and at most 1")
     save_interval(config.save_every)
-    if config.freeze not in ("none", "backbone") and not config.freeze.startswith("until:"):
-        hint = did_you_mean(config.freeze, ("none", "backbone"))
-        raise ConfigError(f"--freeze {config.freeze}: none, backbone or until:LAYER{hint}")
+    _check_freeze(config)
     if config.schedule == "step" and not config.step_epochs:
         raise ConfigError("--schedule step needs --step-epochs, for example --step-epochs 30 60")
     if config.schedule != "step" and config.step_epochs:
         raise ConfigError(f"--step-epochs has no effect with --schedule {config.schedule}")
-    if config.unfreeze_epoch and config.freeze == "none":
-        raise ConfigError("--unfreeze-epoch has no effect without --freeze")
     return config
+
+
+def _check_freeze(config: TrainConfig) -> None:
+    choice = config.freeze or "none"
+    if choice not in ("none", "backbone") and not choice.startswith("until:"):
+        hint = did_you_mean(choice, ("none", "backbone"))
+        raise ConfigError(f"--freeze {choice}: none, backbone or until:LAYER{hint}")
+    if config.unfreeze_epoch and choice == "none":
+        raise ConfigError("--unfreeze-epoch has no effect without --freeze")
 
 
 def save_interval(text: str) -> tuple[float, int]:
@@ -291,7 +308,12 @@ def parse_knobs(knobs: Mapping[str, str]) -> dict[str, Any]:
 
 
 def resolve(
-    config: TrainConfig, num_train: int, input_size: int, augment: Mapping[str, Any]
+    config: TrainConfig,
+    num_train: int,
+    input_size: int,
+    augment: Mapping[str, Any],
+    *,
+    new_head: bool = False,
 ) -> TrainConfig:
     """Replace every None by a value that suits `num_train` images.
 
@@ -301,17 +323,26 @@ def resolve(
     the batch to the power 0.75 (linear starves small batches, the square root makes them jump);
     Adam's and AdamW's are 0.001 and 0.002 at batch 256, scaled by the square root.
 
+    From other weights, the body trains at a tenth of the rate; and a new head trains alone in the
+    first epoch, since what it asks of the body before it knows anything spoils the body (arXiv
+    2202.10054).
+
     Args:
         num_train: images of the training split.
         input_size: suggested by the data, pixels.
         augment: the data's defaults by field name.
+        new_head: whether the weights that it begins from bring none for these data.
     """
     batch = config.batch or min(256, max(16, 2 ** round(math.log2(num_train) / 2)))
     epochs = config.epochs or default_epochs(num_train)
     rates = {"sgd": 0.5 * (batch / 1024) ** 0.75}
     rates |= {"adam": 0.001 * (batch / 256) ** 0.5, "adamw": 0.002 * (batch / 256) ** 0.5}
     decays = {"sgd": 4e-5, "adam": 0.0, "adamw": 0.05}
+    alone = new_head and epochs > 2 and config.freeze is None and not config.unfreeze_epoch
     chosen: dict[str, Any] = {
+        "freeze": "backbone" if alone else "none",
+        "unfreeze_epoch": 2 if alone else 0,
+        "body_lr": 0.1 if config.from_ else 1.0,
         "batch": batch,
         "epochs": epochs,
         "input_size": input_size,

@@ -18,6 +18,7 @@ from meshuffle.data import (
     Batch,
     Data,
     EpochSampler,
+    ImageSource,
     SkipLog,
     build_train_transform,
     eval_loader,
@@ -267,7 +268,7 @@ class Loop:
         lr = learning_rate(state.config, progress.step - 1, self.sampler.steps_per_epoch)
         seconds = progress.epoch_seconds
         try:
-            evaluation = self.evaluate("val")
+            evaluation = self.evaluate(self.data.splits["val"])
         except Interrupted:
             self._pause(stop=True)
         progress.epoch += 1
@@ -308,14 +309,13 @@ class Loop:
                 self.state.save_weights(path, metrics, self.saver, write=self.env.is_main)
         return better
 
-    def evaluate(self, split: str) -> Evaluation:
-        """Evaluate the judged model on a split, over all ranks.
+    def evaluate(self, source: ImageSource) -> Evaluation:
+        """Evaluate the judged model on all images of `source`, over all ranks.
 
         Raises:
             Interrupted: a signal has ended a rank's loader.
         """
-        state, source = self.state, self.data.splits[split]
-        batch = state.config.batch
+        state, batch = self.state, self.state.config.batch
         assert batch is not None
         num_lost = 0
 

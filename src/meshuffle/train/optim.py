@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,21 +13,67 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from meshuffle.errors import ConfigError, did_you_mean
 from meshuffle.models import classifier_of, layer_names
+from meshuffle.models.features import backbone_prefix
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.ranks import Ranks
 from meshuffle.train.config import TrainConfig
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+def rate_factors(model: nn.Module, config: TrainConfig) -> dict[str, float]:
+    """Return the factors on the learning rate by parameter name; those that are 1 are left out.
+
+    The head has the rate itself, the body `--body-lr` of it, and each layer away from the head
+    once more `--layer-decay` (as ELECTRA's, arXiv 2003.10555).
+
+    Args:
+        model: whole.
+    """
+    body_lr = 1.0 if config.body_lr is None else config.body_lr
+    if body_lr == config.layer_decay == 1:
+        return {}
+    heads = tuple(f"{name}." for name in classifier_of(model))
+    layers = [f"{name}." for name in _body_layers(model)]
+    factors = {}
+    for name, _ in model.named_parameters():
+        if not name.startswith(heads):
+            place = next((i for i, layer in enumerate(layers) if name.startswith(layer)), 0)
+            factors[name] = body_lr * config.layer_decay ** (len(layers) - place)
+    return factors
+
+
+def _body_layers(model: nn.Module) -> list[str]:
+    """Return the layers in front of the head, in forward order."""
+    prefix = backbone_prefix(model)
+    body = model.get_submodule(prefix.removesuffix("."))
+    heads = classifier_of(model)
+    return [prefix + name for name in layer_names(body) if prefix + name not in heads]
+
+
+def build_optimizer(
+    model: nn.Module, config: TrainConfig, factors: Mapping[str, float] | None = None
+) -> Optimizer:
     """Return the optimiser of the trainable parameters of `model`.
 
     Weight decay acts on weights of two or more dims, never on norms and biases. A stage of a
-    pipeline may have nothing to train.
+    pipeline may have nothing to train. Each group says in `factor` what its rate is multiplied by.
+
+    Args:
+        factors: of the whole model, see `rate_factors`.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
+    by_rate: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = ((factors or {}).get(name, 1.0), parameter.ndim > 1)
+            by_rate.setdefault(key, []).append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {
+            "params": members,
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "factor": factor,
+        }
+        for (factor, decays), members in by_rate.items()
+        if members or factor == 1.0
     ]
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in trained)
     lr = config.lr or 0.0
@@ -55,12 +102,13 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
     return config.lr
 
 
-def freeze(model: nn.Module, choice: str) -> list[str]:
+def freeze(model: nn.Module, choice: str, *, norms: bool = False) -> list[str]:
     """Freeze what `choice` says; returns the names of the modules that stay frozen.
 
     Args:
         choice: `none`, `backbone` (all but the classifier) or `until:LAYER` (the layers in
             forward order up to and with LAYER).
+        norms: all batch norms too.
 
     Raises:
         ConfigError: LAYER is not one of the model's, or nothing is left to train.
@@ -68,13 +116,16 @@ def freeze(model: nn.Module, choice: str) -> list[str]:
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     if choice == "none":
-        return []
-    if choice == "backbone":
+        frozen = []
+    elif choice == "backbone":
         heads = classifier_of(model)
         kept = {id(p) for name in heads for p in _part(model, name).parameters()}
         frozen = [name for name, module in model.named_modules() if _outside(module, kept)]
     else:
         frozen = _layers_until(model, choice.removeprefix("until:"))
+    if norms:
+        kinds = nn.modules.batchnorm._BatchNorm
+        frozen += [name for name, part in model.named_modules() if isinstance(part, kinds)]
     for name in frozen:
         _part(model, name).requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):

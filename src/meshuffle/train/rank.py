@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from meshuffle.data import auto_workers, open_data, prepare_workers, relabel
 from meshuffle.dist.device import keep_freed_pages, pick_device
@@ -26,9 +25,9 @@ from meshuffle.planner.plan import read_plan
 from meshuffle.train.begin import START
 from meshuffle.train.checkpoint import locked
 from meshuffle.train.config import TrainConfig, read_config
-from meshuffle.train.files import write_json
+from meshuffle.train.finish import finish
 from meshuffle.train.intact import agree_on_checkpoint
-from meshuffle.train.loop import Loop, median_step_ms
+from meshuffle.train.loop import Loop
 from meshuffle.train.place import describe_split
 from meshuffle.train.record import read_record
 from meshuffle.train.run import threads_per_rank
@@ -36,7 +35,7 @@ from meshuffle.train.signals import stop_requests
 from meshuffle.train.state import TrainState, build_state, make_card
 from meshuffle.train.timeline import traced
 from meshuffle.train.watch import SilentWatch, Watch, watch_run
-from meshuffle.train.weights import Card, load_model, read_weights
+from meshuffle.train.weights import Card, read_weights
 
 
 def train_rank(run: Path) -> dict[str, Any]:
@@ -87,7 +86,7 @@ def train_rank(run: Path) -> dict[str, Any]:
         with told_when_lost(run / "lost", env.rank, env.world, lambda: state.progress.step + 1):
             with traced(loop):
                 loop.fit()
-            return _finish(run, loop, env)
+            return finish(run, loop, env)
 
 
 def _begun(run: Path) -> tuple[Card | None, list[str]]:
@@ -104,32 +103,6 @@ def _watch(run: Path, state: TrainState, env: RankEnv) -> contextlib.AbstractCon
     quiet = os.environ.get("MESHUFFLE_QUIET_STDOUT") == "1"
     first = {"first_step": progress.step, "first_epoch": progress.epoch + 1}
     return watch_run(run, state.step.task, **first, quiet=quiet)
-
-
-def _finish(run: Path, loop: Loop, env: RankEnv) -> dict[str, Any]:
-    """Evaluate the best weights on val and test, write `result.json` and the report."""
-    state = loop.state
-    best, card = load_model(run, model=state.config.model)
-    state.judge(best.state_dict())
-    evaluations = {s: loop.evaluate(s) for s in ("val", "test") if s in loop.data.splits}
-    result = {
-        "task": card.task,
-        "splits": {split: e.metrics for split, e in evaluations.items()},
-        "num_samples": {split: e.num_samples for split, e in evaluations.items()},
-        "best_epoch": state.progress.best_epoch,
-        "skipped_inputs": len(state.progress.skipped),
-        "skipped": state.progress.skipped,
-        "measured_step_ms": median_step_ms(state),
-        "seconds": round(state.progress.seconds, 3),
-    }
-    if env.is_main:
-        write_json(run / "result.json", result)
-        from meshuffle.train.report import write_report  # matplotlib takes a second or two
-
-        split = list(evaluations)[-1]
-        write_report(run, evaluations[split], loop.data.splits[split], card, split=split)
-    dist.barrier(loop.control)
-    return result
 
 
 @contextlib.contextmanager

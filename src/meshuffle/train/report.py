@@ -8,7 +8,7 @@ scripts and without external parts; the curves also lie in `plots/` as PNG.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 
@@ -48,6 +48,7 @@ def write_report(
     body = "\n".join(
         (
             _headline(record, evaluation, task, split),
+            _compared(record, task),
             section("Training", _curves(record, task, run / "plots")),
             timeline_section(run),
             _details(evaluation, task, run / "plots", split),
@@ -70,6 +71,27 @@ def write_report(
 
 def _on(split: str) -> str:
     return f" on the {split} split" if split else ""
+
+
+def _compared(record: Record, task: Task) -> str:
+    """Return what a run that began from other weights made of them; of others nothing."""
+    listed = record.result.get("compared")
+    rows = []
+    for entry in listed if isinstance(listed, list) else []:
+        if not isinstance(entry, Mapping):
+            continue
+        where = f"{entry.get('data')} {entry.get('split')}"
+        for metric in task.metrics:
+            before, after = (
+                number((entry.get(when) or {}).get(metric.key)) for when in ("before", "after")
+            )
+            if before is not None and after is not None:
+                numbers = (metric.number(before), metric.number(after))
+                rows.append((text(where), text(metric.label), *map(text, numbers)))
+    if not rows:
+        return ""
+    head = ("images", "metric", "before", "after")
+    return section("Before and after", page.table(head, rows, 2))
 
 
 def _details(evaluation: Evaluation, task: Task, folder: Path, split: str) -> str:

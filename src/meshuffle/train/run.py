@@ -21,7 +21,7 @@ from meshuffle.dist.launch import torchrun
 from meshuffle.dist.lost import ranks_in_words, read_waiting
 from meshuffle.errors import ConfigError, PlanError, RankFailed, RunError
 from meshuffle.planner.plan import Plan, parse_plan, read_plan
-from meshuffle.train.begin import START, adopt_model
+from meshuffle.train.begin import START, adopt_model, has_new_head
 from meshuffle.train.candidates import fastest_plan
 from meshuffle.train.checkpoint import way_back
 from meshuffle.train.compiling import CompileChoice
@@ -132,7 +132,9 @@ def resolve_for(config: TrainConfig, data: Data) -> TrainConfig:
         raise ConfigError(f"--mixup and --cutmix: {config.task} has no labels to mix")
     if config.class_weights != "none" and config.task != "classify":
         raise ConfigError(f"--class-weights {config.class_weights}: {config.task} has none")
-    return resolve(config, len(data.splits["train"]), data.input_size, augment)
+    new_head = bool(config.from_) and has_new_head(config, data)
+    num_train = len(data.splits["train"])
+    return resolve(config, num_train, data.input_size, augment, new_head=new_head)
 
 
 def launch(prepared: Prepared, module: str = "meshuffle.train.rank") -> None:

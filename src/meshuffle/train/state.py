@@ -95,6 +95,7 @@ class TrainState:
     step: Step
     group: dist.ProcessGroup
     plan: Plan
+    rate_factors: dict[str, float] = field(default_factory=dict)
     place: Place = field(default_factory=Place)
     progress: Progress = field(default_factory=Progress)
 
@@ -111,13 +112,14 @@ class TrainState:
 
     def _train_everything(self) -> None:
         self.step.parallel.close()
+        norms = self.config.freeze_norm
         if self.step.ranks is None:
-            self.frozen = optim.freeze(self.model, "none")
+            self.frozen = optim.freeze(self.model, "none", norms=norms)
         else:  # the code of a split model depends on what is trained
-            self.frozen = []
             model = new_model(self.config, self.card)
+            self.frozen = optim.freeze(model, "none", norms=norms)
             self._split(model, self.step.ranks)
-        self.step.optimizer = optim.build_optimizer(self.model, self.config)
+        self.step.optimizer = optim.build_optimizer(self.model, self.config, self.rate_factors)
         self.step.parallel = _data_parallel(self.model, self.group, self.plan, self.step.ranks)
 
     def _split(self, model: nn.Module, ranks: Ranks) -> None:
@@ -261,7 +263,8 @@ def build_model(
         model.load_state_dict(weights.read_weights(start)[0])
     elif config.from_:
         lines = begin.start_from(model, config.from_, card)
-    return model, optim.freeze(model, config.freeze), lines
+    frozen = optim.freeze(model, config.freeze or "none", norms=config.freeze_norm)
+    return model, frozen, lines
 
 
 def new_model(config: TrainConfig, card: weights.Card) -> nn.Module:
@@ -287,6 +290,7 @@ def build_state(
     if config.channels_last:
         _to_channels_last(model)
     broadcast_from_main(model, group)
+    factors = optim.rate_factors(model, config)
     ranks = join_ranks(plan, env, device)
     if ranks is not None:
         model = _own_part(model, frozen, config, plan, ranks, device)
@@ -301,7 +305,7 @@ def build_state(
     step = task.step_type(
         model=model,
         forward=model,
-        optimizer=optim.build_optimizer(model, config),
+        optimizer=optim.build_optimizer(model, config, factors),
         parallel=_data_parallel(model, group, plan, ranks),
         task=task,
         preprocess=card.preprocess,
@@ -314,7 +318,7 @@ def build_state(
         ranks=ranks,
         draw_state=draw_state,
     )
-    state = TrainState(config, card, model, average, frozen, step, group, plan)
+    state = TrainState(config, card, model, average, frozen, step, group, plan, factors)
     state.place = place_of(plan, env)
     return state, lines
 

@@ -143,7 +143,7 @@ class Step:
     def _update(self, lr: float) -> None:
         if self.parallel.updates_here:
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("factor", 1.0)
             clip_gradients(self.model, self.clip_norm, self.ranks)
             self.parallel.drop_others()
             self.optimizer.step()

@@ -41,6 +41,7 @@ class Card:
         classes: names in the order of the outputs; `titles`: readable names, where known.
         preprocess: from an image to the input.
         data: the text of the DATA argument that it was trained on.
+        learned: the DATA of the weights that it began from.
         source: who published the weights, or the ones that training began with.
         named: False where `classes` are numbers or ImageNet's: the file has no class list.
         epoch: finished epochs; `metrics`: those of the validation split at that point.
@@ -54,6 +55,7 @@ class Card:
     knobs: dict[str, Any] = field(default_factory=dict)
     titles: dict[str, str] = field(default_factory=dict)
     data: str = ""
+    learned: str = ""
     source: str = ""
     named: bool = True
     epoch: int = 0
