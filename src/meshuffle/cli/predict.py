@@ -9,6 +9,7 @@ from cyclopts import App, Parameter
 
 from meshuffle.cli import Answer, from_main
 from meshuffle.cli.options import Debug, Json, Model, Spread
+from meshuffle.errors import ConfigError
 
 
 def register(app: App) -> None:
@@ -23,6 +24,12 @@ def predict(
     *,
     out: Annotated[
         Path | None, Parameter(help="Folder for the images with the prediction drawn on them.")
+    ] = None,
+    features: Annotated[
+        Path | None, Parameter(help="Write what the head gets of each image, N×F, to a .npy file.")
+    ] = None,
+    nearest: Annotated[
+        Path | None, Parameter(help="A folder: show its five images nearest to each, by features.")
     ] = None,
     batch: Annotated[int, Parameter(help="Images at a time.")] = 64,
     plan: Spread = "dp=1",
@@ -39,6 +46,8 @@ def predict(
     images
         Image files, or folders of them.
     """
+    if features or nearest:
+        return _by_features(target, images, features, nearest, batch, model, plan)
     from meshuffle.train.inference import predict as run_prediction
 
     values = run_prediction(target, images, batch=batch, model=model, plan=plan, pictures=out)
@@ -47,3 +56,43 @@ def predict(
     if broken:
         lines.append(f"{len(broken)} of {len(values)} images could not be read")
     return from_main(Answer(values, "\n".join(lines), exit_code=2 if broken else 0))
+
+
+def _by_features(
+    target: Path,
+    images: list[Path],
+    file: Path | None,
+    folder: Path | None,
+    batch: int,
+    model: str | None,
+    plan: str,
+) -> Answer | None:
+    """Write the images' features, or find the images that are near by them."""
+    import numpy as np
+
+    from meshuffle.dist.group import rank_env
+    from meshuffle.train import retrieval
+    from meshuffle.train.files import replaced
+
+    if file and folder:
+        raise ConfigError("--features and --nearest: give one of them")
+    if plan != "dp=1" or rank_env() is not None:
+        raise ConfigError(f"--plan {plan}: features are computed by one process; leave it out")
+    if folder:
+        rows, skipped = retrieval.nearest(target, images, folder, batch=batch, model=model)
+        lines = [
+            f"{row['file']}:\n" + "\n".join(f"  {n['similarity']:.4f}  {n['file']}" for n in near)
+            for row in rows
+            if (near := row["nearest"])
+        ]
+        value: object = rows
+    else:
+        assert file is not None
+        points, files, skipped = retrieval.features(target, images, batch=batch, model=model)
+        with replaced(file) as temporary, temporary.open("wb") as out:
+            np.save(out, points)
+        lines = [f"{file}: {points.shape[0]} images × {points.shape[1]} features, in this order:"]
+        lines += [f"  {name}" for name in files]
+        value = {"file": str(file), "images": files, "features": points.shape[1]}
+    broken = [f"skipped: {message}" for message in skipped]
+    return Answer(value, "\n".join([*broken, *lines]), exit_code=2 if broken else 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from meshuffle.errors import ModelError
 
@@ -56,3 +56,29 @@ def layer_names(model: nn.Module) -> list[str]:
 
 def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
+
+
+class Pooled(nn.Module):
+    """A classifier that returns what its head gets instead of its logits: features (N, F).
+
+    Where the head is a convolution, its input is averaged over space.
+
+    Args:
+        model: its forward is run as it is; `classifier_of` says which part the head is.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._seen: Tensor | None = None
+        model.get_submodule(classifier_of(model)[0]).register_forward_pre_hook(self._see)
+
+    def _see(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._seen = inputs[0]
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Return features (N, F) of images (N, 3, H, W)."""
+        self.model(x_NCHW)
+        seen, self._seen = self._seen, None
+        assert seen is not None
+        return seen.flatten(2).mean(2) if seen.ndim > 2 else seen

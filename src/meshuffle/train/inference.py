@@ -36,7 +36,8 @@ from meshuffle.data.base import Data
 from meshuffle.dist.device import check_device, pick_device
 from meshuffle.dist.group import RankEnv, new_group, process_group, rank_env
 from meshuffle.dist.launch import end_with_parent, report_failure, torchrun
-from meshuffle.errors import DataError, PlanError
+from meshuffle.errors import ConfigError, DataError, PlanError
+from meshuffle.models.heads import Pooled
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.pipeline import Pipeline
 from meshuffle.planner.plan import Plan, parse_plan, read_plan
@@ -77,7 +78,7 @@ def evaluate(
     Raises:
         DataError: no such split; RunError: no such weights; PlanError: nothing can be split so.
     """
-    return _answer(Question(str(target), model, batch, data, split), parse_plan(plan))
+    return answer(Question(str(target), model, batch, data, split), parse_plan(plan))
 
 
 def predict(
@@ -104,9 +105,9 @@ def predict(
         DataError: a path does not exist, or a folder holds no image.
     """
     find_weights(target)  # the run first, if both are wrong
-    paths = [str(path) for path in _expanded(images)]
+    paths = [str(path) for path in expanded(images)]
     question = Question(str(target), model, batch, files=paths)
-    found, _ = _answer(question, parse_plan(plan))
+    found, _ = answer(question, parse_plan(plan))
     task = make_task(load_model(target, model)[1])
     rows = {int(index): row for row, index in enumerate(found.indices)}
     return [_prediction(task, path, rows.get(i), found, pictures) for i, path in enumerate(paths)]
@@ -137,9 +138,11 @@ class Question:
     data: str | None = None
     split: str | None = None
     files: list[str] = field(default_factory=list)
+    features: bool = False
+    """Of files: what the head gets, instead of what it makes of it."""
 
 
-def _answer(question: Question, plan: Plan) -> tuple[Evaluation, str]:
+def answer(question: Question, plan: Plan = Plan()) -> tuple[Evaluation, str]:  # noqa: B008
     """Judge in this process, or with the ranks of the plan."""
     env = rank_env()
     _check_plan(plan, question, env)
@@ -192,6 +195,8 @@ def judge_rank(question: Question, plan: Plan, env: RankEnv) -> tuple[Evaluation
     network, card = load_model(Path(question.target), question.model)
     source, what, card = _source(question, card)
     task = make_task(card)
+    if question.features:
+        network, task = _without_head(network, task)
     task.detailed = bool(question.files)
     check_splits(plan, task)
     with contextlib.ExitStack() as stack:
@@ -224,6 +229,15 @@ def judge_rank(question: Question, plan: Plan, env: RankEnv) -> tuple[Evaluation
             speaks=place.speaks,
         )
     return found, what
+
+
+def _without_head(network: nn.Module, task: Task) -> tuple[nn.Module, Task]:
+    """Return what gives the features in front of the head, and a task that keeps them."""
+    from meshuffle.train.retrieval import FeatureRows
+
+    if task.dense or task.name == "generate":
+        raise ConfigError(f"features: these weights {task.name}; their features are not pooled")
+    return Pooled(network), FeatureRows(task.card)
 
 
 def own_part(
@@ -333,7 +347,12 @@ class _Files:
         return Path(self.paths[index]).read_bytes()
 
 
-def _expanded(paths: Sequence[Path]) -> list[Path]:
+def expanded(paths: Sequence[Path]) -> list[Path]:
+    """Return the image files that `paths` mean, folders searched through.
+
+    Raises:
+        DataError: a path does not exist, or a folder holds no image.
+    """
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
