@@ -79,7 +79,7 @@ def test_long_lists_are_cut(make_folder):
     for i in range(25):
         (root / "a" / f"x{i:02}.txt").touch()
     text = check_data(str(root)).render()
-    assert "ignored files: 25" in text and "… and 15 more" in text
+    assert "ignored: 25" in text and "… and 15 more" in text
     assert "x09.txt" in text and "x10.txt" not in text
 
 

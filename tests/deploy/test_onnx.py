@@ -227,8 +227,8 @@ def test_a_file_that_differs_never_replaces_a_good_one(
     path.write_bytes(b"the old file")
     translate = onnx_export._translate
 
-    def faulty(model: nn.Module, example_NCHW: Tensor) -> onnx.ModelProto:
-        program = translate(model, example_NCHW)
+    def faulty(model: nn.Module, example_NCHW: Tensor, outputs: str) -> onnx.ModelProto:
+        program = translate(model, example_NCHW, outputs)
         fault(program)
         fired.append(fault)
         return program

@@ -189,6 +189,11 @@ def relabel(data: Data, classes: Sequence[str]) -> Data:
             f"{data.spec}: {len(missing)} of {len(data.classes)} classes are unknown to the "
             f"model: {shortened(missing)}; it knows {shortened(classes)}"
         )
+    if data.task == "regress" and set(classes) != set(data.classes):
+        raise DataError(
+            f"{data.spec} has the targets {shortened(data.classes)}; the model's are "
+            f"{shortened(classes)}: they must be the same"
+        )
     order = {name: label for label, name in enumerate(classes)}
     lookup = np.array([order[name] for name in data.classes], dtype=np.int64)
     splits = {key: _relabelled(source, lookup, classes) for key, source in data.splits.items()}

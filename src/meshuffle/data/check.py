@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from meshuffle.data.base import Data, ImageSource, shortened
 from meshuffle.data.grid import draw_grid
-from meshuffle.data.image import decode_image
 from meshuffle.data.source import open_data
+from meshuffle.data.target import VOID, Boxes
 from meshuffle.errors import ImageError
 
 Progress = Callable[[int, int], None]
@@ -26,9 +27,11 @@ _SHOWN = 10
 class CheckReport:
     """What `check_data` found.
 
-    `counts`: {split: {class: images}}, broken ones included. `absent`: {split: classes that
+    `counts`: {split: {class: images}}, broken ones included; of boxes the objects, of masks
+    the images that show the class, and of numbers to learn the images that have one. `absent`: {split: classes that
     other splits have}. `unreadable`: (name, reason). `leaks`: exact duplicates (name, name)
-    between two splits; `repeated`: within one split. `ignored`: files passed over.
+    between two splits; `repeated`: within one split. `ignored`: what was passed over, or put
+    right.
     `smallest`, `largest`: (width, height) by area. `imbalance`: images of the largest over
     the smallest class of train (or of the only split), or None where a class is empty.
     """
@@ -45,6 +48,7 @@ class CheckReport:
     largest: tuple[int, int] | None
     imbalance: float | None
     grid: str | None = None
+    task: str = "classify"
 
     @property
     def ok(self) -> bool:
@@ -57,7 +61,7 @@ class CheckReport:
             f"{split} lacks {len(names)} classes: {shortened(names)}"
             for split, names in self.absent.items()
         ]
-        if len(self.classes) < 2:
+        if self.task == "classify" and len(self.classes) < 2:
             lines.append(f"only {len(self.classes)} class; a classifier needs two or more")
         if self.unreadable:
             lines.append(f"{len(self.unreadable)} unreadable images (training skips them)")
@@ -74,7 +78,7 @@ class CheckReport:
         lines += _section("unreadable", [reason for _, reason in self.unreadable])
         lines += _section("duplicates between splits", [f"{a} = {b}" for a, b in self.leaks])
         lines += _section("duplicates within a split", [f"{a} = {b}" for a, b in self.repeated])
-        lines += _section("ignored files", self.ignored)
+        lines += _section("ignored", self.ignored)
         lines += [f"grid: {self.grid}"] if self.grid else []
         lines += [f"problem: {line}" for line in self.problems()] or ["no problem found"]
         return "\n".join(lines)
@@ -101,6 +105,7 @@ class _Sample:
     digest: bytes
     size: tuple[int, int] | None
     error: str | None
+    counts: NDArray[np.int64] | None = None
 
 
 def check_data(
@@ -143,17 +148,29 @@ def _look_at(source: ImageSource, index: int) -> _Sample:
     try:
         content = source.content(index)
         digest = hashlib.blake2b(content, digest_size=16).digest()
-        image = source.image(index) if source.in_memory else decode_image(content, name=name)
-        source.target(index)
+        image = source.image(index)
+        counts = _classes_in(source.target(index), len(source.classes))
     except ImageError as error:
         return _Sample(name, b"", None, str(error))
-    return _Sample(name, digest, image.size, None)
+    return _Sample(name, digest, image.size, None, counts)
+
+
+def _classes_in(target: Any, num_classes: int) -> NDArray[np.int64]:
+    """Return how often each class is in a target: its boxes, and once for anything else."""
+    if isinstance(target, Boxes):
+        return np.bincount(target.labels, minlength=num_classes)
+    if isinstance(target, np.ndarray) and target.ndim == 1:
+        return (target != 0).astype(np.int64)
+    present = np.unique(target)
+    return np.isin(np.arange(num_classes), present[present != VOID]).astype(np.int64)
 
 
 def _report(
     data: Data, samples: Mapping[str, list[_Sample]], grid_path: Path | str | None
 ) -> CheckReport:
-    counts = {split: _counts(source) for split, source in data.splits.items()}
+    counts = {
+        split: _counts(source, samples[split], data.task) for split, source in data.splits.items()
+    }
     absent = {
         split: tuple(name for name, count in of_split.items() if count == 0)
         for split, of_split in counts.items()
@@ -175,12 +192,19 @@ def _report(
         largest=sizes[-1] if sizes else None,
         imbalance=max(main) / min(main) if min(main) else None,
         grid=None if grid_path is None else str(grid_path),
+        task=data.task,
     )
 
 
-def _counts(source: ImageSource) -> dict[str, int]:
-    found = np.bincount(source.labels, minlength=len(source.classes)).tolist()
-    return dict(zip(source.classes, found, strict=True))
+def _counts(source: ImageSource, samples: list[_Sample], task: str) -> dict[str, int]:
+    if task in ("classify", "generate"):
+        found = np.bincount(source.labels, minlength=len(source.classes))
+    elif task == "regress":
+        found = np.full(len(source.classes), sum(sample.error is None for sample in samples))
+    else:
+        known = [sample.counts for sample in samples if sample.counts is not None]
+        found = np.sum([np.zeros(len(source.classes), np.int64), *known], axis=0)
+    return dict(zip(source.classes, found.tolist(), strict=True))
 
 
 def _duplicates(

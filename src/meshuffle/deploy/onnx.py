@@ -1,7 +1,7 @@
 """Export to ONNX: torch.export's program, translated by torch's exporter, run by ONNX Runtime.
 
 The file takes `input`, float32 [batch, 3, H, W], normalised as the card says, and returns
-`logits`, float32 [batch, C]; the batch is dynamic. Its metadata holds `model`, `classes` and
+`logits`, float32 [batch, C], or what the task's outputs are; the batch is dynamic. Its metadata holds `model`, `classes` and
 `preprocess` to read, and the whole card under `meshuffle`. The opset is the exporter's default
 (20 in torch 2.15), and `Parity.runtime` names it.
 """
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from meshuffle.deploy.parity import TOLERANCE, Parity, check_parity, on_cpu, parity_batches
 from meshuffle.errors import ModelError
 from meshuffle.train.files import replaced
+from meshuffle.train.tasks import make_task
 from meshuffle.train.weights import Card
 
 _LOG_ERRORS = 3  # ONNX Runtime's severity: below it are notes on the host's devices
@@ -53,23 +54,25 @@ def export_onnx(
         ModelError: the model cannot be exported, for example with its batch size baked in.
         ParityError: the file computes something else; it is removed.
     """
-    model = on_cpu(model)
+    task = make_task(card)
+    model = on_cpu(task.deployed(model))
     batches = parity_batches(images_NCHW, card.preprocess)
-    program = _translate(model, batches[1])
+    program = _translate(model, batches[1], task.outputs)
     _describe(program, card)
     with replaced(path) as temporary:
         temporary.write_bytes(program.SerializeToString())
         return check_parity(
             model,
-            _runner(temporary),
+            _runner(temporary, task.outputs),
             batches,
             temporary,
             runtime=f"ONNX Runtime {onnxruntime.__version__}, opset {_opset(program)}",
             tolerance=tolerance,
+            argmax=task.argmax,
         )
 
 
-def _translate(model: nn.Module, example_NCHW: Tensor) -> onnx.ModelProto:
+def _translate(model: nn.Module, example_NCHW: Tensor, outputs: str) -> onnx.ModelProto:
     """Return the ONNX model; the example has two images, since torch.export bakes in a 1.
 
     It is captured here: torch.onnx.export would try three ways, with a report on each.
@@ -78,7 +81,7 @@ def _translate(model: nn.Module, example_NCHW: Tensor) -> onnx.ModelProto:
     try:
         captured = torch.export.export(model, (example_NCHW,), dynamic_shapes=({0: batch},))
         program: Any = torch.onnx.export(
-            captured, dynamo=True, input_names=["input"], output_names=["logits"], verbose=False
+            captured, dynamo=True, input_names=["input"], output_names=[outputs], verbose=False
         )
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -101,13 +104,13 @@ def _describe(program: onnx.ModelProto, card: Card) -> None:
     onnx.helper.set_model_props(program, metadata)
 
 
-def _runner(path: Path) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+def _runner(path: Path, outputs: str) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _LOG_ERRORS
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(x_NCHW: NDArray[np.float32]) -> NDArray[np.float32]:
-        logits_NC: NDArray[np.float32] = session.run(["logits"], {"input": x_NCHW})[0]
+        logits_NC: NDArray[np.float32] = session.run([outputs], {"input": x_NCHW})[0]
         return logits_NC
 
     return run

@@ -38,7 +38,8 @@ class Parity:
     Attributes:
         max_abs_error: max |file − model| over all logits.
         max_relative_error: `max_abs_error` / max |logit of the model|.
-        top1_agreement: images with the same most likely class, in percent.
+        top1_agreement: images, or their pixels, with the same most likely class, in percent; None
+            where the outputs are no classes.
         batch_sizes: of the batches that were compared.
         file_bytes: size of the file.
         runtime: what ran the file, with its version.
@@ -46,16 +47,18 @@ class Parity:
 
     max_abs_error: float
     max_relative_error: float
-    top1_agreement: float
+    top1_agreement: float | None
     batch_sizes: tuple[int, ...]
     file_bytes: int
     runtime: str
 
     def __str__(self) -> str:
         batches = ", ".join(map(str, self.batch_sizes))
+        shares = self.top1_agreement
+        agreement = "" if shares is None else f", top-1 agreement {shares:.0f} %"
         return (
-            f"max error {self.max_abs_error:.1e} (relative {self.max_relative_error:.1e}), "
-            f"top-1 agreement {self.top1_agreement:.0f} % on batches of {batches} ({self.runtime})"
+            f"max error {self.max_abs_error:.1e} (relative {self.max_relative_error:.1e})"
+            f"{agreement} on batches of {batches} ({self.runtime})"
         )
 
 
@@ -92,12 +95,14 @@ def check_parity(
     *,
     runtime: str,
     tolerance: float = TOLERANCE,
+    argmax: bool = True,
 ) -> Parity:
     """Compare `run`, which executes the file at `path`, with `model` in eval mode.
 
     Args:
-        run: float32 [N, 3, H, W] to logits float32 [N, C].
+        run: float32 [N, 3, H, W] to logits float32 [N, C], or other outputs [N, …].
         tolerance: largest allowed `max_relative_error`, above 0.
+        argmax: the largest along dim 1 is the answer.
 
     Raises:
         ParityError: another shape, a value that is not finite, or an error above `tolerance`.
@@ -116,7 +121,9 @@ def check_parity(
         max_abs_error=error,
         # The floor is for a model whose logits are all zero.
         max_relative_error=error / max(float(np.abs(a_NC).max()), float(np.finfo(np.float32).tiny)),
-        top1_agreement=100.0 * float((a_NC.argmax(1) == b_NC.argmax(1)).mean()),
+        top1_agreement=(
+            100.0 * float((a_NC.argmax(1) == b_NC.argmax(1)).mean()) if argmax else None
+        ),
         batch_sizes=tuple(map(len, batches_NCHW)),
         file_bytes=path.stat().st_size,
         runtime=runtime,

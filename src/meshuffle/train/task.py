@@ -66,7 +66,8 @@ class Task:
         dense: a target has places in it, which move with the pixels.
         mixes: mixup and cutmix make sense.
         splits: the plans it knows besides dp.
-        outputs: name of the outputs in an exported file.
+        outputs: name of the outputs in an exported file; `argmax`: the largest along dim 1 is the
+            answer.
         label_smoothing: see `Classify`.
         detailed: rows keep all that a prediction shows, not only what metrics need.
     """
@@ -78,6 +79,7 @@ class Task:
     mixes: ClassVar[bool] = False
     splits: ClassVar[tuple[str, ...]] = ("tp", "pp")
     outputs: ClassVar[str] = "logits"
+    argmax: ClassVar[bool] = False
 
     def __init__(self, card: Card, *, label_smoothing: float = 0.0) -> None:
         self.card, self.label_smoothing = card, label_smoothing
@@ -105,6 +107,10 @@ class Task:
     def network(self, seed: int) -> nn.Module:
         """Return the module with random weights: images (N, 3, h, w) → outputs (N, …)."""
         raise NotImplementedError
+
+    def deployed(self, network: nn.Module) -> nn.Module:
+        """Return what an exported file computes: the network, and what users need behind it."""
+        return network
 
     def loss_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss summed over the N ≥ 1 samples, a scalar.

@@ -34,6 +34,7 @@ class Classify(Task):
     metrics = (Metric("top1", "top-1"), Metric("top5", "top-5"))
     running = Metric("top1", "top-1")
     mixes = True
+    argmax = True
 
     @classmethod
     def settings(cls, config: TrainConfig, data: Data) -> dict[str, Any]:

@@ -47,6 +47,11 @@ class Regress(Task):
         card = self.card
         return create_model(card.model, num_classes=self.num_classes, seed=seed, **card.knobs)
 
+    def deployed(self, network: nn.Module) -> nn.Module:
+        """Return the network with its outputs in the targets' units."""
+        known = self.card.settings
+        return _Scaled(network, torch.tensor(known["mean"]), torch.tensor(known["std"]))
+
     def _standardised(self, targets: Tensor, like: Tensor) -> Tensor:
         known = self.card.settings
         mean, std = like.new_tensor(known["mean"]), like.new_tensor(known["std"])
@@ -105,3 +110,20 @@ class Regress(Task):
         """Return the targets of sample i."""
         values = rows["targets"][i].astype(float).tolist()
         return self.sentence({"values": dict(zip(self.card.classes, values, strict=True))})
+
+
+class _Scaled(nn.Module):
+    """A network whose outputs are multiplied and shifted."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Return (N, T) in the targets' units."""
+        return torch.addcmul(self.mean, self.network(x_NCHW), self.std)

@@ -1,0 +1,217 @@
+"""Images with targets of any task, in flat arrays: what every annotation format becomes.
+
+A COCO of 118,000 images and 860,000 boxes is some ten arrays, which forks share and spawned
+workers receive quickly. Masks are decoded when they are asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from meshuffle.data.image import FORMATS, MAX_PIXELS, decode_image
+from meshuffle.data.scan import PathTable
+from meshuffle.data.target import Boxes
+from meshuffle.errors import ImageError
+
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+_EXIF_ORIENTATION = 0x0112
+_ON_THEIR_SIDE = (5, 6, 7, 8)
+_SHOWN_IDS = 8
+
+
+class Targets(Protocol):
+    """One target per image of a split."""
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class AnnotatedSource:
+    """Image files below `root`, with `targets` of any task.
+
+    `sizes`: (width, height) as the annotation has them, int32 [N, 2]: an image of another
+    size is an `ImageError`, because its target would lie elsewhere than its content.
+    """
+
+    root: Path
+    paths: PathTable
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+    targets: Targets
+    sizes: NDArray[np.int32] | None = None
+    in_memory: bool = False
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def image(self, index: int) -> Image.Image:
+        """Decode file `index` to RGB; raises `ImageError`."""
+        image = decode_image(self.name(index))
+        if self.sizes is not None and image.size != tuple(self.sizes[index].tolist()):
+            raise ImageError(
+                f"{self.name(index)}: {_times(image.size)}, but annotated as "
+                f"{_times(self.sizes[index])}"
+            )
+        return image
+
+    def target(self, index: int) -> Any:
+        """Return what is known of image `index`; raises `ImageError` for a broken mask."""
+        return self.targets[index]
+
+    def name(self, index: int) -> str:
+        """Return the path of file `index`."""
+        return joined(self.root, self.paths[index])
+
+    def content(self, index: int) -> bytes:
+        """Return the bytes of file `index`; raises `ImageError`."""
+        try:
+            return Path(self.name(index)).read_bytes()
+        except OSError as error:
+            raise ImageError(f"{self.name(index)}: cannot be read: {error.strerror}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class LabelTargets:
+    """One class per image: `values` int64 [N]."""
+
+    values: NDArray[np.int64]
+
+    def __getitem__(self, index: int) -> int:
+        return int(self.values[index])
+
+
+@dataclass(frozen=True, eq=False)
+class RowTargets:
+    """One vector per image: `values` [N, C] of 0/1 (any dtype), or [N, T] of numbers."""
+
+    values: NDArray[Any]
+
+    def __getitem__(self, index: int) -> NDArray[np.float32]:
+        return self.values[index].astype(np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class BoxTargets:
+    """Boxes of all images, one after another; those of image i are offsets[i] … offsets[i+1].
+
+    `xyxy`: float32 [M, 4], pixels, or shares of the image's width and height where `files`
+    says where the images are, whose size is then read from their headers.
+    """
+
+    xyxy: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    files: tuple[Path, PathTable] | None = None
+
+    def __getitem__(self, index: int) -> Boxes:
+        here = slice(self.offsets[index], self.offsets[index + 1])
+        xyxy = self.xyxy[here].copy()
+        if self.files is not None and len(xyxy):
+            root, paths = self.files
+            width, height = image_size(joined(root, paths[index]))
+            xyxy *= np.array([width, height, width, height], dtype=np.float32)
+        return Boxes(xyxy, self.labels[here].copy())
+
+
+@dataclass(frozen=True, eq=False)
+class MaskTargets:
+    """Mask files below `root`, one per image of `images`.
+
+    `table`: int16 [256], from a label id in the file to a class, 255 for what counts
+    nothing, −1 for an id that nobody declared.
+    """
+
+    root: Path
+    images: PathTable
+    masks: PathTable
+    table: NDArray[np.int16]
+
+    def __getitem__(self, index: int) -> NDArray[np.uint8]:
+        name = joined(self.root, self.masks[index])
+        ids = read_ids(name)
+        size = image_size(joined(self.root, self.images[index]))
+        if ids.shape != size[::-1]:
+            raise ImageError(
+                f"{name}: {_times(ids.shape[::-1])}, but its image {self.images[index]} is "
+                f"{_times(size)}"
+            )
+        known = ids < len(self.table)
+        classes = self.table[np.where(known, ids, 0)]
+        unknown = ~known | (classes < 0)
+        if unknown.any():
+            found = ", ".join(map(str, np.unique(ids[unknown])[:_SHOWN_IDS].tolist()))
+            raise ImageError(f"{name}: unknown label ids {found} in {unknown.mean():.1%} of it")
+        return classes.astype(np.uint8)
+
+
+def joined(root: Path, path: str) -> str:
+    """Return `root/path` as text."""
+    return os.path.join(root, path)  # noqa: PTH118
+
+
+def image_size(path: str) -> tuple[int, int]:
+    """Return (width, height) of the upright image, from its header; raises `ImageError`."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            return (height, width) if _lies_on_its_side(image) else (width, height)
+    except _BROKEN as error:
+        raise _unreadable(path, error) from error
+
+
+def _lies_on_its_side(image: Image.Image) -> bool:
+    """Pillow would decode a PNG without any EXIF to its end to find out."""
+    if image.format == "PNG" and not any("exif" in str(k) or "xmp" in str(k) for k in image.info):
+        return False
+    return image.getexif().get(_EXIF_ORIENTATION) in _ON_THEIR_SIDE
+
+
+def read_ids(path: str) -> NDArray[Any]:
+    """Return the label ids of a mask, uint8, uint16 or int32 [H, W]; raises `ImageError`.
+
+    A PNG with a palette gives the indices, not the colours; a grey one its values, also
+    where grey is stored as three equal channels.
+    """
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(f"{path}: {_times(image.size)} is more than {MAX_PIXELS:,} pixels")
+            ids = np.asarray(image)
+            mode = image.mode
+    except _BROKEN as error:
+        raise _unreadable(path, error) from error
+    if ids.ndim == 2:
+        return ids.astype(np.uint8) if ids.dtype == bool else ids
+    colours = ids[..., : {"LA": 1, "RGBA": 3}.get(mode, 3)]
+    if (colours != colours[..., :1]).any():
+        raise ImageError(f"{path}: holds colours ({mode}); a mask has one label id per pixel")
+    return colours[..., 0]
+
+
+def _unreadable(path: str, error: Exception) -> ImageError:
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return ImageError(f"{path}: cannot be read: {reason or type(error).__name__}")
+
+
+def _times(size: Any) -> str:
+    width, height = size
+    return f"{width}×{height}"

@@ -1,0 +1,181 @@
+"""Read one COCO JSON, and check all of it that does not depend on the task."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshuffle.data.annotated import image_size, joined
+from meshuffle.data.entries import Problems, absent, read_text, repeated
+from meshuffle.data.image import MAX_PIXELS
+from meshuffle.errors import DataError, ImageError
+
+WANTED = (
+    "wanted: annotations/instances_train2017.json (and val) with train2017/ beside annotations/, "
+    "or one JSON of instances"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Instances:
+    """One JSON, its entries still as they are; `paths` and `sizes` of the images are checked."""
+
+    file: Path
+    root: Path
+    paths: list[str]
+    sizes: NDArray[np.int32]
+    owner_of: Mapping[Any, int]
+    categories: Mapping[Any, str]
+    annotations: Sequence[dict[str, Any]]
+    problems: Problems
+
+    def called(self, annotation: Mapping[str, Any]) -> str:
+        """Return what to call an annotation: its id and its image."""
+        key = annotation.get("image_id")
+        owner = self.owner_of.get(key) if isinstance(key, int | str) else None
+        image = "" if owner is None else f" ({self.paths[owner]})"
+        return f"annotation {annotation.get('id')}{image}"
+
+    def known(self) -> Iterator[dict[str, Any]]:
+        """Yield the annotations of known images and categories; the others are problems."""
+        for annotation in self.annotations:
+            for key, known in (("image_id", self.owner_of), ("category_id", self.categories)):
+                value = annotation.get(key)
+                if not isinstance(value, int | str) or value not in known:
+                    self.problems.add(f"{self.called(annotation)}: unknown {key} {value!r}")
+                    break
+            else:
+                yield annotation
+
+
+def read_instances(file: Path, split: str, *, outlines: bool) -> Instances:
+    """Read a JSON, with or without the outlines, and check its images and categories."""
+    tree = _parse(file, _compact if outlines else _without_outline)
+    problems = Problems(str(file))
+    images = [entry for entry in tree["images"] if _is_image_entry(entry, problems)]
+    paths = [str(entry["file_name"]) for entry in images]
+    for name in repeated(paths):
+        problems.add(f"image {name} comes twice")
+    for key in repeated(entry["id"] for entry in images):
+        problems.add(f"image id {key} comes twice")
+    root = _image_root(file, split, paths)
+    for name in absent(root, paths):
+        problems.add(f"image {name} is not in {root}")
+    sizes = [_size(entry, root, problems) for entry in images]
+    return Instances(
+        file=file,
+        root=root,
+        paths=paths,
+        sizes=np.array(sizes, dtype=np.int32).reshape(-1, 2),
+        owner_of={entry["id"]: i for i, entry in enumerate(images)},
+        categories=_categories(tree["categories"], problems),
+        annotations=tree["annotations"],
+        problems=problems,
+    )
+
+
+def _parse(file: Path, hook: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    try:
+        tree = json.loads(read_text(file), object_hook=hook)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{file}: line {error.lineno}, column {error.colno}: {error.msg}; "
+            "the file is no JSON, or is cut short"
+        ) from error
+    except RecursionError as error:
+        raise DataError(f"{file}: nested too deeply to be a COCO file") from error
+    for key in ("images", "annotations", "categories"):
+        found = tree.get(key) if isinstance(tree, dict) else None
+        if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+            raise DataError(f"{file}: lacks its list of {key}; {WANTED}")
+    return tree
+
+
+def _compact(entry: dict[str, Any]) -> dict[str, Any]:
+    """Keep polygons as arrays: lists of numbers would take 20 times the memory."""
+    polygons = entry.get("segmentation")
+    if isinstance(polygons, list):
+        entry["segmentation"] = [_numbers(polygon) for polygon in polygons]
+    return entry
+
+
+def _without_outline(entry: dict[str, Any]) -> dict[str, Any]:
+    entry.pop("segmentation", None)
+    return entry
+
+
+def _numbers(polygon: Any) -> Any:
+    try:
+        return np.asarray(polygon, dtype=np.float32)
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _is_image_entry(entry: Mapping[str, Any], problems: Problems) -> bool:
+    name = entry.get("file_name")
+    good = isinstance(entry.get("id"), int | str) and isinstance(name, str) and "\0" not in name
+    if not good or not name:
+        problems.add(f"image {entry.get('id')!r} needs an id and a file_name; it has {name!r}")
+        return False
+    return True
+
+
+def _size(entry: Mapping[str, Any], root: Path, problems: Problems) -> tuple[int, int]:
+    """Return (width, height): as annotated, or of the file where the annotation has none."""
+    name, width, height = entry["file_name"], entry.get("width"), entry.get("height")
+    if width is None and height is None:
+        try:
+            return image_size(joined(root, name))
+        except ImageError as error:
+            problems.add(str(error))
+    elif _is_whole(width) and _is_whole(height) and width * height <= MAX_PIXELS:
+        return int(width), int(height)
+    else:
+        problems.add(f"image {name} has the size {width!r}×{height!r}")
+    return 1, 1
+
+
+def _is_whole(number: Any) -> TypeGuard[int | float]:
+    return is_number(number) and number >= 1 and float(number).is_integer()
+
+
+def is_number(number: Any) -> TypeGuard[int | float]:
+    """Return whether `number` is a finite int or float."""
+    return type(number) in (int, float) and math.isfinite(number)
+
+
+def _image_root(file: Path, split: str, paths: Sequence[str]) -> Path:
+    """Return the folder that holds most of the images, of those that COCO files point into."""
+    year = file.stem.removeprefix("instances_")
+    here, above = file.parent, file.parent.parent
+    base = above if here.name == "annotations" else here
+    folders = [base / year, base / "images" / year, base / "images" / split, base / split]
+    folders += [base / "images", base, here]
+    there = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+    held = {folder: len(paths) - len(absent(folder, paths)) for folder in there}
+    best = max(there, key=held.__getitem__)
+    if paths and not held[best]:
+        places = ", ".join(str(folder) for folder in there)
+        raise DataError(f"{file}: none of its {len(paths)} images ({paths[0]}, …) is in {places}")
+    return best
+
+
+def _categories(entries: Iterable[dict[str, Any]], problems: Problems) -> dict[Any, str]:
+    """Return {id: name}."""
+    names: dict[Any, str] = {}
+    for entry in entries:
+        key, name = entry.get("id"), entry.get("name")
+        if not isinstance(key, int | str) or not isinstance(name, str) or not name:
+            problems.add(f"category {key!r} needs an id and a name; it has {name!r}")
+        elif key in names:
+            problems.add(f"category id {key} comes twice")
+        else:
+            names[key] = name
+    return names

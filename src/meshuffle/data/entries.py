@@ -1,0 +1,208 @@
+"""What the readers of annotations share: problems in one error, files that must exist, splits."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from meshuffle.data.base import Data, ImageSource, shortened, split_off_val
+from meshuffle.data.image import EXTENSIONS
+from meshuffle.errors import DataError, did_you_mean
+
+VAL_FRACTION = 0.2
+SPLITS = {
+    "train": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}
+_SHOWN = 3
+_HARMLESS_SHARE = 1000
+
+
+class Problems:
+    """What is wrong with single entries, for one error that shows the first few.
+
+    `notes` are what was put right, or left out, without harm: for `Data.ignored`.
+    """
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.notes: list[str] = []
+        self._wrong: list[str] = []
+        self._empty: list[str] = []
+
+    def add(self, entry: str) -> None:
+        """Remember one bad entry: which, and what is wrong with it."""
+        self._wrong.append(entry)
+
+    def add_empty(self, entry: str) -> None:
+        """Remember an object without any area. See `raise_any`."""
+        self._empty.append(entry)
+
+    def raise_any(self, num_objects: int = 0) -> None:
+        """Raise `DataError` for what was added, if anything was.
+
+        Objects without area are left out with a note while they are at most one in 1,000 of
+        `num_objects`: COCO's own train2017 has two among 860,001.
+        """
+        if len(self._empty) * _HARMLESS_SHARE <= num_objects:
+            self.notes += [f"{entry}: left out" for entry in self._empty]
+        else:
+            self._wrong += self._empty
+        self._empty = []
+        if self._wrong:
+            shown = "; ".join(self._wrong[:_SHOWN])
+            more = len(self._wrong) - _SHOWN
+            text = f"{self.where}: {shown}" + (f"; and {more} more such entries" * (more > 0))
+            raise DataError(" ".join(text.split()))
+
+
+def check_task(data_format: str, task: str, known: Sequence[str]) -> None:
+    """Raise `DataError` for a task that the format has no targets for; generate needs none."""
+    if task not in known and task != "generate":
+        raise DataError(f"{data_format}: knows {', '.join(known)}; not {task}")
+
+
+def split_options(path: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """Return the path and the options of `PATH?name=value&name=value`.
+
+    >>> split_options("camvid?void=11", ["void"])
+    ('camvid', {'void': '11'})
+    """
+    head, mark, tail = path.rpartition("?")
+    if not mark or Path(path).expanduser().exists():
+        return path, {}
+    options: dict[str, str] = {}
+    for part in tail.split("&"):
+        name, equals, value = part.partition("=")
+        if name not in known or not equals or not value:
+            hint = did_you_mean(name, known)
+            names = " or ".join(f"?{name}=…" for name in known)
+            raise DataError(f"{path}: {part!r} is no option{hint}; known: {names}")
+        options[name] = value
+    return head, options
+
+
+def existing_file(path: str | Path) -> Path:
+    """Return `path` with `~` expanded; `DataError` with a did-you-mean if it is no file."""
+    file = Path(path).expanduser()
+    if file.is_file():
+        return file
+    if file.is_dir():
+        raise DataError(f"{file} is a folder; a file is needed here")
+    siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
+    raise DataError(f"no such file: {file}{did_you_mean(file.name, siblings)}")
+
+
+def read_text(file: Path) -> str:
+    """Return the content of a UTF-8 file, with or without a byte order mark."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: byte {error.start} is not UTF-8 text") from error
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def absent(root: Path, paths: Iterable[str]) -> list[str]:
+    """Return those of `paths`, relative to `root`, that are no files; lists each folder once."""
+    listings: dict[str, frozenset[str]] = {}
+    missing = []
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        if folder == "" and path.startswith("/"):
+            folder = "/"
+        if folder not in listings:
+            listings[folder] = _file_names(root / folder)
+        if name not in listings[folder]:
+            missing.append(path)
+    return missing
+
+
+def _file_names(folder: Path) -> frozenset[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return frozenset(entry.name for entry in entries if not entry.is_dir())
+    except OSError:  # a folder that is not there holds none of the files
+        return frozenset()
+
+
+def image_names(folder: Path) -> list[str]:
+    """Return the names of the image files directly in `folder`, sorted by their bytes."""
+    names = (name for name in _file_names(folder) if not name.startswith("."))
+    return sorted((name for name in names if suffix(name) in EXTENSIONS), key=os.fsencode)
+
+
+def suffix(name: str) -> str:
+    """Return the extension in lower case, `.jpg`, or nothing."""
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122
+
+
+def stem(path: str) -> str:
+    """Return the last part of `path` without its extension."""
+    return os.path.splitext(path.rpartition("/")[2])[0]  # noqa: PTH122
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """Return the names that come more than once, each once."""
+    seen: set[str] = set()
+    twice: dict[str, None] = {}
+    for name in names:
+        if name in seen:
+            twice[name] = None
+        seen.add(name)
+    return list(twice)
+
+
+def split_of(name: str) -> str | None:
+    """Return train, val or test for a file or folder named after a split, such as val2017.
+
+    >>> split_of("instances_val2017"), split_of("valid"), split_of("trainval")
+    ('val', 'val', None)
+    """
+    words = re.findall(r"[a-z]+", name.lower())
+    found = {SPLITS[word] for word in words if word in SPLITS}
+    return found.pop() if len(found) == 1 else None
+
+
+def only_split(need: Sequence[str]) -> str:
+    """Return what an unsplit data set is: train, or test where nothing else is asked for."""
+    return "test" if tuple(need) == ("test",) else "train"
+
+
+def check_names(where: str, classes: Sequence[str]) -> None:
+    """Raise `DataError` for class names that are empty or come twice."""
+    if "" in classes:
+        raise DataError(f"{where}: class {list(classes).index('')} has no name")
+    if twice := repeated(classes):
+        raise DataError(f"{where}: class names that come twice: {shortened(twice)}")
+
+
+def assemble(
+    path: str,
+    task: str,
+    classes: Sequence[str],
+    splits: Mapping[str, ImageSource],
+    *,
+    seed: int,
+    need: Sequence[str],
+    ignored: Sequence[str] = (),
+) -> Data:
+    """Return the data set; where val is needed and missing, 20 % of train become val.
+
+    Raises `DataError` where a split that is needed has no image.
+    """
+    found = {key: source for key, source in splits.items() if len(source)}
+    if need and "val" not in found and "train" in found:
+        found |= split_off_val(found["train"], VAL_FRACTION, seed)
+    for split in need:
+        if split not in found or not len(found[split]):
+            has = ", ".join(f"{key} ({len(source)})" for key, source in found.items())
+            raise DataError(f"{path} has no {split} images; it has {has or 'no image'}")
+    if not found:
+        raise DataError(f"{path} holds no image")
+    return Data(spec=path, classes=tuple(classes), splits=found, ignored=tuple(ignored), task=task)

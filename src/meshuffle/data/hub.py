@@ -1,0 +1,181 @@
+"""Classification sets of the Hugging Face hub, or saved by its `datasets` library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from meshuffle.data.base import Data, ImageSource, shortened
+from meshuffle.data.entries import SPLITS, assemble, check_task, only_split, split_options
+from meshuffle.data.image import decode_image
+from meshuffle.errors import DataError, ImageError, did_you_mean
+
+TASKS = ("classify",)
+_OLDEST = 4  # the major version from which on data sets bring no code
+_UNLABELLED = -1
+
+
+@dataclass(frozen=True, eq=False)
+class HubSource:
+    """One split of a `datasets.DatasetDict`; the images stay encoded until they are asked for."""
+
+    title: str
+    rows: Any
+    column: str
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+    in_memory: bool = False
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, index: int) -> Image.Image:
+        """Decode image `index` to RGB; raises `ImageError`."""
+        return decode_image(self.content(index), name=self.name(index))
+
+    def target(self, index: int) -> int:
+        """Return the label."""
+        return int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        """Return for example `beans/train[17]`."""
+        return f"{self.title}[{index}]"
+
+    def content(self, index: int) -> bytes:
+        """Return the encoded image; raises `ImageError`."""
+        cell = self.rows[index][self.column]
+        if cell is None or (cell["bytes"] is None and not cell["path"]):
+            raise ImageError(f"{self.name(index)}: has no image")
+        if cell["bytes"] is not None:
+            return bytes(cell["bytes"])
+        try:
+            return Path(cell["path"]).read_bytes()
+        except OSError as error:
+            raise ImageError(f"{self.name(index)}: {cell['path']}: {error.strerror}") from error
+
+
+def open_hf(
+    path: str, *, task: str = "classify", seed: int = 0, need: Sequence[str] = ("train", "val")
+) -> Data:
+    """Open a data set by its name on the hub, or a folder that `save_to_disk` wrote.
+
+    It needs a column of images and one of class labels; `NAME?label=fine_label` chooses among
+    several, `?image=` and `?config=` likewise. Any other folder is opened as `load_dataset`
+    does it. Where the set has no validation split, 20 % of train chosen by `seed` become val.
+
+    Raises `DataError`, one line, also where `datasets` is not installed, or the hub cannot
+    be reached.
+    """
+    check_task("hf", task, TASKS)
+    name, options = split_options(path, ["label", "image", "config"])
+    library = _library(name)
+    notes: list[str] = []
+    tables = _splits(_load(library, name, options.get("config")), name, need, notes)
+    features = next(iter(tables.values())).features
+    image = _column(name, features, library.Image, "image", options.get("image"))
+    label = _column(name, features, library.ClassLabel, "label", options.get("label"))
+    classes = tuple(features[label].names)
+    splits: dict[str, ImageSource] = {}
+    for split, table in tables.items():
+        labels = _labels(table, label)
+        if (labels == _UNLABELLED).all() and split == "test" and split not in need:
+            notes.append("the test split has no labels: left out")
+            continue
+        if unlabelled := int(((labels < 0) | (labels >= len(classes))).sum()):
+            raise DataError(f"{name}: {unlabelled} rows of {split} have no label in {label!r}")
+        encoded = table.select_columns([image]).cast_column(image, library.Image(decode=False))
+        splits[split] = HubSource(f"{name}/{split}", encoded, image, labels, classes)
+    _check_classes(name, splits, need)
+    return assemble(path, task, classes, splits, seed=seed, need=need, ignored=notes)
+
+
+def _library(name: str) -> Any:
+    try:
+        library = import_module("datasets")
+    except ImportError as error:
+        raise DataError(
+            f"hf:{name} needs the datasets library: pip install 'meshuffle[hub]'"
+        ) from error
+    if int(library.__version__.partition(".")[0]) < _OLDEST:
+        raise DataError(
+            f"hf:{name}: datasets {library.__version__} would run code that a data set brings; "
+            f"wanted: {_OLDEST}.0 or newer: pip install -U datasets"
+        )
+    return library
+
+
+def _load(library: Any, name: str, config: str | None) -> Any:
+    folder = Path(name).expanduser()
+    saved = [folder / "dataset_dict.json", folder / "dataset_info.json"]
+    try:
+        if any(file.is_file() for file in saved):
+            return library.load_from_disk(str(folder))
+        return library.load_dataset(str(folder) if folder.is_dir() else name, config)
+    except ConnectionError as error:
+        raise DataError(
+            f"hf:{name}: the hub cannot be reached: {_one_line(error)}; without a network, open a "
+            "folder that save_to_disk wrote: hf:FOLDER"
+        ) from error
+    except (OSError, ValueError, library.exceptions.DatasetsError) as error:
+        raise DataError(f"hf:{name}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _splits(loaded: Any, name: str, need: Sequence[str], notes: list[str]) -> dict[str, Any]:
+    """Return {train, val, test: table}."""
+    if not isinstance(loaded, dict):
+        return {only_split(need): loaded}
+    found: dict[str, Any] = {}
+    for key, table in loaded.items():
+        split = SPLITS.get(str(key))
+        if split is None or split in found:
+            notes.append(f"split {key}: left out")
+        else:
+            found[split] = table
+    if not found:
+        raise DataError(f"hf:{name} has the splits {shortened(list(map(str, loaded)))}; no train")
+    return found
+
+
+def _column(
+    name: str, features: Mapping[str, Any], kind: type, usual: str, chosen: str | None
+) -> str:
+    """Return the column of a kind: the chosen, the usual, or the only one."""
+    found = [column for column, feature in features.items() if isinstance(feature, kind)]
+    wanted = chosen or (usual if usual in found or len(found) != 1 else found[0])
+    if wanted in found:
+        return wanted
+    what = "images" if usual == "image" else "class labels"
+    if found:
+        hint = did_you_mean(wanted, found)
+        raise DataError(f"hf:{name}: choose ?{usual}=… of its {what}: {shortened(found)}{hint}")
+    raise DataError(f"hf:{name} has no column of {what}; its columns: {shortened(list(features))}")
+
+
+def _labels(table: Any, column: str) -> NDArray[np.int64]:
+    cells = table.select_columns([column])[:][column]
+    return np.array([_UNLABELLED if cell is None else cell for cell in cells], dtype=np.int64)
+
+
+def _check_classes(name: str, splits: Mapping[str, ImageSource], need: Sequence[str]) -> None:
+    if "train" not in need or "train" not in splits:
+        return
+    train = splits["train"]
+    counts = np.bincount(train.labels, minlength=len(train.classes))
+    if len(train.classes) < 2:
+        raise DataError(f"hf:{name}: only one class; a classifier needs two or more")
+    if empty := [key for key, count in zip(train.classes, counts, strict=True) if not count]:
+        raise DataError(
+            f"hf:{name}: {len(empty)} classes without any image in train: {shortened(empty)}"
+        )

@@ -1,0 +1,222 @@
+"""YOLO: data.yaml, images/ and labels/ with one text of normalised boxes per image.
+
+(docs.ultralytics.com/datasets/detect)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from meshuffle.data.base import Data, shortened
+from meshuffle.data.entries import (
+    Problems,
+    assemble,
+    check_names,
+    check_task,
+    existing_file,
+    read_text,
+    repeated,
+    suffix,
+)
+from meshuffle.data.image import EXTENSIONS
+from meshuffle.data.objects import BoxList, Objects, check_classes, object_source
+from meshuffle.errors import DataError, did_you_mean
+
+TASKS = ("detect", "classify", "multilabel")
+_SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+
+
+def open_yolo(
+    path: str, *, task: str = "classify", seed: int = 0, need: Sequence[str] = ("train", "val")
+) -> Data:
+    """Open a data.yaml, or the folder that it lies in.
+
+    The YAML holds `names` (a list, or {0: name, …}) and train, val, test: folders of images,
+    or texts that list them, or lists of these, relative to `path` where that is given, else
+    to the YAML. The boxes of images/a/b.jpg are in labels/a/b.txt, one `class cx cy w h` a
+    line, each a share of the image; of an outline `class x y x y …` the box is taken. An
+    image without that file has no objects. Where val is missing, or is train again, 20 % of
+    train chosen by `seed` become val.
+
+    classify takes the class of the largest object, multilabel all of them. Boxes that reach
+    out of the image are cut, and noted in `Data.ignored`. Raises `DataError`.
+    """
+    check_task("yolo", task, TASKS)
+    file = _yaml_file(Path(path).expanduser())
+    tree = _parse(file)
+    classes = _classes(file, tree)
+    problems = Problems(str(file))
+    folders = {split: _value(file, tree, names) for split, names in _SPLITS.items()}
+    if folders["val"] and folders["val"] == folders["train"]:
+        problems.notes.append("val is the same folder as train: part of train is set aside instead")
+        folders["val"] = []
+    if not any(folders.values()):
+        raise DataError(f"{file}: names no folder of images: it needs train, val or test")
+    objects = {
+        split: _objects(file, [_resolved(file, tree, place) for place in places], classes, problems)
+        for split, places in folders.items()
+        if places
+    }
+    _check_disjoint(objects, problems)
+    problems.raise_any(sum(len(one.labels) for one in objects.values()))
+    check_classes(str(file), task, objects.get("train"), classes, problems.notes)
+    splits = {
+        split: object_source(task, one, classes, split, problems.notes)
+        for split, one in objects.items()
+    }
+    return assemble(path, task, classes, splits, seed=seed, need=need, ignored=problems.notes)
+
+
+def _yaml_file(path: Path) -> Path:
+    if not path.is_dir():
+        return existing_file(path)
+    files = sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
+    named = [file for file in files if file.stem in ("data", "dataset")]
+    if len(named or files) != 1:
+        names = shortened([file.name for file in files]) or "none"
+        raise DataError(f"{path} holds {len(files)} YAML files ({names}); wanted: data.yaml")
+    return (named or files)[0]
+
+
+def _parse(file: Path) -> Mapping[str, Any]:
+    try:
+        yaml = import_module("yaml")
+    except ImportError as error:
+        raise DataError(f"{file}: reading YAML needs PyYAML: pip install pyyaml") from error
+    try:
+        tree = yaml.safe_load(read_text(file))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark is not None else ""
+        raise DataError(f"{file}: {where}no YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(tree, dict) or "names" not in tree:
+        hint = did_you_mean("names", map(str, tree)) if isinstance(tree, dict) else ""
+        raise DataError(f"{file}: lacks `names`, the list of classes{hint}")
+    return tree
+
+
+def _classes(file: Path, tree: Mapping[str, Any]) -> tuple[str, ...]:
+    names = tree["names"]
+    if isinstance(names, dict):
+        if set(names) != set(range(len(names))):
+            raise DataError(f"{file}: the keys of names are not 0 … {len(names) - 1}")
+        names = [names[i] for i in range(len(names))]
+    if not isinstance(names, list) or not names:
+        raise DataError(f"{file}: names is {names!r}; wanted: a list, or {{0: name, 1: name, …}}")
+    if tree.get("nc", len(names)) != len(names):
+        raise DataError(f"{file}: nc is {tree['nc']}, but there are {len(names)} names")
+    check_names(str(file), [str(name) for name in names])
+    return tuple(str(name) for name in names)
+
+
+def _value(file: Path, tree: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Return the places of a split: none, one or several."""
+    found: Any = next((tree[name] for name in names if tree.get(name)), [])
+    places = found if isinstance(found, list) else [found]
+    if not all(isinstance(place, str) for place in places):
+        raise DataError(f"{file}: {names[0]} is {found!r}; wanted: a folder, or a list of folders")
+    return places
+
+
+def _resolved(file: Path, tree: Mapping[str, Any], place: str) -> Path:
+    """Return where `place` is: relative to `path`, else to the YAML.
+
+    A `path` of another machine, and Roboflow's `../train/images` beside the YAML, occur.
+    """
+    here = file.parent
+    tried = [here / str(tree.get("path") or "."), here]
+    candidates = [*(base / place for base in tried), here / place.removeprefix("../")]
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    raise DataError(f"{file}: no such folder: {' or '.join(map(str, dict.fromkeys(candidates)))}")
+
+
+def _images(found: Path) -> Iterator[str]:
+    """Yield the paths of the images, from folders in the order of the names' bytes."""
+    if found.is_dir():
+        yield from _below(found)
+    elif suffix(found.name) == ".txt":
+        lines = (line.strip() for line in read_text(found).splitlines())
+        yield from (str(found.parent / line) for line in lines if line)
+    else:
+        raise DataError(f"{found} is neither a folder of images nor a text that lists them")
+
+
+def _below(folder: Path) -> Iterator[str]:
+    for here, folders, files in os.walk(folder):
+        folders.sort(key=os.fsencode)
+        for name in sorted(files, key=os.fsencode):
+            if suffix(name) in EXTENSIONS and not name.startswith("."):
+                yield os.path.join(here, name)  # noqa: PTH118
+
+
+def _label_file(image: str) -> str:
+    """Return labels/….txt for the last images/… of a path; else the text beside the image."""
+    head, images, tail = f"/{image}".rpartition("/images/")
+    path = f"{head}/labels/{tail}"[1:] if images else image
+    return os.path.splitext(path)[0] + ".txt"  # noqa: PTH122
+
+
+def _objects(
+    file: Path, places: Sequence[Path], classes: Sequence[str], problems: Problems
+) -> Objects:
+    root = file.parent.absolute()
+    paths = [os.path.relpath(path, root) for place in places for path in _images(place)]
+    boxes, names, bare = BoxList(), [], 0
+    for owner, path in enumerate(paths):
+        labels = _label_file(path)
+        if not (root / path).is_file():
+            problems.add(f"{path}: no such image")
+        elif not (root / labels).is_file():
+            bare += 1
+        else:
+            for name, label, box in _boxes(root, labels, len(classes), problems):
+                boxes.add(owner, label, box)
+                names.append(name)
+    if bare and bare == len(paths):
+        raise DataError(f"{file}: none of {bare} images has its text of boxes, such as {labels}")
+    if bare:
+        problems.notes.append(f"{bare} images in {places[0]} have no text: without objects")
+    return boxes.finish(root, paths, None, problems, names.__getitem__)
+
+
+def _boxes(
+    root: Path, path: str, num_classes: int, problems: Problems
+) -> Iterator[tuple[str, int, Sequence[float]]]:
+    """Yield (what to call it, class, box) for each line of a text that is right."""
+    for number, line in enumerate(read_text(root / path).splitlines(), 1):
+        try:
+            if words := line.split():
+                label, *box = _box(words, num_classes)
+                yield f"{path}, line {number}", int(label), box
+        except ValueError as error:
+            problems.add(f"{path}, line {number}: {error}")
+
+
+def _box(words: Sequence[str], num_classes: int) -> tuple[float, float, float, float, float]:
+    """Return (class, left, top, right, bottom) of one line; raises `ValueError`."""
+    try:
+        label, *numbers = map(float, words)
+    except ValueError:
+        raise ValueError(f"{' '.join(words)!r} are not all numbers") from None
+    if not label.is_integer() or not 0 <= label < num_classes:
+        raise ValueError(f"class {words[0]} is unknown; there are 0 … {num_classes - 1}")
+    if len(numbers) == 4:
+        x, y, width, height = numbers
+        return label, x - width / 2, y - height / 2, x + width / 2, y + height / 2
+    if len(numbers) < 6 or len(numbers) % 2:
+        raise ValueError(f"has {len(words)} numbers; wanted: class cx cy w h, or an outline")
+    return label, min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2])
+
+
+def _check_disjoint(objects: Mapping[str, Objects], problems: Problems) -> None:
+    for split, one in objects.items():
+        for path in repeated(one.paths):
+            problems.add(f"{path} comes twice in {split}")
+    for path in repeated(path for one in objects.values() for path in dict.fromkeys(one.paths)):
+        problems.add(f"{path} is in two splits")

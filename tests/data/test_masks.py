@@ -1,0 +1,215 @@
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import noise
+from PIL import Image
+
+from meshuffle.data.annotated import image_size, read_ids
+from meshuffle.data.check import check_data
+from meshuffle.data.masks import open_masks
+from meshuffle.errors import DataError, ImageError
+
+SIZE = (6, 4)
+
+
+def write(root: Path, name: str, ids: np.ndarray | list, folder: str = "", suffix: str = ".jpg"):
+    for kind in ("images", "masks"):
+        (root / kind / folder).mkdir(parents=True, exist_ok=True)
+    noise(len(name), SIZE).save(root / "images" / folder / f"{name}{suffix}")
+    array = np.asarray(ids, dtype=np.uint8)
+    if array.ndim < 2:
+        array = np.resize(array, (SIZE[1], SIZE[0]))
+    Image.fromarray(array).save(root / "masks" / folder / f"{name}.png")
+
+
+def error_of(path: Path | str, task: str = "segment", **options) -> str:
+    with pytest.raises(DataError) as caught:
+        open_masks(str(path), task=task, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def street(tmp_path: Path) -> Path:
+    write(tmp_path, "a", [0, 1, 1, 3], "train")
+    write(tmp_path, "b", [0, 0, 0, 7], "train", ".png")
+    write(tmp_path, "c", [0, 1, 255], "val")
+    return tmp_path
+
+
+def test_ids_that_are_found(street):
+    data = open_masks(str(street))
+    assert data.classes == ("class 0", "class 1", "class 3", "class 7") and data.task == "segment"
+    train = data.splits["train"]
+    first = train.target(0)
+    assert first.shape == (4, 6) and first.dtype == np.uint8
+    assert first[0].tolist() == [0, 1, 1, 2, 0, 1]
+    assert data.splits["val"].target(0)[0].tolist() == [0, 1, 255] * 2
+    assert train.labels.tolist() == [1, 0]
+    assert train.name(1) == str(street / "images" / "train" / "b.png")
+    assert pickle.loads(pickle.dumps(train)).target(0).tolist() == first.tolist()
+
+
+def test_the_void_id_of_the_caller(street):
+    data = open_masks(f"{street}?void=1")
+    assert data.classes == ("class 0", "class 3", "class 7")
+    assert data.splits["train"].target(0)[0].tolist() == [0, 255, 255, 1, 0, 255]
+    for text, expected in {
+        "void=x": "'x' is no label id: 0 … 255",
+        "void=256": "'256' is no label id",
+        "vod=1": "'vod=1' is no option; did you mean 'void'?",
+        "void": "'void' is no option",
+    }.items():
+        assert expected in error_of(f"{street}?{text}")
+
+
+def test_names_and_void_from_a_file(street):
+    (street / "classes.txt").write_text("# by id\nsky\nroad  # grey\n\ntree\ncar\nvoid: 7\n")
+    data = open_masks(str(street))
+    assert data.classes == ("sky", "road", "tree", "car")
+    assert data.splits["train"].target(1)[0].tolist() == [0, 0, 0, 255, 0, 0]
+    assert data.splits["train"].labels.tolist() == [0, 0], "no mask is read"
+    assert open_masks(str(street), need=()).splits["train"].labels.tolist() == [1, 0]
+    assert "train has no object of tree" in open_masks(str(street), need=()).ignored
+    assert open_masks(f"{street}?void=0").classes == ("road", "tree", "car")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("sky\nsky\n", "class names that come twice: sky"),
+        ("sky\nroad\nvoid: none\n", "classes.txt: 'none' is no label id"),
+        ("sky\n", "its masks have 1 classes (ids 0); segmentation needs two or more"),
+        ("\n".join(map(str, range(256))), "256 classes; a mask holds at most 255"),
+    ],
+)
+def test_a_bad_classes_txt(street, text, expected):
+    (street / "classes.txt").write_text(text)
+    assert expected in error_of(street)
+
+
+def test_black_and_white(tmp_path):
+    for name in "abcdefghij":
+        write(tmp_path, name, [0, 255, 255])
+    data = open_masks(str(tmp_path), seed=1)
+    assert data.classes == ("class 0", "class 255")
+    assert len(data.splits["train"]) == 8 and len(data.splits["val"]) == 2
+    assert data.splits["train"].target(0)[0].tolist() == [0, 1, 1] * 2
+    assert "1 classes (ids 0)" in error_of(f"{tmp_path}?void=255")
+    assert list(open_masks(str(tmp_path), need=("test",)).splits) == ["test"]
+
+
+def test_an_id_without_a_name_is_found_by_check(street):
+    (street / "classes.txt").write_text("sky\nroad\ntree\ncar\n")
+    source = open_masks(str(street)).splits["train"]
+    with pytest.raises(ImageError, match=r"b\.png: unknown label ids 7 in 25\.0% of it"):
+        source.target(1)
+    report = check_data(f"masks:{street}", task="segment")
+    assert len(report.unreadable) == 1 and "unknown label ids 7" in report.unreadable[0][1]
+
+
+def test_masks_that_are_wrong_are_errors_of_their_image(street):
+    source = open_masks(str(street)).splits["train"]
+    path = street / "masks" / "train" / "a.png"
+    wrong = {
+        r"a\.png: 5×4, but its image images/train/a\.jpg is 6×4": np.zeros((4, 5), np.uint8),
+        r"a\.png: unknown label ids 300, 301 in 4": np.full((4, 6), 300, np.uint16),
+        r"a\.png: holds colours \(RGB\)": np.arange(72, dtype=np.uint8).reshape(4, 6, 3),
+    }
+    wrong[r"a\.png: unknown label ids 300, 301 in 4"][1:3] = 1
+    wrong[r"a\.png: unknown label ids 300, 301 in 4"][0] = 301
+    wrong[r"a\.png: unknown label ids 300, 301 in 50"] = wrong.pop(
+        r"a\.png: unknown label ids 300, 301 in 4"
+    )
+    for expected, array in wrong.items():
+        Image.fromarray(array).save(path)
+        with pytest.raises(ImageError, match=expected):
+            source.target(0)
+    whole = path.read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"\x89PNG\r\n\x1a\n" + b"\0" * 40, b"GIF89a"):
+        path.write_bytes(content)
+        with pytest.raises(ImageError, match=r"a\.png: cannot be read"):
+            source.target(0)
+    path.unlink()
+    with pytest.raises(ImageError, match=r"a\.png: cannot be read: No such file"):
+        source.target(0)
+
+
+def test_a_broken_mask_does_not_stop_the_search_for_ids(street):
+    (street / "masks" / "train" / "b.png").write_bytes(b"none")
+    data = open_masks(str(street))
+    assert data.classes == ("class 0", "class 1", "class 3")
+
+
+@pytest.mark.parametrize("mode", ["P", "1", "L", "RGB", "RGBA", "LA", "I;16"])
+def test_modes_of_a_mask(tmp_path, mode):
+    ids = np.array([[0, 1], [1, 0]], dtype=np.uint8)
+    image = Image.fromarray(ids.astype(np.uint16) if mode == "I;16" else ids)
+    if mode == "P":
+        image.putpalette([9, 8, 7, 6, 5, 4])
+    elif mode == "1":
+        image = Image.fromarray(ids * 255).convert("1")
+    elif mode != "I;16":
+        image = image.convert(mode)
+    image.save(tmp_path / "a.png")
+    assert read_ids(str(tmp_path / "a.png")).tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+@pytest.mark.parametrize("orientation", [0, 1, 3, 6, 8])
+def test_size_of_an_upright_image(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    path = tmp_path / f"a{suffix}"
+    noise(1, (12, 10)).save(path, exif=exif)
+    assert image_size(str(path)) == ((10, 12) if orientation >= 5 else (12, 10))
+
+
+def test_size_of_what_is_no_image(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"no")
+    with pytest.raises(ImageError, match=r"a\.jpg: cannot be read"):
+        image_size(str(tmp_path / "a.jpg"))
+
+
+def test_pairs(street):
+    (street / "masks" / "train" / "b.png").unlink()
+    assert "images/train/b.png has no mask masks/train/b.png" in error_of(street)
+    write(street, "b", [0, 1], "train")
+    assert "images/train/b comes twice, with two extensions" in error_of(street)
+    (street / "images" / "train" / "b.png").unlink()
+    (street / "images" / "train" / "a.jpg").unlink()
+    assert open_masks(str(street), need=("train",)).ignored == ("masks/train/a.png: no image",)
+
+
+def test_folders(tmp_path):
+    assert "no such folder" in error_of(tmp_path / "x")
+    assert "has no images/; wanted: images/ and masks/" in error_of(tmp_path)
+    (tmp_path / "images").mkdir()
+    assert "has no masks/" in error_of(tmp_path)
+    write(tmp_path, "a", [0, 1], "val")
+    write(tmp_path, "b", [0, 1], "valid")
+    assert "has two folders for val" in error_of(tmp_path)
+    assert error_of(tmp_path, "detect") == "masks: knows segment; not detect"
+
+
+@pytest.fixture
+def camvid() -> Path:
+    folder = Path(__file__).parents[3] / "shared" / "data" / "camvid"
+    if not folder.is_dir():
+        pytest.skip("the photographs of ../shared/data/camvid are not on this machine")
+    return folder
+
+
+def test_real_streets(camvid):
+    data = open_masks(f"{camvid}?void=11")
+    assert data.classes == tuple(f"class {i}" for i in range(11)) and not data.ignored
+    train, val = data.splits["train"], data.splits["val"]
+    assert (len(train), len(val)) == (60, 20)
+    masks = [val.target(i) for i in range(20)]
+    assert {mask.shape for mask in masks} == {(360, 480)}
+    assert set(np.unique(masks).tolist()) <= {*range(11), 255}
+    assert train.image(0).size == (480, 360)
+    assert len(open_masks(str(camvid)).classes) == 12

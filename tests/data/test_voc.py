@@ -1,0 +1,232 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import noise
+from PIL import Image
+
+from meshuffle.data.voc import OFFICIAL, open_voc
+from meshuffle.errors import DataError, ImageError
+
+WIDTH, HEIGHT = 12, 10
+BOX = "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>"
+
+
+def thing(name: str, box: tuple, more: str = "") -> str:
+    return f"<object><name>{name}</name>{more}{BOX.format(*box)}</object>"
+
+
+def xml(*things: str, size: str = f"<width>{WIDTH}</width><height>{HEIGHT}</height>") -> str:
+    return f"<annotation><size>{size}<depth>3</depth></size>{''.join(things)}</annotation>"
+
+
+def write(root: Path, name: str, content: str, suffix: str = ".jpg") -> None:
+    for folder in ("Annotations", "JPEGImages"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    (root / "Annotations" / f"{name}.xml").write_text(content)
+    noise(1, (WIDTH, HEIGHT)).save(root / "JPEGImages" / f"{name}{suffix}")
+
+
+def lists(root: Path, folder: str = "Main", **splits: str) -> None:
+    (root / "ImageSets" / folder).mkdir(parents=True, exist_ok=True)
+    for split, names in splits.items():
+        (root / "ImageSets" / folder / f"{split}.txt").write_text(names.replace(" ", "\n"))
+
+
+def mask(root: Path, name: str, ids: np.ndarray) -> None:
+    """A PNG with a palette, as VOC has them."""
+    (root / "SegmentationClass").mkdir(exist_ok=True)
+    image = Image.fromarray(ids)
+    image.putpalette(np.random.default_rng(0).integers(0, 256, 768).tolist())
+    image.save(root / "SegmentationClass" / f"{name}.png")
+
+
+def error_of(path: Path, task: str = "detect", **options) -> str:
+    with pytest.raises(DataError) as caught:
+        open_voc(str(path), task=task, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    hard = "<difficult>1</difficult>"
+    write(tmp_path, "a", xml(thing("dog", (1, 1, 4, 4)), thing("cat", (1, 1, 12, 10))))
+    write(tmp_path, "b", xml(thing("dog", (3, 3, 5, 6)), thing("cat", (1, 1, 9, 9), hard)), ".png")
+    write(tmp_path, "c", xml(thing("cat", (2, 2, 3, 3))))
+    write(tmp_path, "d", xml())
+    lists(tmp_path, train="a b", val="c\n", trainval="a b c", test="d")
+    return tmp_path
+
+
+def test_detect(pets):
+    data = open_voc(str(pets), task="detect")
+    assert data.classes == ("cat", "dog")
+    assert {key: len(source) for key, source in data.splits.items()} == {
+        "train": 2, "val": 1, "test": 1,
+    }  # fmt: skip
+    train = data.splits["train"]
+    assert train.target(0).xyxy.tolist() == [[0, 0, 4, 4], [0, 0, 12, 10]]
+    assert train.target(0).labels.tolist() == [1, 0]
+    assert train.target(1).xyxy.tolist() == [[2, 2, 5, 6]]
+    assert train.name(1) == str(pets / "JPEGImages" / "b.png") and train.image(1).size == (12, 10)
+    assert train.labels.tolist() == [0, 1]
+    assert data.ignored == ("1 difficult objects left out",)
+
+
+def test_other_tasks(pets):
+    train = open_voc(str(pets)).splits["train"]
+    assert [train.target(0), train.target(1)] == [0, 1]
+    assert "test" not in open_voc(str(pets)).splits, "its only image shows nothing"
+    rows = open_voc(str(pets), task="multilabel").splits["train"]
+    assert [rows.target(i).tolist() for i in range(2)] == [[1, 1], [0, 1]]
+    assert open_voc(str(pets), task="generate").splits["test"].target(0) == 0
+
+
+def test_a_class_that_train_lacks(pets):
+    lists(pets, train="b")
+    assert open_voc(str(pets), task="detect").ignored[0] == "train has no object of cat"
+    assert "1 classes without any object in train: cat" in error_of(pets, "classify")
+
+
+def test_lists_that_are_not_there(pets):
+    for name in ("train", "val"):
+        (pets / "ImageSets" / "Main" / f"{name}.txt").unlink()
+    data = open_voc(str(pets), task="multilabel")
+    assert len(data.splits["train"]) + len(data.splits["val"]) == 3
+    for file in (pets / "ImageSets" / "Main").iterdir():
+        file.unlink()
+    data = open_voc(str(pets), task="multilabel")
+    assert len(data.splits["train"]) + len(data.splits["val"]) == 4
+    assert list(open_voc(str(pets), task="detect", need=("test",)).splits) == ["test"]
+
+
+def test_a_test_list_without_annotations(pets):
+    (pets / "Annotations" / "d.xml").unlink()
+    assert "test.txt: its images have no annotations: left out" in open_voc(str(pets)).ignored
+    assert "Annotations/d.xml: No such file" in error_of(pets, need=("test",))
+
+
+def test_a_size_that_is_not_written_is_read(tmp_path):
+    write(tmp_path, "a", xml(thing("cat", (8, 2, 30, 30)), size="<width>0</width>"))
+    data = open_voc(str(tmp_path), task="detect", need=("train",))
+    assert data.splits["train"].target(0).xyxy.tolist() == [[7, 1, 12, 10]]
+    assert data.ignored == (
+        "Annotations/a.xml: object 1 (cat): box [7, 1, 30, 30] reaches out of its image "
+        "(12×10): cut",
+    )
+    (tmp_path / "JPEGImages" / "a.jpg").write_bytes(b"")
+    assert "a.jpg: cannot be read" in error_of(tmp_path)
+
+
+BOMB = '<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b "c"><!ENTITY d "&b;&b;">]><a>&d;</a>'
+BAD = {
+    "line 1, column 12: no XML, or cut short": "<annotation>",
+    "line 2, column 0: no XML, or cut short": "<annotation>\n<",
+    "has a DOCTYPE": BOMB,
+    "object 1 lacks its name": xml(thing(" ", (1, 1, 2, 2))),
+    "object 1 lacks its bndbox": xml("<object><name>cat</name></object>"),
+    "object 1: xmax is 'x', not a number": xml(thing("cat", (1, 1, "x", 2))),
+    "object 1: ymin is None, not a number": xml(
+        "<object><name>cat</name><bndbox><xmin>1</xmin></bndbox></object>"
+    ),
+    "object 2 (cat): box [7, 1, 5, 4] has no area": xml(
+        thing("dog", (1, 1, 2, 2)), thing("cat", (8, 2, 5, 4))
+    ),
+    "object 1 (cat): box [13, 1, 20, 4] lies outside its image (12×10)": xml(
+        thing("cat", (14, 2, 20, 4))
+    ),
+    "object 1 (cat): box [nan, 0, 2, 2] is not finite": xml(thing("cat", ("nan", 1, 2, 2))),
+}
+
+
+@pytest.mark.parametrize("expected", BAD)
+def test_bad_annotations(pets, expected):
+    write(pets, "a", BAD[expected])
+    assert f"{pets}: Annotations/a.xml: {expected}" in error_of(pets)
+
+
+def test_a_bomb_in_another_encoding(pets):
+    (pets / "Annotations" / "a.xml").write_bytes(BOMB.encode("utf-16"))
+    assert "Annotations/a.xml: has a DOCTYPE" in error_of(pets)
+
+
+def test_bad_lists(pets):
+    lists(pets, train="a b a x", val="b c")
+    found = error_of(pets)
+    assert "train.txt: a comes twice; train.txt and val.txt both list b" in found
+    assert "JPEGImages has no image x" in found
+    assert "and 1 more" not in found
+
+
+def test_what_is_no_voc(tmp_path):
+    assert "no such folder" in error_of(tmp_path / "x")
+    assert "has no JPEGImages and no Annotations folder" in error_of(tmp_path)
+    write(tmp_path / "VOC2012", "a", xml())
+    assert f"did you mean {tmp_path / 'VOC2012'}?" in error_of(tmp_path)
+    assert "its annotations hold no object" in error_of(tmp_path / "VOC2012")
+    assert error_of(tmp_path, "regress").startswith("voc: knows detect, segment")
+
+
+def test_an_image_of_another_size_than_annotated(pets):
+    write(pets, "a", xml(thing("cat", (1, 1, 2, 2)), size="<width>10</width><height>12</height>"))
+    with pytest.raises(ImageError, match=r"a\.jpg: 12×10, but annotated as 10×12"):
+        open_voc(str(pets), task="detect").splits["train"].image(0)
+
+
+def test_segment_by_the_official_classes(tmp_path):
+    write(tmp_path, "a", xml(thing("cat", (1, 1, 2, 2)), thing("dog", (1, 1, 9, 9))))
+    write(tmp_path, "b", xml(thing("cat", (1, 1, 2, 2))))
+    ids = np.array([[0, 8, 12], [255, 20, 0]], dtype=np.uint8).repeat(5, 0).repeat(4, 1)
+    mask(tmp_path, "a", ids)
+    mask(tmp_path, "b", ids[:, ::-1].copy())
+    lists(tmp_path, train="a")
+    lists(tmp_path, "Segmentation", train="b", val="a")
+    data = open_voc(str(tmp_path), task="segment")
+    assert data.classes == ("background", *OFFICIAL) and len(data.classes) == 21
+    np.testing.assert_array_equal(data.splits["val"].target(0), ids)
+    assert data.splits["train"].labels.tolist() == [8], "cat"
+    assert data.splits["val"].labels.tolist() == [12], "dog"
+
+
+def test_segment_by_names_of_its_own(tmp_path):
+    for name in "ab":
+        write(tmp_path, name, xml(thing("oak", (1, 1, 2, 2)), thing("ash", (1, 1, 2, 2))))
+        mask(tmp_path, name, np.full((HEIGHT, WIDTH), 2, np.uint8))
+    source = open_voc(str(tmp_path), task="segment").splits["train"]
+    assert source.classes == ("background", "ash", "oak") and (source.target(0) == 2).all()
+    (tmp_path / "class_names.txt").write_text("__ignore__\n_background_\ntree\n")
+    source = open_voc(str(tmp_path), task="segment").splits["train"]
+    assert source.classes == ("_background_", "tree")
+    with pytest.raises(ImageError, match=r"png: unknown label ids 2 in 100\.0% of it"):
+        source.target(0)
+    (tmp_path / "SegmentationClass" / "a.png").unlink()
+    lists(tmp_path, train="a b")
+    assert "SegmentationClass/a.png is missing" in error_of(tmp_path, "segment")
+
+
+def test_segment_needs_names(tmp_path):
+    write(tmp_path, "a", xml())
+    mask(tmp_path, "a", np.zeros((HEIGHT, WIDTH), np.uint8))
+    assert "no class_names.txt and no object" in error_of(tmp_path, "segment")
+
+
+@pytest.fixture
+def bccd() -> Path:
+    folder = Path(__file__).parents[3] / "shared" / "data" / "bccd"
+    if not folder.is_dir():
+        pytest.skip("the photographs of ../shared/data/bccd are not on this machine")
+    return folder
+
+
+def test_real_blood_cells(bccd):
+    data = open_voc(str(bccd), task="detect")
+    assert data.classes == ("Platelets", "RBC", "WBC")
+    assert {key: len(source) for key, source in data.splits.items()} == {
+        "train": 205, "val": 87, "test": 72,
+    }  # fmt: skip
+    sources = data.splits.values()
+    boxes = [source.target(i) for source in sources for i in range(len(source))]
+    assert np.bincount(np.concatenate([b.labels for b in boxes])).tolist() == [361, 4155, 372]
+    assert all((b.xyxy[:, 2:] > b.xyxy[:, :2]).all() for b in boxes)
+    assert data.splits["train"].image(0).size == (640, 480)
