@@ -30,7 +30,7 @@ class Features(nn.Module):
     needs is gone.
 
     Args:
-        model: any classifier that torch.fx can trace: (N, 3, H, W) → (N, C).
+        model: any classifier that torch.fx can trace, for images of any size.
         strides: of the maps, ascending: 4, 8, 16 or 32.
 
     Raises:
@@ -65,15 +65,15 @@ def _last_nodes(model: nn.Module) -> dict[int, tuple[str, int]]:
         _, names = get_graph_node_names(model, opaque, suppress_diff_warning=True)
         every = create_feature_extractor(
             model, return_nodes=names, tracer_kwargs=opaque, suppress_diff_warning=True
-        )
+        ).eval()
+        with torch.no_grad():
+            outputs: dict[str, Any] = every(torch.zeros(1, 3, _PROBE, _PROBE))
     except Exception as error:  # noqa: BLE001  # whatever tracing foreign code may raise
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"{type(model).__name__} cannot be a backbone: torch.fx cannot trace it ({reason})"
+            f"{type(model).__name__} cannot be a backbone: it cannot be traced at "
+            f"{_PROBE}×{_PROBE} ({reason})"
         ) from None
-    every.eval()
-    with torch.no_grad():
-        outputs: dict[str, Any] = every(torch.zeros(1, 3, _PROBE, _PROBE))
     found: dict[int, tuple[str, int]] = {}
     for name, value in outputs.items():
         if isinstance(value, Tensor) and value.ndim == 4 and value.shape[2] == value.shape[3] > 1:

@@ -198,6 +198,8 @@ def judge_rank(question: Question, plan: Plan, env: RankEnv) -> tuple[Evaluation
     if question.features:
         network, task = _without_head(network, task)
     task.detailed = bool(question.files)
+    if not question.files:
+        task.require()
     check_splits(plan, task)
     with contextlib.ExitStack() as stack:
         control = None

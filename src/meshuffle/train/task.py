@@ -131,6 +131,9 @@ class Task:
         """
         raise NotImplementedError
 
+    def require(self) -> None:
+        """Raise where something is not installed that the metrics need."""
+
     def conclude(self, rows: Rows) -> dict[str, float]:
         """Return the metrics of all samples by key; shares in percent.
 

@@ -1,0 +1,75 @@
+"""From a detector's outputs to the boxes that it found: scores, suppression, the best ones.
+
+Shape suffixes: N images, A anchors, K logits, C classes, D detections.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import batched_nms
+
+from meshuffle.models.detector import Detector, find_head
+
+SCORE_FLOOR = 0.05  # below it an output is no detection
+MAX_CANDIDATES = 400  # of a class, before suppression
+MAX_DETECTIONS = 100  # of an image
+NMS_IOU = 0.5  # of two boxes of a class that overlap more, the better one stays
+
+
+class Decoded(nn.Module):
+    """A detector whose outputs are boxes: what an exported file computes.
+
+    All anchors are there, none is suppressed: that is a sort, which not every runtime has.
+
+    Args:
+        network: (N, 3, h, w) → (N, A, K + 4).
+        head, anchors_A4: see `detections`.
+    """
+
+    anchors_A4: Tensor
+
+    def __init__(self, network: nn.Module, head: str, anchors_A4: Tensor) -> None:
+        super().__init__()
+        self.network, self.kind = network, find_head(head)
+        self.register_buffer("anchors_A4", anchors_A4)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Return (N, A, 4 + C): x1, y1, x2, y2 as shares of the input, and a score per class."""
+        outputs_NAK = self.network(x_NCHW)
+        deltas_NA4 = outputs_NAK[..., -4:]
+        num = deltas_NA4.shape[0]
+        anchors = self.anchors_A4.repeat(num, 1)
+        boxes = self.kind.coder.decode_single(deltas_NA4.flatten(0, 1), anchors)
+        scores_NAC = self.kind.scores(outputs_NAK[..., :-4])
+        return torch.cat((boxes.clamp(0, 1).view_as(deltas_NA4), scores_NAC), 2)
+
+
+def detections(head: str, outputs_NAK: Tensor, anchors_A4: Tensor) -> Tensor:
+    """Return what a detector found in N images: (N, D, 6), the best first.
+
+    A row is x1, y1, x2, y2 (0 … 1), score, class; rows that are missing are −1. D ≤ 100 is that of
+    the image with most. Scores are above 0.05; of boxes of one class that overlap by more than an
+    IoU of 0.5, the best one stays.
+
+    Args:
+        outputs_NAK: float (N, A, K + 4). anchors_A4: see `anchors_for`.
+    """
+    found = [_detections(find_head(head), outputs_AK, anchors_A4) for outputs_AK in outputs_NAK]
+    most = max((len(rows) for rows in found), default=0)
+    padded = outputs_NAK.new_full((len(found), most, 6), -1)
+    for i, rows in enumerate(found):
+        padded[i, : len(rows)] = rows
+    return padded
+
+
+def _detections(kind: type[Detector], outputs_AK: Tensor, anchors_A4: Tensor) -> Tensor:
+    scores_AC = kind.scores(outputs_AK[:, :-4])
+    likely = (scores_AC > SCORE_FLOOR).any(0).nonzero()[:, 0]
+    scores, indices = scores_AC[:, likely].T.topk(min(MAX_CANDIDATES, len(scores_AC)))
+    kept = scores > SCORE_FLOOR
+    scores, indices = scores[kept], indices[kept]
+    classes = likely[kept.nonzero()[:, 0]]
+    boxes = kind.coder.decode_single(outputs_AK[indices, -4:], anchors_A4[indices]).clamp(0, 1)
+    best = batched_nms(boxes, scores, classes, NMS_IOU)[:MAX_DETECTIONS]
+    return torch.cat((boxes, scores[:, None], classes[:, None].to(boxes.dtype)), 1)[best]
