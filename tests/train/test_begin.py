@@ -143,3 +143,16 @@ def test_before_and_after_on_the_new_and_the_old_images(
     third = dataclasses.replace(small, from_=str(run), out=str(tmp_path / "c"), epochs=1)
     last = read_record(Path(train(third)["run"]))
     assert [entry["data"] for entry in last.result["compared"]] == [str(photos), str(data)]
+
+
+@pytest.mark.parametrize("body_lr", [0.1, 1.0])
+def test_the_body_joins_the_head_in_the_second_epoch(
+    first: Path, small: TrainConfig, photos: Path, tmp_path: Path, body_lr: float
+) -> None:
+    """Also where both are in one group of the optimiser, and only the head has a momentum yet."""
+    other = with_classes(photos, tmp_path / "other", cold="blue", warm="red")
+    config = dataclasses.replace(small, data=str(other), from_=str(first), body_lr=body_lr)
+    run = Path(train(dataclasses.replace(config, out=str(tmp_path / "second")))["run"])
+    before, _ = read_weights(run / "weights" / "start.safetensors")
+    after, _ = read_weights(run / "weights" / "last.safetensors")
+    assert not torch.equal(before["conv1.0.weight"], after["conv1.0.weight"])

@@ -231,7 +231,11 @@ def load_optimizer(
     tensors: Mapping[str, Tensor],
     keeps: Callable[[nn.Parameter], bool] = lambda _: True,
 ) -> None:
-    """Put back what `optimizer_tensors` returned, of the parameters whose state this rank keeps."""
+    """Put back what `optimizer_tensors` returned, of the parameters whose state this rank keeps.
+
+    The momentum of parameters that were frozen until now is 0, which is where SGD begins: its fused
+    kernel does not take some with and some without.
+    """
     trained = {p for group in optimizer.param_groups for p in group["params"] if keeps(p)}
     for name, parameter in model.named_parameters():
         prefix = f"optim.{name}."
@@ -242,6 +246,10 @@ def load_optimizer(
         }
         if state and parameter in trained:
             optimizer.state[parameter] = state
+    has_momentum = any("momentum_buffer" in state for state in optimizer.state.values())
+    for parameter in trained if has_momentum else ():
+        if parameter not in optimizer.state:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _like(value: Tensor, parameter: nn.Parameter) -> Tensor:

@@ -110,13 +110,13 @@ def _gather(
     group: dist.ProcessGroup | None,
 ) -> Evaluation:
     """Bring all ranks' rows together, ordered by index, and let the task conclude."""
-    own = _joined([{name: column.numpy() for name, column in piece.items()} for piece in pieces])
+    own = joined([{name: column.numpy() for name, column in piece.items()} for piece in pieces])
     shares = [(own, skipped)]
     if group is not None and dist.get_world_size(group) > 1:
         shares = [({}, [])] * dist.get_world_size(group)
         dist.all_gather_object(shares, (own, skipped), group=group)
     messages = tuple(dict.fromkeys(message for _, part in shares for message in part))
-    rows = _joined([share for share, _ in shares if share])
+    rows = joined([share for share, _ in shares if share])
     classes = task.card.classes
     if not rows:
         return Evaluation(task.name, classes, np.zeros(0, np.int64), skipped=messages)
@@ -128,7 +128,7 @@ def _gather(
     return Evaluation(task.name, classes, indices, rows, metrics, messages)
 
 
-def _joined(pieces: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+def joined(pieces: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
     """Join columns by rows; where their other dims differ, the shorter are padded with −1."""
     if not pieces:
         return {}

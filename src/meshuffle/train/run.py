@@ -14,7 +14,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from meshuffle.data import Data, EpochSampler, augmentation_for, open_data
+from meshuffle.data import (
+    Data,
+    EpochSampler,
+    augmentation_for,
+    build_train_transform,
+    open_data,
+)
 from meshuffle.dist.device import check_device, num_accelerators, num_cores
 from meshuffle.dist.group import RankEnv
 from meshuffle.dist.launch import torchrun
@@ -92,8 +98,9 @@ def _rehearse(
     """
     check_device(config.device)
     CompileChoice(config, None)
-    repeats = augment_config(config).repeats
-    EpochSampler(num_train, config.batch or 1, repeats=repeats)
+    augment = augment_config(config)
+    EpochSampler(num_train, config.batch or 1, repeats=augment.repeats)
+    build_train_transform(augment, card.preprocess, dense=make_task(card).dense)
     return build_model(config, card)
 
 
