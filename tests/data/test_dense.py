@@ -90,5 +90,5 @@ def test_an_image_without_boxes_and_pixels_alone() -> None:
     none = Boxes(np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
     _, target = build_eval_transform(VIEW, dense=True).pair(image, none, 0)
     assert target.shape == (0, 5)
-    with pytest.raises(ConfigError, match="affine_degrees .*boxes and masks take crop_scale"):
+    with pytest.raises(ConfigError, match=r"affine_degrees .*boxes and masks take crop_scale"):
         build_train_transform(AugmentConfig(affine_degrees=3), VIEW, dense=True)

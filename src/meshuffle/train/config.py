@@ -57,9 +57,10 @@ class TrainConfig:
     seed: Annotated[int, _option("Seed of weights, order, augmentation and dropout.")] = 0
     deterministic: Annotated[bool, _option("Refuse operations that do not repeat.")] = False
 
-    optimizer: Annotated[Literal["sgd", "adam", "adamw"], _option("Optimiser.", "Optimiser")] = (
-        "sgd"
-    )
+    optimizer: Annotated[
+        Literal["sgd", "adam", "adamw"] | None,
+        _option("Optimiser: sgd, but adamw for boxes and masks and adam to generate.", "Optimiser"),
+    ] = None
     lr: Annotated[float | None, _option("Highest learning rate.", "Optimiser")] = None
     momentum: Annotated[float, _option("Of SGD (Nesterov).", "Optimiser")] = 0.9
     weight_decay: Annotated[
@@ -252,7 +253,8 @@ def _type_hints() -> dict[str, Any]:
 def _typed(value: Any, name: str, where: str) -> Any:
     """Return `value` as the field's type, or raise ConfigError."""
     hint = _type_hints()[name]
-    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    choices = typing.get_args(hint) if is_union else (hint,)
     for choice in choices:
         origin = typing.get_origin(choice) or choice
         if origin is Literal and value in typing.get_args(choice):
@@ -313,6 +315,7 @@ def resolve(
     input_size: int,
     augment: Mapping[str, Any],
     *,
+    suits: Mapping[str, Any] = types.MappingProxyType({}),
     new_head: bool = False,
 ) -> TrainConfig:
     """Replace every None by a value that suits `num_train` images.
@@ -331,10 +334,12 @@ def resolve(
         num_train: images of the training split.
         input_size: suggested by the data, pixels.
         augment: the data's defaults by field name.
+        suits: the task's, which come before those of here; `lr` is for a batch of 16 there.
         new_head: whether the weights that it begins from bring none for these data.
     """
     batch = config.batch or min(256, max(16, 2 ** round(math.log2(num_train) / 2)))
     epochs = config.epochs or default_epochs(num_train)
+    optimizer = config.optimizer or suits.get("optimizer", "sgd")
     rates = {"sgd": 0.5 * (batch / 1024) ** 0.75}
     rates |= {"adam": 0.001 * (batch / 256) ** 0.5, "adamw": 0.002 * (batch / 256) ** 0.5}
     decays = {"sgd": 4e-5, "adam": 0.0, "adamw": 0.05}
@@ -346,12 +351,17 @@ def resolve(
         "batch": batch,
         "epochs": epochs,
         "input_size": input_size,
-        "lr": float(f"{rates[config.optimizer]:.3g}"),
-        "weight_decay": decays[config.optimizer],
+        "optimizer": optimizer,
+        "lr": float(f"{rates[optimizer]:.3g}"),
+        "weight_decay": decays[optimizer],
         "warmup_epochs": round(min(5.0, 0.1 * epochs), 2),
         "clip_norm": 0.0,
         **augment,
     }
+    if suits.get("optimizer", "sgd") == optimizer:
+        chosen |= {key: value for key, value in suits.items() if key != "lr"}
+        if "lr" in suits:
+            chosen["lr"] = float(f"{suits['lr'] * (batch / 16) ** 0.5:.3g}")
     missing = {k: v for k, v in chosen.items() if getattr(config, k) is None}
     return check(dataclasses.replace(config, **missing))
 

@@ -125,6 +125,9 @@ def _prediction(
         pictures.mkdir(parents=True, exist_ok=True)
         told["picture"] = str(pictures / f"{row:05d}-{Path(path).stem}.png")
         task.picture(image, found.rows, row).save(told["picture"])
+        if (mask := task.mask(found.rows, row, image.size)) is not None:
+            told["mask"] = told["picture"].removesuffix(".png") + "-mask.png"
+            mask.save(told["mask"])
     return {**told, "text": task.sentence(told)}
 
 

@@ -77,7 +77,7 @@ def build_optimizer(
     ]
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in trained)
     lr = config.lr or 0.0
-    if config.optimizer == "sgd":
+    if config.optimizer in (None, "sgd"):
         nesterov = config.momentum > 0
         return SGD(groups, lr=lr, momentum=config.momentum, nesterov=nesterov, fused=fused)
     kind = Adam if config.optimizer == "adam" else AdamW

@@ -176,6 +176,7 @@ section { margin-top:40px; padding-top:20px; border-top:1px solid var(--rule) }
   gap:24px 32px }
 .charts img, .wide img { display:block; width:100%; height:auto }
 .wide { overflow-x:auto } .wide img { min-width:720px }
+.made img { width:100%; max-width:640px; image-rendering:pixelated }
 .columns { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));
   gap:0 56px }
 .pair { display:flex; flex-wrap:wrap; gap:32px 56px; align-items:flex-start }

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 
+from PIL import Image
+
 from meshuffle.data import ImageSource
 from meshuffle.train import page
 from meshuffle.train.confusion import confusion_section
@@ -100,8 +102,14 @@ def _details(evaluation: Evaluation, task: Task, folder: Path, split: str) -> st
         names = tuple(task.card.titles.get(name, name) for name in evaluation.classes)
         found = confusion_section(evaluation, names, folder)
         return section(f"Confusion{_on(split)}", found)
+    made = ""
+    if task.name == "generate" and evaluation.num_samples:
+        drawn = task.picture(Image.new("RGB", (1, 1)), evaluation.rows, 0)
+        sheet = f'<div class="made"><img src="{page.thumbnail(drawn, 640)}" alt=""></div>'
+        made = section("Generated images", sheet)
     rows = [(text(key), f"{value:.5g}") for key, value in evaluation.metrics.items()]
-    return section(f"Metrics{_on(split)}", page.table(("metric", "value"), rows, 1) if rows else "")
+    table = page.table(("metric", "value"), rows, 1) if rows else ""
+    return made + section(f"Metrics{_on(split)}", table)
 
 
 def _headline(record: Record, evaluation: Evaluation, task: Task, split: str) -> str:

@@ -142,7 +142,8 @@ def resolve_for(config: TrainConfig, data: Data) -> TrainConfig:
         raise ConfigError(f"--class-weights {config.class_weights}: {config.task} has none")
     new_head = bool(config.from_) and has_new_head(config, data)
     num_train = len(data.splits["train"])
-    return resolve(config, num_train, data.input_size, augment, new_head=new_head)
+    suits = find_task(config.task).suits
+    return resolve(config, num_train, data.input_size, augment, suits=suits, new_head=new_head)
 
 
 def launch(prepared: Prepared, module: str = "meshuffle.train.rank") -> None:

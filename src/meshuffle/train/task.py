@@ -66,6 +66,7 @@ class Task:
         dense: a target has places in it, which move with the pixels.
         mixes: mixup and cutmix make sense.
         splits: the plans it knows besides dp.
+        suits: settings to begin from, where none are given and it is not what fits a classifier.
         outputs: name of the outputs in an exported file; `argmax`: the largest along dim 1 is the
             answer.
         label_smoothing: see `Classify`.
@@ -78,6 +79,7 @@ class Task:
     dense: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
     splits: ClassVar[tuple[str, ...]] = ("tp", "pp")
+    suits: ClassVar[Mapping[str, Any]] = {}
     outputs: ClassVar[str] = "logits"
     argmax: ClassVar[bool] = False
 
@@ -173,6 +175,10 @@ class Task:
     def sentence(self, prediction: Mapping[str, Any]) -> str:
         """Return a prediction as a line for people."""
         raise NotImplementedError
+
+    def mask(self, rows: Rows, i: int, size: tuple[int, int]) -> Image.Image | None:
+        """Return the answer as an image of its own, pixel values being classes, where it is one."""
+        return None
 
     def truth(self, rows: Rows, i: int) -> str:
         """Return what is true of sample i in a line; empty where a line cannot say it."""

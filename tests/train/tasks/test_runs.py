@@ -14,7 +14,7 @@ from PIL import Image
 
 from meshuffle.data import open_data
 from meshuffle.deploy.api import export
-from meshuffle.errors import ConfigError, DataError
+from meshuffle.errors import ConfigError, DataError, PlanError
 from meshuffle.train.api import train
 from meshuffle.train.config import TrainConfig
 from meshuffle.train.inference import evaluate, predict
@@ -177,3 +177,32 @@ def test_what_makes_no_sense_is_said(made: dict[str, str], tmp_path: Path) -> No
         with pytest.raises(kind, match=says):
             train(dataclasses.replace(config, out=str(out)))
         assert not out.exists(), says
+
+
+def test_images_are_generated(photos: Path, tmp_path: Path) -> None:
+    knobs = {"width": "16"}
+    config = settings(
+        "generate", str(photos), tmp_path / "run", input_size=16, knobs=knobs, optimizer=None,
+        lr=None, batch=8,
+    )  # fmt: skip
+    config = dataclasses.replace(config, model=TrainConfig.model)
+    run = Path(train(config)["run"])
+    assert 'optimizer = "adam"  # chosen' in (run / "config.toml").read_text()
+    assert float(read_record(run).epochs[-1]["val_fid"]) > 0
+    assert "Generated images" in (run / "report.html").read_text()
+    (said,) = predict(run, [photos / "val" / "red" / "0.png"])
+    assert "realness" in said
+    with pytest.raises(PlanError, match="generate knows dp, not tp"):
+        train(dataclasses.replace(config, plan="tp=2", out=str(tmp_path / "no")))
+
+
+def test_each_task_begins_with_settings_that_suit_it(made: dict[str, str], tmp_path: Path) -> None:
+    def chosen(**more: Any) -> TrainConfig:
+        given = settings("segment", made["segment"], tmp_path, **more)
+        return resolve_for(given, open_data(made["segment"], task="segment"))
+
+    plain = chosen(optimizer=None, lr=None, batch=16)
+    assert (plain.optimizer, plain.lr, plain.body_lr) == ("adamw", 0.002, 1.0)
+    assert chosen(optimizer=None, lr=None, batch=4).lr == 0.001
+    assert chosen(optimizer="sgd", lr=None, batch=16, from_=None).lr == 0.0221
+    assert chosen(optimizer=None, lr=0.3, body_lr=0.5).lr == 0.3

@@ -1,0 +1,117 @@
+"""A small GAN of ShuffleNet V2 units: one network makes images, the other judges them.
+
+    z (N, Z) ──dense──▶ 4×4 ──grow──▶ 8×8 ──grow──▶ … ──3×3, tanh──▶ images (N, 3, s, s)
+    images ──3×3──▶ s×s ──halve──▶ s/2 … ──halve──▶ 4×4 ──mean, linear──▶ logit (N, 1)
+
+A growing unit is a V2 unit that doubles the map, by nearest pixels in front of its depthwise
+convolutions, as the units of the discriminator halve it there. Widths double from `width` at full
+size with each halving, in both. Sources of the scheme: arXiv 1511.06434 (DCGAN), 1807.11164 (V2).
+
+Shape suffixes: N images, Z numbers of noise, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from meshuffle.errors import ModelError
+from meshuffle.models.knobs import require_at_least
+from meshuffle.models.layers import conv_bn_relu
+from meshuffle.models.shufflenet_v2 import ShuffleUnitV2
+
+NOISE = 64
+WIDTH = 32
+_SMALLEST = 4  # pixels of the side of the smallest map
+
+
+class GrowingUnit(ShuffleUnitV2):
+    """A V2 unit that doubles the map: all of x goes through both of its branches.
+
+    Args:
+        in_channels, out_channels: must differ; `out_channels` must be even.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, stride=1)
+        for branch in (self.branch1, self.branch2):
+            assert isinstance(branch, nn.Sequential)
+            first = next(i for i, m in enumerate(branch) if _is_depthwise(m))
+            branch.insert(first, nn.Upsample(scale_factor=2, mode="nearest"))
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.groups > 1
+
+
+class Generator(nn.Module):
+    """Makes images of noise.
+
+    Args:
+        size: their side in pixels: 8, 16, 32, 64 and so on.
+        width: channels at full size.
+        noise: Z.
+
+    Raises:
+        ModelError: values that do not fit.
+    """
+
+    def __init__(self, size: int = 32, width: int = WIDTH, noise: int = NOISE) -> None:
+        super().__init__()
+        require_at_least("noise", noise, 1)
+        channels = _channels(size, width)[::-1]
+        self.noise = noise
+        self.dense = nn.Sequential(
+            nn.Linear(noise, channels[0] * _SMALLEST**2, bias=False),
+            nn.Unflatten(1, (channels[0], _SMALLEST, _SMALLEST)),
+            nn.BatchNorm2d(channels[0]),
+            nn.ReLU(inplace=True),
+        )
+        units: list[nn.Module] = []
+        for in_channels, out_channels in pairwise(channels):
+            units.append(GrowingUnit(in_channels, out_channels))
+            units.append(ShuffleUnitV2(out_channels, out_channels, stride=1))
+        self.units = nn.Sequential(*units)
+        self.last = nn.Conv2d(channels[-1], 3, 3, padding=1)
+
+    def forward(self, z_NZ: Tensor) -> Tensor:
+        """Return images (N, 3, size, size) in −1 … 1."""
+        return torch.tanh(self.last(self.units(self.dense(z_NZ))))
+
+
+class Discriminator(nn.Module):
+    """Says of images whether they are real: the logit is above 0 where it thinks so.
+
+    Args:
+        size, width: as of `Generator`.
+    """
+
+    def __init__(self, size: int = 32, width: int = WIDTH) -> None:
+        super().__init__()
+        channels = _channels(size, width)
+        self.stem = nn.Sequential(*conv_bn_relu(3, channels[0], 3))
+        units: list[nn.Module] = []
+        for in_channels, out_channels in pairwise(channels):
+            units.append(ShuffleUnitV2(in_channels, out_channels, stride=2))
+            units.append(ShuffleUnitV2(out_channels, out_channels, stride=1))
+        self.units = nn.Sequential(*units)
+        self.last = nn.Linear(channels[-1], 1)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Return logits (N, 1) of images (N, 3, size, size)."""
+        return self.last(self.units(self.stem(x_NCHW)).mean((2, 3)))
+
+
+def _channels(size: int, width: int) -> list[int]:
+    """Return the channels of each map, from full size to the smallest."""
+    require_at_least("width", width, 2)
+    if width % 2:
+        raise ModelError(f"`width` (={width}) must be even: V2 units have two halves")
+    num = (size // _SMALLEST).bit_length() - 1
+    if num < 1 or size != _SMALLEST << num:
+        raise ModelError(
+            f"`size` (={size}) must be 8, 16, 32, 64, … pixels: the map doubles from 4"
+        )
+    return [width << i for i in range(num + 1)]
