@@ -27,11 +27,11 @@ _SHOWN = 10
 class CheckReport:
     """What `check_data` found.
 
-    `counts`: {split: {class: images}}, broken ones included; of boxes the objects, of masks
-    the images that show the class, and of numbers to learn the images that have one. `absent`: {split: classes that
-    other splits have}. `unreadable`: (name, reason). `leaks`: exact duplicates (name, name)
-    between two splits; `repeated`: within one split. `ignored`: what was passed over, or put
-    right.
+    `counts`: {split: {class: images}}, broken ones included; of boxes the objects, of masks the
+    images that show the class, and of numbers to learn the images that have one. `absent`:
+    {split: classes that other splits have}. `unreadable`: (name, reason). `leaks`: exact
+    duplicates (name, name) between two splits; `repeated`: within one split. `ignored`: what was
+    passed over, or put right.
     `smallest`, `largest`: (width, height) by area. `imbalance`: images of the largest over
     the smallest class of train (or of the only split), or None where a class is empty.
     """

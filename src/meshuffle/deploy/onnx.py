@@ -1,9 +1,9 @@
 """Export to ONNX: torch.export's program, translated by torch's exporter, run by ONNX Runtime.
 
 The file takes `input`, float32 [batch, 3, H, W], normalised as the card says, and returns
-`logits`, float32 [batch, C], or what the task's outputs are; the batch is dynamic. Its metadata holds `model`, `classes` and
-`preprocess` to read, and the whole card under `meshuffle`. The opset is the exporter's default
-(20 in torch 2.15), and `Parity.runtime` names it.
+`logits`, float32 [batch, C], or what the task's outputs are; the batch is dynamic. Its metadata
+holds `model`, `classes` and `preprocess` to read, and the whole card under `meshuffle`. The opset
+is the exporter's default (20 in torch 2.15), and `Parity.runtime` names it.
 """
 
 from __future__ import annotations
