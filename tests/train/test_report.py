@@ -384,3 +384,16 @@ def test_ticks_are_epochs_where_they_ended(run: Path) -> None:
 def test_the_examples_in_the_docstrings_hold() -> None:
     for module in (page, record):
         assert doctest.testmod(module).failed == 0
+
+
+def test_a_run_that_waits_for_its_data_says_so(run: Path) -> None:
+    fill_run(run)
+    quiet = report(run, make_source(20, DIGITS)).text
+    assert "waited for data" not in quiet
+    lines = (run / "metrics.csv").read_text().splitlines()
+    place = COLUMNS.split(",").index("data_wait")
+    rows = [line.split(",") for line in lines]
+    for row in rows[1:]:
+        row[place] = "0.31"
+    (run / "metrics.csv").write_text("\n".join(",".join(row) for row in rows) + "\n")
+    assert "waited for data 31.0 % of the time" in report(run, make_source(20, DIGITS)).text

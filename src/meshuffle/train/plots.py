@@ -103,7 +103,9 @@ def training_charts(record: Record, task: Task) -> tuple[Chart, ...]:
 
 
 def _titled(metric: Metric) -> str:
-    label = metric.label[:1].upper() + metric.label[1:]
+    label = metric.label
+    if label[1:2].islower() or label[1:2] == "-":  # but mAP, mIoU
+        label = label[:1].upper() + label[1:]
     label = f"{label} accuracy" if metric.key == "top1" else label
     return f"{label}, {metric.unit}" if metric.unit else label
 

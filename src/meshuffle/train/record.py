@@ -64,6 +64,12 @@ class Record:
                 return rates[len(rates) // 2]
         return None
 
+    @property
+    def data_wait(self) -> float | None:
+        """The share of the time that training waited for data, 0 … 1; the epochs' median."""
+        shares = sorted(s for row in self.epochs if (s := number(row.get("data_wait"))) is not None)
+        return shares[len(shares) // 2] if shares else None
+
 
 def read_record(run: Path) -> Record:
     """Read what there is in the folder `run`."""

@@ -29,6 +29,7 @@ from meshuffle.train.tasks import make_task
 from meshuffle.train.weights import Card
 
 _MAX_ROWS = 20
+_MUCH_WAIT = 0.05  # of the time; then decoding limits
 _EPOCH_EVENT = re.compile(r"epoch \d+/\d+ ")  # what the curves already show
 
 
@@ -149,8 +150,9 @@ def _efforts(record: Record, card: Card) -> Iterator[str]:
     epochs = f"{max(done):g}" if done else str(card.epoch) if card.epoch else None
     yield _big("epochs", epochs, "", note)
     yield _big("training time", *_duration(record.seconds))
-    rate = record.images_per_s
-    yield _big("images per second", None if rate is None else f"{rate:,.0f}")
+    rate, wait = record.images_per_s, record.data_wait
+    note = f"waited for data {page.percent(wait)} of the time" if (wait or 0) > _MUCH_WAIT else ""
+    yield _big("images per second", None if rate is None else f"{rate:,.0f}", "", note)
 
 
 def _big(label: str, value: str | None, unit: str = "", note: str = "") -> str:
