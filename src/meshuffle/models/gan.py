@@ -16,10 +16,11 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from meshuffle.errors import ModelError
 from meshuffle.models.knobs import require_at_least
-from meshuffle.models.layers import conv_bn_relu
+from meshuffle.models.layers import conv
 from meshuffle.models.shufflenet_v2 import ShuffleUnitV2
 
 NOISE = 64
@@ -82,7 +83,13 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Says of images whether they are real: the logit is above 0 where it thinks so.
+    """Says of images whether they are real: the higher the logit, the more.
+
+    Its units have no batch norm: every weight is divided by its largest singular value instead
+    (arXiv 1802.05957), so that a logit depends on one image alone and cannot change abruptly
+    between real and made ones. The weights as they are trained are
+    `….parametrizations.weight.original`; each forward in train mode brings the estimate of the
+    singular value one iteration further.
 
     Args:
         size, width: as of `Generator`.
@@ -91,17 +98,28 @@ class Discriminator(nn.Module):
     def __init__(self, size: int = 32, width: int = WIDTH) -> None:
         super().__init__()
         channels = _channels(size, width)
-        self.stem = nn.Sequential(*conv_bn_relu(3, channels[0], 3))
+        self.stem = nn.Sequential(conv(3, channels[0], 3), nn.ReLU(inplace=True))
         units: list[nn.Module] = []
         for in_channels, out_channels in pairwise(channels):
             units.append(ShuffleUnitV2(in_channels, out_channels, stride=2))
             units.append(ShuffleUnitV2(out_channels, out_channels, stride=1))
         self.units = nn.Sequential(*units)
         self.last = nn.Linear(channels[-1], 1)
+        _bound(self)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Return logits (N, 1) of images (N, 3, size, size)."""
         return self.last(self.units(self.stem(x_NCHW)).mean((2, 3)))
+
+
+def _bound(model: nn.Module) -> None:
+    """Put spectral norm on all weights in place of batch norm, in place."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, nn.Identity())
+            elif isinstance(child, (nn.Conv2d, nn.Linear)):
+                parametrizations.spectral_norm(child)
 
 
 def _channels(size: int, width: int) -> list[int]:

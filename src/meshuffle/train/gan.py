@@ -4,9 +4,11 @@
     generator       G(z₂)                 −Σ D(G(z₂))
 
 Both sums go over the samples of all ranks and are divided by their number. This is the hinge loss
-(arXiv 1705.02894), with batch norm in both networks, the real and the made images in batches of
-their own (arXiv 1511.06434), and Adam without momentum (β₁ = 0, arXiv 1805.08318). On digits of
-16 pixels the logistic loss let the discriminator win by step 400; this one went on.
+(arXiv 1705.02894) with spectral norm in the discriminator (1802.05957) and Adam without momentum
+(β₁ = 0, 1805.08318). Tried on scikit-learn's digits at 16 pixels, 2000 steps of batch 32 at rate
+0.001: the distance to the real ones, which is 0.12 in pixels between two halves of these, still
+fell, to 1.5; with batch norm in the discriminator it swung from 3 to 4, with group norm from 1.5
+to 2.0, and the discriminator told nearly all images apart; with the logistic loss it won at once.
 
 z is a hash of seed, step, micro-batch and the sample's number in the whole batch, so that any
 number of ranks draws the same.
@@ -120,9 +122,8 @@ def hinge(real_logits: Tensor, made_logits: Tensor) -> Tensor:
 
 
 def told_apart(real_logits: Tensor, made_logits: Tensor) -> Tensor:
-    """Return the share of right answers about each sample and its generated one, (N,)."""
-    right = (real_logits > 0).float() + (made_logits <= 0).float()
-    return right[:, 0] / 2
+    """Return 1 where the real image has the higher logit, 0 where the made one has, (N,)."""
+    return ((real_logits - made_logits).sign()[:, 0].float() + 1) / 2
 
 
 @dataclass

@@ -145,9 +145,12 @@ def test_a_classifier_becomes_a_detector_and_the_report_compares(
     made: dict[str, str], photos: Path, tmp_path: Path
 ) -> None:
     first = train(settings("classify", str(photos), tmp_path / "first", input_size=32, epochs=1))
-    config = settings("detect", made["detect"], tmp_path / "second", from_=first["run"], epochs=3)
+    config = settings(
+        "detect", made["detect"], tmp_path / "second", from_=first["run"], epochs=3,
+        optimizer=None, lr=None,
+    )  # fmt: skip
     chosen = resolve_for(config, open_data(made["detect"], task="detect"))
-    assert (chosen.freeze, chosen.unfreeze_epoch, chosen.body_lr) == ("backbone", 2, 0.1)
+    assert (chosen.freeze, chosen.unfreeze_epoch, chosen.body_lr) == ("backbone", 2, 1.0)
     run = Path(train(config)["run"])
     lines = [str(event.get("text")) for event in read_record(run).events]
     assert any("the weights have learned to classify" in line for line in lines)

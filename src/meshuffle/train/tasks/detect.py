@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ class Detect(Task):
         Metric("map75", "mAP at IoU 0.75"),
     )
     dense = True
+    suits: ClassVar[Mapping[str, Any]] = {"body_lr": 1.0}
     outputs = "boxes"
 
     @classmethod

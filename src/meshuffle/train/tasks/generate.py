@@ -38,9 +38,9 @@ class Generate(Task):
     `fid` is the Fréchet distance between the images of a split and as many generated ones, in the
     features of a classifier: of the run `--knobs.features RUN`, or else of a ShuffleNet V2 with
     fixed random weights (see `train/fid.py`). The lower the better; with fewer images it is
-    larger. `told_apart` is the discriminator's share of right answers: near 100 it sees through
-    the generator, at 50 it guesses. The knobs `width` and `noise` are those of `Generator`.
-    `label_smoothing` has no part in it.
+    larger. `told_apart` is the share of pairs, a real image and a made one, in which the
+    discriminator prefers the real one: at 50 it guesses. The knobs `width` and `noise` are those
+    of `Generator`. `label_smoothing` has no part in it.
 
     Shape suffixes: N images, F features, C channels, H height, W width.
     """
@@ -131,13 +131,12 @@ class Generate(Task):
         return np.zeros((), np.int64)
 
     def prediction(self, rows: Rows, i: int, size: tuple[int, int]) -> dict[str, Any]:
-        """Return the discriminator's logit, `realness`: above 0 where the image seems real."""
+        """Return the discriminator's logit, `realness`."""
         return {"realness": float(rows["real_logits"][i])}
 
     def sentence(self, prediction: Mapping[str, Any]) -> str:
-        """Return for example `seems real (+0.83)`."""
-        logit = prediction["realness"]
-        return f"seems {'real' if logit > 0 else 'made'} ({logit:+.2f})"
+        """Return for example `realness +0.83`."""
+        return f"realness {prediction['realness']:+.2f}"
 
     def picture(self, image: Image.Image, rows: Rows, i: int, truth: Any = None) -> Image.Image:
         """Return a sheet of 16 generated images, from that of sample i on."""
