@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from meshuffle.data import auto_workers, open_data, prepare_workers, relabel
+from meshuffle.data import Data, auto_workers, open_data, prepare_workers, relabel
 from meshuffle.dist.device import keep_freed_pages, pick_device
 from meshuffle.dist.exchange import make_exchange
 from meshuffle.dist.group import RankEnv, new_group, process_group, rank_env, set_patience
@@ -70,7 +70,7 @@ def train_rank(run: Path) -> dict[str, Any]:
         card = begun or make_card(config, data)
         data = relabel(data, card.classes)
         state, lines = build_state(config, plan, card, env, device, group, run / START)
-        lines += about
+        lines += [*about, *_left_out(data)]
         if found.folder is not None:
             state.restore(found.folder)
             where = f"epoch {state.progress.epoch + 1}, step {state.progress.step}"
@@ -87,6 +87,14 @@ def train_rank(run: Path) -> dict[str, Any]:
             with traced(loop):
                 loop.fit()
             return finish(run, loop, env)
+
+
+def _left_out(data: Data) -> list[str]:
+    """Return a line about what the data hold that is not used, or that was put right."""
+    if not data.ignored:
+        return []
+    more = f" and {len(data.ignored) - 1} more" if len(data.ignored) > 1 else ""
+    return [f"data: ignored {data.ignored[0]}{more}; `meshuffle data check` lists them"]
 
 
 def _begun(run: Path) -> tuple[Card | None, list[str]]:

@@ -150,8 +150,8 @@ def _efforts(record: Record, card: Card) -> Iterator[str]:
     epochs = f"{max(done):g}" if done else str(card.epoch) if card.epoch else None
     yield _big("epochs", epochs, "", note)
     yield _big("training time", *_duration(record.seconds))
-    rate, wait = record.images_per_s, record.data_wait
-    note = f"waited for data {page.percent(wait)} of the time" if (wait or 0) > _MUCH_WAIT else ""
+    rate, wait = record.images_per_s, record.data_wait or 0.0
+    note = f"waited for data {page.percent(wait)} of the time" if wait > _MUCH_WAIT else ""
     yield _big("images per second", None if rate is None else f"{rate:,.0f}", "", note)
 
 

@@ -107,7 +107,7 @@ def _rehearse(
 def absolute_data(spec: str) -> str:
     """Return DATA, or weights, with the path made absolute: a run goes on from anywhere."""
     prefix, colon, path = spec.partition(":")
-    path, mark, options = path.partition("?")
+    path, mark, options = (path, "", "") if Path(path).exists() else path.partition("?")
     if Path(spec).expanduser().exists():
         return str(Path(spec).expanduser().resolve())
     if colon and Path(path).expanduser().exists():
