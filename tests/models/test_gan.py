@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from meshuffle.dist.exchange import Exchange
 from meshuffle.errors import ModelError
-from meshuffle.models.gan import Discriminator, Generator, GrowingUnit
+from meshuffle.models.gan import Discriminator, Generator, GrowingUnit, SpectralNorm
 from meshuffle.models.shufflenet_v2 import ShuffleUnitV2
 from meshuffle.parallel.batch_norm import synchronise_batch_norm
 
@@ -61,6 +61,67 @@ def test_there_are_no_convolution_biases_that_batch_norm_eats() -> None:
     names = {name for name, _ in Generator(16, WIDTH).named_parameters() if "bias" in name}
     norms = {n for n, m in Generator(16, WIDTH).named_modules() if isinstance(m, nn.BatchNorm2d)}
     assert names == {f"{name}.bias" for name in norms} | {"last.bias"}
+
+
+def test_weights_have_a_largest_singular_value_of_one() -> None:
+    discriminator = Discriminator(16, WIDTH)
+    for _ in range(30):
+        discriminator(torch.zeros(1, 3, 16, 16))
+    found = 0
+    for module in discriminator.eval().modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            largest = torch.linalg.matrix_norm(module.weight.flatten(1), ord=2)
+            torch.testing.assert_close(largest, torch.ones(()), rtol=0.03, atol=0)
+            found += 1
+    assert found > 10
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in discriminator.modules())
+
+
+def test_the_spectral_norm_is_torchs() -> None:
+    """Its value and its gradient, at the same vectors."""
+    torch.manual_seed(0)
+    weight = torch.randn(6, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    theirs = nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 6, 3, bias=False).double())
+    own = SpectralNorm(weight).double().eval()
+    torch_norm = theirs.parametrizations.weight[0]  # type: ignore[index,union-attr]
+    torch_norm.eval()
+    own.u.copy_(torch_norm._u)
+    torch_norm._v.copy_(F.normalize(torch_norm._u @ weight.detach().flatten(1), dim=0))
+    direction = torch.randn_like(weight)
+    gradients = []
+    for norm in (own, torch_norm):
+        value = norm(weight)
+        gradients.append((value, *torch.autograd.grad((value * direction).sum(), weight)))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_length_of_the_vector_does_not_matter() -> None:
+    """That of an average of vectors is below 1."""
+    norm, weight = SpectralNorm(torch.eye(4, 5)).eval(), torch.randn(4, 5)
+    expected = norm(weight)
+    norm.u.mul_(0.1)
+    torch.testing.assert_close(norm(weight), expected)
+
+
+def test_eval_mode_changes_nothing() -> None:
+    discriminator, x = Discriminator(16, WIDTH).eval(), torch.randn(2, 3, 16, 16)
+    before = {k: v.clone() for k, v in discriminator.state_dict().items()}
+    assert torch.equal(discriminator(x), discriminator(x))
+    assert all(torch.equal(v, before[k]) for k, v in discriminator.state_dict().items())
+
+
+def test_a_logit_depends_on_its_image_alone() -> None:
+    discriminator, x = Discriminator(16, WIDTH), torch.randn(4, 3, 16, 16)
+    whole = discriminator.eval()(x)
+    torch.testing.assert_close(discriminator(x[2:3]), whole[2:3])
+
+
+def test_half_precision_keeps_the_norm_in_float32() -> None:
+    norm = SpectralNorm(torch.randn(4, 5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert norm(torch.randn(4, 5)).dtype == torch.float32
+    assert norm.u.dtype == torch.float32
 
 
 def test_channels_last_stays() -> None:

@@ -16,7 +16,8 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from meshuffle.errors import ModelError
 from meshuffle.models.knobs import require_at_least
@@ -88,8 +89,7 @@ class Discriminator(nn.Module):
     Its units have no batch norm: every weight is divided by its largest singular value instead
     (arXiv 1802.05957), so that a logit depends on one image alone and cannot change abruptly
     between real and made ones. The weights as they are trained are
-    `….parametrizations.weight.original`; each forward in train mode brings the estimate of the
-    singular value one iteration further.
+    `….parametrizations.weight.original`.
 
     Args:
         size, width: as of `Generator`.
@@ -112,6 +112,42 @@ class Discriminator(nn.Module):
         return self.last(self.units(self.stem(x_NCHW)).mean((2, 3)))
 
 
+class SpectralNorm(nn.Module):
+    """Divides a weight (O, …) by its largest singular value as a matrix of O rows.
+
+    That is estimated by the power method, one iteration with each forward in train mode. Unlike
+    torch's own it keeps the left vector alone, of any length, so that an average over many steps
+    is as good as the last one; and it is in float32 under autocast.
+    """
+
+    u: Tensor
+    _FIRST_ITERATIONS = 15
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("u", torch.randn(len(weight), dtype=weight.dtype))
+        with torch.no_grad():
+            for _ in range(self._FIRST_ITERATIONS):
+                self.u.copy_(_next(weight.flatten(1), self.u))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the weight, with a largest singular value of about 1."""
+        with torch.autocast(weight.device.type, enabled=False):
+            matrix_OI = weight.flatten(1)
+            with torch.no_grad():
+                u_O = self.u
+                if self.training:
+                    u_O = _next(matrix_OI, u_O)
+                    self.u.copy_(u_O)
+                u_O = F.normalize(u_O, dim=0)
+                v_I = F.normalize(u_O @ matrix_OI, dim=0)
+            return weight / (u_O @ matrix_OI @ v_I)
+
+
+def _next(matrix_OI: Tensor, u_O: Tensor) -> Tensor:
+    return F.normalize(matrix_OI @ F.normalize(u_O @ matrix_OI, dim=0), dim=0)
+
+
 def _bound(model: nn.Module) -> None:
     """Put spectral norm on all weights in place of batch norm, in place."""
     for module in list(model.modules()):
@@ -119,7 +155,7 @@ def _bound(model: nn.Module) -> None:
             if isinstance(child, nn.BatchNorm2d):
                 setattr(module, name, nn.Identity())
             elif isinstance(child, (nn.Conv2d, nn.Linear)):
-                parametrizations.spectral_norm(child)
+                parametrize.register_parametrization(child, "weight", SpectralNorm(child.weight))
 
 
 def _channels(size: int, width: int) -> list[int]:

@@ -46,7 +46,7 @@ def draw_boxes(
         draw.rectangle(_ordered(entry["box"]), outline=_colour(colour), width=line)
     for box in [] if truth is None else truth.tolist():
         _dashed(draw, box, max(1, round(_DASH * scale)), max(1, line // 2))
-    font = _font(max(8, round(_TEXT * scale)))
+    font = font_of(max(8, round(_TEXT * scale)))
     for entry, colour in reversed(list(zip(found, colours, strict=True))):
         _tag(draw, entry, _colour(colour), font, image.size)
 
@@ -93,7 +93,7 @@ def _colour(number: int) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def font_of(size: int) -> ImageFont.FreeTypeFont:
     """Return matplotlib's DejaVu Sans: it has Greek, Cyrillic and more, which PIL's own lacks."""
     import matplotlib
 

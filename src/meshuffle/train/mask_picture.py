@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from meshuffle.data.target import VOID
-from meshuffle.train.box_picture import SHOWN, _font, enlarged
+from meshuffle.train.box_picture import SHOWN, enlarged, font_of
 
 Colour = tuple[int, int, int]
 _OPACITY = 0.6
@@ -109,14 +109,14 @@ def _present(masks: Sequence[NDArray[np.uint8]]) -> list[int]:
 
 
 def _write(image: Image.Image, title: str, size: int) -> None:
-    draw, font = ImageDraw.Draw(image), _font(size)
+    draw, font = ImageDraw.Draw(image), font_of(size)
     draw.rectangle(draw.textbbox((size // 2, size // 4), title, font=font), fill="black")
     draw.text((size // 2, size // 4), title, fill="white", font=font)
 
 
 def _legend(classes: Sequence[int], names: Sequence[str], width: int, size: int) -> Image.Image:
     """Return lines of coloured squares with names, as high as it takes."""
-    font, line, gap = _font(size), round(1.5 * size), size // 2
+    font, line, gap = font_of(size), round(1.5 * size), size // 2
     places: list[tuple[int, int, int, str]] = []
     x, y = gap, gap // 2
     shown = [(c, names[c] if c < len(names) else str(c)) for c in classes[:_MAX_NAMES]]

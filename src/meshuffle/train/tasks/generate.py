@@ -49,8 +49,13 @@ class Generate(Task):
     metrics = (Metric("fid", "FID", "", 2, lower=True), Metric("told_apart", "told apart"))
     running = Metric("told_apart", "told apart")
     splits = ()
-    suits: ClassVar[Mapping[str, Any]] = {"optimizer": "adam"}
-    """Settings to begin from where none are given: SGD does not train a GAN."""
+    suits: ClassVar[Mapping[str, Any]] = {
+        "optimizer": "adam",
+        "lr": 0.0007,
+        **{"affine_degrees": 0.0, "affine_translate": 0.0, "affine_scale": 0.0},
+        **{"crop_scale": 0.0, "trivial_augment": False, "erasing": 0.0},
+    }
+    """SGD does not train a GAN; and what changes the images would be learned like them."""
 
     @classmethod
     def settings(cls, config: TrainConfig, data: Data) -> dict[str, Any]:
@@ -94,6 +99,14 @@ class Generate(Task):
                 f"knobs {knobs}: width and noise are whole numbers ({error})"
             ) from None
         return Gan(generator, discriminator, critic, card.preprocess)
+
+    def deployed(self, network: nn.Module) -> nn.Module:
+        """Refuse: what users need is the generator, whose input is noise and not an image.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError("export: a run of generate has no file format yet; use Generate.sample")
 
     def loss_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the discriminator's loss of real images, summed; a step has others besides."""
