@@ -7,8 +7,6 @@ workers receive quickly. Masks are decoded when they are asked for.
 from __future__ import annotations
 
 import os
-import struct
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,23 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from meshuffle.data.image import FORMATS, MAX_PIXELS, decode_image
+from meshuffle.data.image import BROKEN, EXIF_ORIENTATION, FORMATS, MAX_PIXELS, decode_image
 from meshuffle.data.scan import PathTable
 from meshuffle.data.target import Boxes
 from meshuffle.errors import ImageError
 
-_BROKEN = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-_EXIF_ORIENTATION = 0x0112
 _ON_THEIR_SIDE = (5, 6, 7, 8)
 _SHOWN_IDS = 8
 
@@ -174,7 +160,7 @@ def image_size(path: str) -> tuple[int, int]:
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             return (height, width) if _lies_on_its_side(image) else (width, height)
-    except _BROKEN as error:
+    except (*BROKEN, Image.DecompressionBombError) as error:
         raise _unreadable(path, error) from error
 
 
@@ -182,7 +168,7 @@ def _lies_on_its_side(image: Image.Image) -> bool:
     """Pillow would decode a PNG without any EXIF to its end to find out."""
     if image.format == "PNG" and not any("exif" in str(k) or "xmp" in str(k) for k in image.info):
         return False
-    return image.getexif().get(_EXIF_ORIENTATION) in _ON_THEIR_SIDE
+    return image.getexif().get(EXIF_ORIENTATION) in _ON_THEIR_SIDE
 
 
 def read_ids(path: str) -> NDArray[Any]:
@@ -197,7 +183,7 @@ def read_ids(path: str) -> NDArray[Any]:
                 raise ImageError(f"{path}: {_times(image.size)} is more than {MAX_PIXELS:,} pixels")
             ids = np.asarray(image)
             mode = image.mode
-    except _BROKEN as error:
+    except (*BROKEN, Image.DecompressionBombError) as error:
         raise _unreadable(path, error) from error
     if ids.ndim == 2:
         return ids.astype(np.uint8) if ids.dtype == bool else ids

@@ -35,7 +35,7 @@ EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp
 MAX_PIXELS = 89_478_485  # Pillow's own threshold of suspicion: 256 MiB as RGB
 
 # What Pillow's parsers raise on broken files. Tests fuzz every format against this list.
-_BROKEN = (
+BROKEN = (
     OSError,
     SyntaxError,
     ValueError,
@@ -45,7 +45,7 @@ _BROKEN = (
     struct.error,
     zlib.error,
 )
-_EXIF_ORIENTATION = 0x0112
+EXIF_ORIENTATION = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -90,7 +90,7 @@ def _decode(file: BinaryIO, num_bytes: int, label: str, max_pixels: int) -> Imag
         image = _open(file)
     except Image.DecompressionBombError as error:
         raise ImageError(f"{label}: {_one_line(error)}") from error
-    except _BROKEN as error:
+    except BROKEN as error:
         raise ImageError(f"{label}: {_not_an_image(file)}") from error
     width, height = image.size
     if width * height > max_pixels:
@@ -102,7 +102,7 @@ def _decode(file: BinaryIO, num_bytes: int, label: str, max_pixels: int) -> Imag
         image.load()
         upright = _upright(image)
         return _to_rgb(upright)
-    except _BROKEN as error:
+    except BROKEN as error:
         raise ImageError(f"{label}: broken or truncated: {_one_line(error)}") from error
 
 
@@ -123,8 +123,8 @@ def _upright(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation. A broken EXIF block does not cost us a good picture."""
     try:
         with _no_warnings():
-            orientation = image.getexif().get(_EXIF_ORIENTATION)
-    except _BROKEN:
+            orientation = image.getexif().get(EXIF_ORIENTATION)
+    except BROKEN:
         return image
     method = _TRANSPOSE.get(orientation) if isinstance(orientation, int) else None
     return image if method is None else image.transpose(method)

@@ -24,10 +24,9 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from meshuffle.errors import ConfigError, did_you_mean
-from meshuffle.models.features import Features
+from meshuffle.errors import ConfigError
+from meshuffle.models.features import Features, build_on, find_named
 from meshuffle.models.layers import conv_bn, depthwise
-from meshuffle.models.registry import create_model
 
 Size = tuple[int, int]
 _MULTIPLE = 32  # pixels; the largest stride of a backbone: its maps are then h/stride × w/stride
@@ -196,10 +195,7 @@ def find_head(name: str) -> type[Detector]:
     Raises:
         ConfigError: there is none of this name.
     """
-    if name not in HEADS:
-        hint = did_you_mean(name, HEADS)
-        raise ConfigError(f"--head {name}: detect knows {' and '.join(HEADS)}{hint}")
-    return HEADS[name]
+    return find_named(HEADS, name, "detect")
 
 
 def create_detector(
@@ -217,9 +213,7 @@ def create_detector(
         ConfigError, ModelError: of the head, and of the model.
     """
     kind: Callable[[nn.Module, int], Detector] = find_head(head)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return kind(create_model(model, num_classes=1000, **(knobs or {})), num_classes)
+    return build_on(lambda backbone: kind(backbone, num_classes), model, seed=seed, knobs=knobs)
 
 
 @functools.cache

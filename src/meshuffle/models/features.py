@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from meshuffle.errors import ModelError
+from meshuffle.errors import ConfigError, ModelError, did_you_mean
+from meshuffle.models.registry import create_model
+
+T = TypeVar("T", bound=nn.Module)
+H = TypeVar("H")
 
 BACKBONE = "features.body."
 """Where a model that stands on `Features` has the parameters of its backbone."""
@@ -87,3 +91,29 @@ def _opaque(model: nn.Module) -> dict[str, Any]:
     """Let torch.fx take our units as they are: they look at the memory format of their input."""
     kinds = {type(m) for m in model.modules() if m is not model}
     return {"leaf_modules": [k for k in kinds if k.__module__.startswith(__package__ or "")]}
+
+
+def build_on(
+    build: Callable[[nn.Module], T], model: str, *, seed: int, knobs: Mapping[str, Any] | None
+) -> T:
+    """Return what `build` makes of the registry's `model`, all with random weights.
+
+    Args:
+        model, knobs: see `create_model`; the classifier is thrown away.
+        seed: the same one gives the same weights; the global random state stays as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return build(create_model(model, num_classes=1000, **(knobs or {})))
+
+
+def find_named(heads: Mapping[str, H], name: str, task: str) -> H:
+    """Return the head of a name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in heads:
+        hint = did_you_mean(name, heads)
+        raise ConfigError(f"--head {name}: {task} knows {' and '.join(heads)}{hint}")
+    return heads[name]

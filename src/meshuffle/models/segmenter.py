@@ -13,16 +13,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.segmentation.deeplabv3 import ASPPPooling, DeepLabHead
 from torchvision.models.segmentation.lraspp import LRASPPHead
 
-from meshuffle.errors import ConfigError, did_you_mean
 from meshuffle.models.dilation import dilate
-from meshuffle.models.features import Features
-from meshuffle.models.registry import create_model
+from meshuffle.models.features import Features, build_on, find_named
 
 HEADS: Mapping[str, tuple[int, ...]] = {"lraspp": (8, 16), "deeplabv3": (16,)}
 """The heads by name, and the strides of the maps that they look at."""
@@ -99,10 +96,7 @@ def require_head(name: str) -> tuple[int, ...]:
     Raises:
         ConfigError: there is no head of this name.
     """
-    if name not in HEADS:
-        hint = did_you_mean(name, HEADS)
-        raise ConfigError(f"--head {name}: segment knows {' and '.join(HEADS)}{hint}")
-    return HEADS[name]
+    return find_named(HEADS, name, "segment")
 
 
 def create_segmenter(
@@ -120,6 +114,4 @@ def create_segmenter(
         ConfigError, ModelError: of the head, and of the model.
     """
     require_head(head)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return Segmenter(create_model(model, num_classes=1000, **(knobs or {})), num_classes, head)
+    return build_on(lambda body: Segmenter(body, num_classes, head), model, seed=seed, knobs=knobs)

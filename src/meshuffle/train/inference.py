@@ -50,6 +50,7 @@ from meshuffle.train.run import absolute_data, check_splits, threads_per_rank
 from meshuffle.train.shared import replica_group, shared
 from meshuffle.train.task import Task
 from meshuffle.train.tasks import make_task
+from meshuffle.train.tasks.features import FeatureRows
 from meshuffle.train.weights import Card, find_weights, load_model
 
 _UNNAMED = ", which name no classes: output i is taken for the data's i-th"
@@ -238,8 +239,6 @@ def judge_rank(question: Question, plan: Plan, env: RankEnv) -> tuple[Evaluation
 
 def _without_head(network: nn.Module, task: Task) -> tuple[nn.Module, Task]:
     """Return what gives the features in front of the head, and a task that keeps them."""
-    from meshuffle.train.retrieval import FeatureRows
-
     if task.dense or task.name == "generate":
         raise ConfigError(f"features: these weights {task.name}; their features are not pooled")
     return Pooled(network), FeatureRows(task.card)

@@ -8,27 +8,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from meshuffle.errors import DataError
 from meshuffle.train.inference import Question, answer, expanded
-from meshuffle.train.task import Rows, Task
 
 _NEAREST = 5
-
-
-class FeatureRows(Task):
-    """Keeps the network's outputs as they are; for evaluation alone."""
-
-    name = "features"
-
-    def judge(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return `features` float32 (N, F)."""
-        return {"losses": outputs.new_zeros(len(outputs)), "features": outputs}
-
-    def conclude(self, rows: Rows) -> dict[str, float]:
-        """Return nothing."""
-        return {}
 
 
 def features(

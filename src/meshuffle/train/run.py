@@ -36,7 +36,7 @@ from meshuffle.train.files import write_json, write_text
 from meshuffle.train.place import schedule_of, split_model
 from meshuffle.train.state import augment_config, augment_values, build_model, make_card
 from meshuffle.train.task import Task
-from meshuffle.train.tasks import find_task, make_task
+from meshuffle.train.tasks import find_task
 from meshuffle.train.watch import environment
 from meshuffle.train.weights import Card, require_repeated, save_weights
 
@@ -100,7 +100,7 @@ def _rehearse(
     CompileChoice(config, None)
     augment = augment_config(config)
     EpochSampler(num_train, config.batch or 1, repeats=augment.repeats)
-    build_train_transform(augment, card.preprocess, dense=make_task(card).dense)
+    build_train_transform(augment, card.preprocess, dense=find_task(config.task).dense)
     return build_model(config, card)
 
 
@@ -136,14 +136,14 @@ def reopen(run: Path, env: RankEnv | None = None, model: str | None = None) -> P
 def resolve_for(config: TrainConfig, data: Data) -> TrainConfig:
     """Return `config` with every open value chosen for `data`."""
     augment = augment_values(augmentation_for(data))
-    if (config.mixup or config.cutmix) and not find_task(config.task).mixes:
+    task = find_task(config.task)
+    if (config.mixup or config.cutmix) and not task.mixes:
         raise ConfigError(f"--mixup and --cutmix: {config.task} has no labels to mix")
-    if config.class_weights != "none" and config.task != "classify":
+    if config.class_weights != "none" and not task.weighs_classes:
         raise ConfigError(f"--class-weights {config.class_weights}: {config.task} has none")
     new_head = bool(config.from_) and has_new_head(config, data)
     num_train = len(data.splits["train"])
-    suits = find_task(config.task).suits
-    return resolve(config, num_train, data.input_size, augment, suits=suits, new_head=new_head)
+    return resolve(config, num_train, data.input_size, augment, suits=task.suits, new_head=new_head)
 
 
 def launch(prepared: Prepared, module: str = "meshuffle.train.rank") -> None:
@@ -189,7 +189,6 @@ def _choose_plan(config: TrainConfig, card: Card, env: RankEnv | None) -> tuple[
     assert config.batch is not None
     if config.plan != "auto":
         plan = parse_plan(config.plan)
-        check_splits(plan, make_task(card))
         _check_plan(plan, config, env)
         return plan, []
     if env is not None:
@@ -197,7 +196,7 @@ def _choose_plan(config: TrainConfig, card: Card, env: RankEnv | None) -> tuple[
     return fastest_plan(config, card, num_cores(), num_accelerators())
 
 
-def check_splits(plan: Plan, task: Task) -> None:
+def check_splits(plan: Plan, task: Task | type[Task]) -> None:
     """Refuse a plan that splits a model in a way that its task does not know."""
     for axis, size in (("tp", plan.tp), ("pp", plan.pp)):
         if size > 1 and axis not in task.splits:
@@ -207,6 +206,7 @@ def check_splits(plan: Plan, task: Task) -> None:
 
 def _check_plan(plan: Plan, config: TrainConfig, env: RankEnv | None) -> None:
     """Refuse what a later version will do, and what this batch or these ranks cannot."""
+    check_splits(plan, find_task(config.task))
     if plan.pp > 1 or plan.mb:
         _check_micro_batches(plan, config)
     if plan.dp_kind == "central" and plan.tp * plan.pp > 1:

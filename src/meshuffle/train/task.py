@@ -64,7 +64,7 @@ class Task:
         metrics: those that are shown; by the first one the best epoch is chosen.
         running: what is shown while an epoch trains, from `score_sum`; None is the loss alone.
         dense: a target has places in it, which move with the pixels.
-        mixes: mixup and cutmix make sense.
+        mixes: mixup and cutmix make sense; `weighs_classes`: so do weights of classes.
         splits: the plans it knows besides dp.
         suits: settings to begin from, where none are given and it is not what fits a classifier.
         outputs: name of the outputs in an exported file; `argmax`: the largest along dim 1 is the
@@ -78,6 +78,7 @@ class Task:
     running: ClassVar[Metric | None] = None
     dense: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
+    weighs_classes: ClassVar[bool] = False
     splits: ClassVar[tuple[str, ...]] = ("tp", "pp")
     suits: ClassVar[Mapping[str, Any]] = {}
     outputs: ClassVar[str] = "logits"

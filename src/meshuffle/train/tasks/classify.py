@@ -33,7 +33,7 @@ class Classify(Task):
     name = "classify"
     metrics = (Metric("top1", "top-1"), Metric("top5", "top-5"))
     running = Metric("top1", "top-1")
-    mixes = True
+    mixes = weighs_classes = True
     argmax = True
 
     @classmethod
