@@ -334,7 +334,8 @@ def resolve(
         num_train: images of the training split.
         input_size: suggested by the data, pixels.
         augment: the data's defaults by field name.
-        suits: the task's, which come before those of here; `lr` is for a batch of 16 there.
+        suits: the task's, which come before those of here; its `lr` is for its optimiser and a
+            batch of 16.
         new_head: whether the weights that it begins from bring none for these data.
     """
     batch = config.batch or min(256, max(16, 2 ** round(math.log2(num_train) / 2)))
@@ -358,10 +359,9 @@ def resolve(
         "clip_norm": 0.0,
         **augment,
     }
-    if suits.get("optimizer", "sgd") == optimizer:
-        chosen |= {key: value for key, value in suits.items() if key != "lr"}
-        if "lr" in suits:
-            chosen["lr"] = float(f"{suits['lr'] * (batch / 16) ** 0.5:.3g}")
+    chosen |= {key: value for key, value in suits.items() if key not in ("optimizer", "lr")}
+    if "lr" in suits and optimizer == suits.get("optimizer"):
+        chosen["lr"] = float(f"{suits['lr'] * (batch / 16) ** 0.5:.3g}")
     missing = {k: v for k, v in chosen.items() if getattr(config, k) is None}
     return check(dataclasses.replace(config, **missing))
 

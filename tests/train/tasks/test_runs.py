@@ -207,5 +207,6 @@ def test_each_task_begins_with_settings_that_suit_it(made: dict[str, str], tmp_p
     plain = chosen(optimizer=None, lr=None, batch=16)
     assert (plain.optimizer, plain.lr, plain.body_lr) == ("adamw", 0.002, 1.0)
     assert chosen(optimizer=None, lr=None, batch=4).lr == 0.001
-    assert chosen(optimizer="sgd", lr=None, batch=16, from_=None).lr == 0.0221
+    other = chosen(optimizer="sgd", lr=None, batch=16)
+    assert (other.lr, other.body_lr) == (0.0221, 1.0)
     assert chosen(optimizer=None, lr=0.3, body_lr=0.5).lr == 0.3

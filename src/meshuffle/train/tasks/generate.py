@@ -52,6 +52,7 @@ class Generate(Task):
     suits: ClassVar[Mapping[str, Any]] = {
         "optimizer": "adam",
         "lr": 0.0007,
+        "body_lr": 1.0,
         **{"affine_degrees": 0.0, "affine_translate": 0.0, "affine_scale": 0.0},
         **{"crop_scale": 0.0, "trivial_augment": False, "erasing": 0.0},
     }
