@@ -71,9 +71,10 @@ class CheckReport:
 
     def render(self) -> str:
         """Return the report as text of several lines."""
-        lines = [f"{self.spec}: {len(self.classes)} classes", *self._table()]
+        kinds = "targets" if self.task == "regress" else "classes"
+        lines = [f"{self.spec}: {len(self.classes)} {kinds}", *self._table()]
         lines += [f"sizes: {_size(self.smallest)} … {_size(self.largest)} (width×height)"]
-        if self.imbalance is not None:
+        if self.imbalance is not None and self.task != "regress":
             lines.append(f"largest class / smallest class: {self.imbalance:.2f}")
         lines += _section("unreadable", [reason for _, reason in self.unreadable])
         lines += _section("duplicates between splits", [f"{a} = {b}" for a, b in self.leaks])

@@ -59,7 +59,7 @@ class TrainConfig:
 
     optimizer: Annotated[
         Literal["sgd", "adam", "adamw"] | None,
-        _option("Optimiser: sgd, but adamw for boxes and masks and adam to generate.", "Optimiser"),
+        _option("segment, regress: adamw; generate: adam; else sgd.", "Optimiser"),
     ] = None
     lr: Annotated[float | None, _option("Highest learning rate.", "Optimiser")] = None
     momentum: Annotated[float, _option("Of SGD (Nesterov).", "Optimiser")] = 0.9

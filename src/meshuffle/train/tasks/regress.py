@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ class Regress(Task):
     name = "regress"
     metrics = (Metric("r2", "R²", "", 4), Metric("mae", "mean error", "", 4, lower=True))
     outputs = "values"
+    suits: ClassVar[Mapping[str, Any]] = {"optimizer": "adamw", "lr": 0.001}
+    """At a classifier's rate SGD diverges: a squared error has no bound on its gradient."""
 
     @classmethod
     def settings(cls, config: TrainConfig, data: Data) -> dict[str, Any]:
