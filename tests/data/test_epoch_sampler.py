@@ -61,7 +61,17 @@ def test_sizes_are_told_in_advance(num, distinct, repeats, world):
     assert [len(keys) for keys in batches] == [
         sampler.batch_sizes(step) for step in range(len(batches))
     ]
-    assert all(len(keys) == sampler.batch_size for keys in batches[:-1])
+    assert all(len(keys) <= sampler.batch_size for keys in batches)
+
+
+@given(sizes, st.integers(1, 64), worlds, units)
+def test_no_batch_is_a_short_tail(num, batch, world, unit):
+    sampler = EpochSampler(num, batch, world=world, unit=unit)
+    lengths = [sampler.batch_sizes(step) for step in range(sampler.steps_per_epoch)]
+    step = unit if batch % unit == 0 else 1
+    assert max(lengths, default=0) <= batch
+    assert max(lengths, default=0) - min(lengths, default=0) <= 2 * step - 1
+    assert all(length % step == 0 for length in lengths[:-1])
 
 
 @given(st.integers(1, 200), st.integers(1, 20), st.integers(1, 4), st.integers(0, 3))
@@ -107,10 +117,10 @@ def test_without_shuffling_the_order_is_the_sources():
     assert [[key.index for key in keys] for keys in batches] == [[0, 1], [2, 3], [4]]
 
 
-def test_a_small_last_batch_leaves_ranks_empty_but_in_step():
-    samplers = [EpochSampler(9, 8, rank=rank, world=4) for rank in range(4)]
+def test_a_small_batch_leaves_ranks_empty_but_in_step():
+    samplers = [EpochSampler(5, 4, rank=rank, world=4) for rank in range(4)]
     lengths = [[len(keys) for keys in sampler.batches(0)] for sampler in samplers]
-    assert lengths == [[2, 1], [2, 0], [2, 0], [2, 0]]
+    assert lengths == [[1, 1], [1, 1], [1, 0], [0, 0]]
 
 
 def test_million_samples_start_fast():

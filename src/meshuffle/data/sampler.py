@@ -42,17 +42,21 @@ def shard_bounds(num: int, world: int, unit: int = 1) -> list[tuple[int, int]]:
     >>> shard_bounds(5, 2), shard_bounds(5, 2, unit=2)
     ([(0, 3), (3, 5)], [(0, 4), (4, 5)])
     """
-    num_units = -(-num // unit)
-    base, extra = divmod(num_units, world)
-    edges = [unit * (rank * base + min(rank, extra)) for rank in range(world + 1)]
-    return [(min(a, num), min(b, num)) for a, b in pairwise(edges)]
+    return list(pairwise(_edge(num, world, unit, rank) for rank in range(world + 1)))
+
+
+def _edge(num: int, parts: int, unit: int, part: int) -> int:
+    """Return where part `part` of 0 … `num` begins."""
+    base, extra = divmod(-(-num // unit), parts)
+    return min(num, unit * (part * base + min(part, extra)))
 
 
 @dataclass(frozen=True)
 class EpochSampler:
     """The batches of every epoch, for one rank.
 
-    `num_samples` ≥ 0 images; `batch_size` ≥ 1 is the global batch, a multiple of `repeats`;
+    `num_samples` ≥ 0 images; `batch_size` ≥ 1 is the largest global batch, a multiple of
+    `repeats`: an epoch is cut evenly, 196 images at 16 into batches of 15 and 16, never 4;
     `rank` in 0 … `world` − 1; `shuffle=False` keeps the order 0, 1, 2, …; `unit`: ranks take
     multiples of it (2 for mixup pairs). Raises `ConfigError` for values out of range.
     """
@@ -83,7 +87,7 @@ class EpochSampler:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Global batches of one epoch; the last one may be smaller, none is dropped."""
+        """Global batches of one epoch: the fewest that hold all its images."""
         return -(-self.num_distinct * self.repeats // self.batch_size)
 
     def batch_sizes(self, step: int) -> int:
@@ -104,8 +108,10 @@ class EpochSampler:
         return shuffled(self.num_samples, _ORDER, self.seed, epoch)
 
     def _positions(self, step: int) -> range:
-        size = self.batch_size // self.repeats
-        return range(self.num_distinct)[step * size : (step + 1) * size]
+        """An even part of the epoch: batch norm over a short last batch would be noise."""
+        unit = 1 if self.batch_size // self.repeats % self.unit else self.unit
+        num, steps = self.num_distinct, self.steps_per_epoch
+        return range(_edge(num, steps, unit, step), _edge(num, steps, unit, step + 1))
 
     def _global_batch(self, order: NDArray[np.int64], epoch: int, step: int) -> list[SampleKey]:
         """One copy of all images after the other, so that a mixup pair mixes two images."""
