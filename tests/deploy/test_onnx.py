@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from meshuffle.data import Preprocess
 from meshuffle.deploy import onnx as onnx_export
-from meshuffle.deploy.onnx import export_onnx
+from meshuffle.deploy.api import write_file
+from meshuffle.deploy.onnx import Onnx
 from meshuffle.deploy.parity import Parity, parity_batches
+from meshuffle.deploy.subject import Subject
 from meshuffle.errors import DataError, ModelError, ParityError
 from meshuffle.models import ChannelShuffle, create_model
 from meshuffle.train.weights import Card
@@ -100,7 +102,7 @@ def test_the_file_computes_what_the_model_does_at_any_batch_size(tmp_path: Path,
     if name in TINY:
         network = create_model(name, num_classes=len(CLASSES), seed=0, **TINY[name])
     model = alive(network)
-    parity = export_onnx(model, make_card(name), tmp_path / "model.onnx", make_images())
+    parity = write_file(Onnx(), model, make_card(name), tmp_path / "model.onnx", make_images())
     assert parity.batch_sizes == (1, 2, 5)
     assert parity.max_relative_error < 1e-5
     assert parity.top1_agreement == 100.0
@@ -125,7 +127,7 @@ def test_whole_models_are_as_exact_as_float32_is(
 ) -> None:
     """The file is no further from the float64 model than 4 × the float32 model is."""
     model = alive(create_model(name, num_classes=4, seed=0, permutation=permutation)).eval()
-    parity = export_onnx(model, make_card(name), tmp_path / "model.onnx", make_images())
+    parity = write_file(Onnx(), model, make_card(name), tmp_path / "model.onnx", make_images())
     assert parity.top1_agreement == 100.0
     images = make_images(16)
     x_NCHW = PREPROCESS.normalise(images)
@@ -139,7 +141,7 @@ def test_whole_models_are_as_exact_as_float32_is(
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Parity]:
     path = tmp_path_factory.mktemp("export") / "deep" / "model.onnx"
-    return path, export_onnx(small(), make_card(), path, make_images())
+    return path, write_file(Onnx(), small(), make_card(), path, make_images())
 
 
 def test_the_file_says_what_it_is(exported: tuple[Path, Parity]) -> None:
@@ -168,7 +170,7 @@ def test_nothing_of_this_machine_is_in_the_file(exported: tuple[Path, Parity]) -
 def test_the_model_stays_as_it_is(tmp_path: Path) -> None:
     model = small().to(torch.float64).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    export_onnx(model, make_card(), tmp_path / "model.onnx", make_images())
+    write_file(Onnx(), model, make_card(), tmp_path / "model.onnx", make_images())
     assert model.training
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == torch.float64 and torch.equal(tensor, before[name])
@@ -189,7 +191,7 @@ def test_images_are_taken_in_turn() -> None:
 )
 def test_images_of_another_kind_are_refused(tmp_path: Path, images: Tensor) -> None:
     with pytest.raises(DataError, match=r"at least one, as uint8 \[N, 3, H, W\]; got torch"):
-        export_onnx(small(), make_card(), tmp_path / "model.onnx", images)
+        write_file(Onnx(), small(), make_card(), tmp_path / "model.onnx", images)
 
 
 def _wrong_weight(program: onnx.ModelProto) -> None:
@@ -227,15 +229,15 @@ def test_a_file_that_differs_never_replaces_a_good_one(
     path.write_bytes(b"the old file")
     translate = onnx_export._translate
 
-    def faulty(model: nn.Module, example_NCHW: Tensor, outputs: str) -> onnx.ModelProto:
-        program = translate(model, example_NCHW, outputs)
+    def faulty(subject: Subject) -> onnx.ModelProto:
+        program = translate(subject)
         fault(program)
         fired.append(fault)
         return program
 
     monkeypatch.setattr(onnx_export, "_translate", faulty)
     with pytest.raises(ParityError, match=message):
-        export_onnx(small(), make_card(), path, make_images())
+        write_file(Onnx(), small(), make_card(), path, make_images())
     assert fired
     assert path.read_bytes() == b"the old file"
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
@@ -243,7 +245,9 @@ def test_a_file_that_differs_never_replaces_a_good_one(
 
 def test_an_error_above_a_tiny_tolerance_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ParityError, match=r"may be at most 1e-12\. Nothing was written"):
-        export_onnx(small(), make_card(), tmp_path / "model.onnx", make_images(), tolerance=1e-12)
+        write_file(
+            Onnx(), small(), make_card(), tmp_path / "model.onnx", make_images(), tolerance=1e-12
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -252,18 +256,18 @@ def test_outputs_that_are_not_numbers_are_no_agreement(tmp_path: Path) -> None:
     with torch.no_grad():
         model[2].bias[0] = torch.nan  # type: ignore[index,union-attr]
     with pytest.raises(ParityError, match="max error nan"):
-        export_onnx(model, make_card(), tmp_path / "model.onnx", make_images())
+        write_file(Onnx(), model, make_card(), tmp_path / "model.onnx", make_images())
 
 
 def test_a_batch_size_in_the_graph_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"^FixedBatch cannot be exported: .*batch") as caught:
-        export_onnx(FixedBatch(), make_card(), tmp_path / "model.onnx", make_images())
+        write_file(Onnx(), FixedBatch(), make_card(), tmp_path / "model.onnx", make_images())
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_it_is_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    export_onnx(small(), make_card(), tmp_path / "model.onnx", make_images())
+    write_file(Onnx(), small(), make_card(), tmp_path / "model.onnx", make_images())
     assert capfd.readouterr() == ("", "")
 
 

@@ -1,72 +1,37 @@
 """From a trained model to a file that other runtimes execute, with proof that nothing changed.
 
-A format is one module with an `Export` function, and one entry in `EXPORTERS`. The modules are
-imported when they are asked for, since each brings its own toolchain.
+    model ──subject: captured once──▶ Format.write ──▶ file ──Format.open──▶ parity ──▶ in place
+
+A format is a module with a class, and one entry in `FORMATS`. The modules are imported when they
+are asked for, and import their toolchains when they work.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
 
+from meshuffle.deploy.format import Format
 from meshuffle.errors import ConfigError, did_you_mean
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+__all__ = ["FORMATS", "Format", "find_format"]
 
-    from meshuffle.deploy.parity import Parity
-    from meshuffle.train.weights import Card
-
-__all__ = ["EXPORTERS", "LATER", "Export", "Exporter", "find_exporter"]
-
-
-class Export(Protocol):
-    """Writes a model to `path` in one format, once the file agrees with the model."""
-
-    def __call__(
-        self,
-        model: nn.Module,
-        card: Card,
-        path: Path,
-        images_NCHW: Tensor,
-        *,
-        tolerance: float = ...,
-    ) -> Parity:
-        """Return how well the file agrees; see `deploy.parity` for `images_NCHW`, `tolerance`."""
+FORMATS: Mapping[str, str] = {
+    "onnx": "Onnx",
+}
+"""Name, which is also that of the module, and its class."""
 
 
-@dataclass(frozen=True)
-class Exporter:
-    """A format: the `suffix` of its files, and its `Export` as `module:function`."""
-
-    suffix: str
-    target: str
-
-    def load(self) -> Export:
-        """Import the module and return its function."""
-        module, _, function = self.target.partition(":")
-        export: Export = getattr(import_module(module), function)
-        return export
-
-
-EXPORTERS = {"onnx": Exporter(".onnx", "meshuffle.deploy.onnx:export_onnx")}
-
-LATER = ("openvino", "executorch", "litert", "pt2")
-"""Formats of a later version."""
-
-
-def find_exporter(name: str) -> Exporter:
-    """Return the exporter of a format.
+def find_format(name: str) -> Format:
+    """Return a format; its packages need not be installed, see `Format.require`.
 
     Raises:
-        ConfigError: an unknown format, or one of `LATER`.
+        ConfigError: there is none of this name.
     """
-    if name in EXPORTERS:
-        return EXPORTERS[name]
-    known = ", ".join(EXPORTERS)
-    if name in LATER:
-        raise ConfigError(f"export to {name} comes in a later version; this one writes {known}")
-    near = did_you_mean(name, (*EXPORTERS, *LATER))
-    raise ConfigError(f"unknown export format {name!r}{near}; this version writes {known}")
+    if name not in FORMATS:
+        hint = did_you_mean(name, FORMATS)
+        raise ConfigError(
+            f"unknown export format {name!r}{hint}; this version writes {', '.join(FORMATS)}"
+        )
+    made: Format = getattr(import_module(f"{__name__}.{name}"), FORMATS[name])()
+    return made

@@ -32,6 +32,29 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def replaced_files(path: Path) -> Iterator[Path]:
+    """Yield a path of the same name in a temporary folder beside `path`.
+
+    On success it, and whatever else was written to the folder, takes its place beside `path`, and
+    the file itself comes last. After an error all is as it was before.
+    """
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+        temporary = folder / path.name
+        yield temporary
+        files = sorted(folder.iterdir(), key=lambda file: file == temporary)
+        for file in files:
+            sync(file)
+        for file in files:
+            file.replace(path.parent / file.name)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def disk_errors(folder: Path, *kinds: type[BaseException]) -> Iterator[None]:
     """Turn a failure to write below `folder` into one line; `kinds`: besides OSError."""
     caught: tuple[type[BaseException], ...] = (OSError, *kinds)
@@ -39,7 +62,7 @@ def disk_errors(folder: Path, *kinds: type[BaseException]) -> Iterator[None]:
         yield
     except caught as error:
         reason = getattr(error, "strerror", None) or "the write failed, perhaps for lack of space"
-        free = shutil.disk_usage(folder if folder.exists() else folder.anchor).free / 1e6
+        free = shutil.disk_usage(folder if folder.exists() else folder.absolute().anchor).free / 1e6
         raise MeshuffleError(
             f"cannot write to {folder}: {reason} ({free:,.1f} MB are free there); "
             "what was saved before is whole"

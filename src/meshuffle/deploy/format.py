@@ -1,0 +1,90 @@
+"""What every file format can do: write a captured model, open the file, say what is in it.
+
+Nothing here imports torch: a process that only opens a file needs the file's runtime alone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshuffle.errors import ConfigError
+
+if TYPE_CHECKING:
+    from meshuffle.deploy.subject import Subject
+
+Run = Callable[[NDArray[Any]], NDArray[np.float32]]
+"""Inputs of N images to their outputs [N, …].
+
+The inputs are float32 [N, 3, H, W], normalised; or, of a file with its preprocessing, uint8 RGB
+[N, H, W, 3].
+"""
+
+Precision = Literal["float32", "bfloat16"]
+
+
+class Format(ABC):
+    """A file format and the runtime that executes it.
+
+    Attributes:
+        name: of `--to`.
+        suffix: of its files.
+        packages: that it needs besides Meshuffle's own: what pip calls it → what Python imports.
+        extra: Meshuffle's extra that brings them.
+        precisions: in which `open` can compute.
+        max_batch: the largest batch of its files; None is any.
+    """
+
+    name: ClassVar[str]
+    suffix: ClassVar[str]
+    packages: ClassVar[Mapping[str, str]] = {}
+    extra: ClassVar[str] = ""
+    precisions: ClassVar[tuple[Precision, ...]] = ("float32",)
+    max_batch: ClassVar[int | None] = None
+
+    @abstractmethod
+    def write(self, subject: Subject, path: Path) -> None:
+        """Write the model to `path`, and what belongs to it beside, in a folder of its own."""
+
+    @abstractmethod
+    def load(self, path: Path, threads: int, precision: Precision) -> Run:
+        """Return what executes the file; see `open`."""
+
+    @abstractmethod
+    def metadata(self, path: Path) -> dict[str, str]:
+        """Return what the file says of itself; see `Subject.metadata`."""
+
+    @abstractmethod
+    def runtime(self, path: Path) -> str:
+        """Return what executes the file, with its version."""
+
+    def open(self, path: Path, threads: int = 0, precision: Precision = "float32") -> Run:
+        """Return what executes the file at `path`.
+
+        Args:
+            threads: of the CPU, ≥ 0; 0 is the runtime's choice.
+            precision: of the arithmetic; inputs and outputs stay float32.
+
+        Raises:
+            ConfigError: it is not installed, or does not know the precision.
+        """
+        self.require()
+        if precision not in self.precisions:
+            known = ", ".join(self.precisions)
+            raise ConfigError(f"{self.name} does not compute in {precision}; it knows {known}")
+        return self.load(path, threads, precision)
+
+    def require(self) -> None:
+        """Raise `ConfigError` where a package is missing, with the command that helps."""
+        missing = [pip for pip, module in self.packages.items() if find_spec(module) is None]
+        if missing:
+            raise ConfigError(
+                f"export to {self.name} needs {' and '.join(missing)}: "
+                f"pip install 'meshuffle[{self.extra}]'"
+            )

@@ -1,0 +1,86 @@
+"""What is exported: a module on the CPU, its program, real inputs, and what its file says."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from meshuffle.deploy.parity import on_cpu, parity_batches
+from meshuffle.errors import ModelError
+from meshuffle.train.tasks import make_task
+from meshuffle.train.weights import Card
+
+INPUT = "input"
+"""Name of the input in every file."""
+
+
+class Subject:
+    """A model as every format takes it; captured once for all that share a largest batch.
+
+    Args:
+        network: on any device and in any mode; it stays as it is.
+        card: its classes and preprocessing go into the file.
+        images_NCHW: uint8 RGB [N, 3, H, W], N ≥ 1, real images for the comparison.
+        decoded: what users need behind the network is part of it, as boxes of a detector.
+
+    Attributes:
+        module: what the file is to compute, on the CPU, in float32 and eval mode.
+        batches: its inputs for the comparison, 1, 2 and 5 images.
+        outputs: name of the outputs in the file; `argmax`: the largest along dim 1 is the answer.
+
+    Raises:
+        ConfigError: models of this task have no file; DataError: unfit images.
+    """
+
+    def __init__(
+        self, network: nn.Module, card: Card, images_NCHW: Tensor, *, decoded: bool = True
+    ) -> None:
+        task = make_task(card)
+        self.card = card
+        self.module = on_cpu(task.deployed(network) if decoded else network)
+        self.outputs = task.outputs if decoded else "outputs"
+        self.argmax = task.argmax
+        self.batches = parity_batches(images_NCHW, card.preprocess)
+        self._programs: dict[int | None, ExportedProgram] = {}
+
+    @property
+    def example(self) -> Tensor:
+        """Inputs to capture with: two images, since torch.export bakes in a 1."""
+        return self.batches[1]
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """What a file says of itself: the card under `meshuffle`, and its main parts to read."""
+        height, width = self.example.shape[2:]
+        return {
+            "model": self.card.model,
+            "classes": json.dumps(self.card.classes),
+            "preprocess": json.dumps(self.card.preprocess.to_dict()),
+            "input": f"float32 [batch, 3, {height}, {width}], normalised",
+            "meshuffle": self.card.to_json(),
+        }
+
+    def program(self, max_batch: int | None = None) -> ExportedProgram:
+        """Return the module as torch.export's program, with a dynamic batch of at most `max_batch`.
+
+        Raises:
+            ModelError: it cannot be captured, for example with its batch size baked in.
+        """
+        if max_batch not in self._programs:
+            batch = torch.export.Dim("batch", max=max_batch)
+            try:
+                self._programs[max_batch] = torch.export.export(
+                    self.module, (self.example,), dynamic_shapes=({0: batch},)
+                )
+            except (RuntimeError, ValueError) as error:
+                raise self.refusal(error) from error
+        return self._programs[max_batch]
+
+    def refusal(self, error: Exception, where: str = "") -> ModelError:
+        """Return the error that says why the module cannot be exported, in a line."""
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return ModelError(f"{type(self.module).__name__} cannot be exported{where}: {reason[:400]}")

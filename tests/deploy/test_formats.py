@@ -1,0 +1,36 @@
+"""Formats are found by name, and imported only when they are used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from meshuffle.deploy import FORMATS, find_format
+from meshuffle.errors import ConfigError
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_known_format_has_its_name_and_a_suffix(name: str) -> None:
+    form = find_format(name)
+    assert form.name == name
+    assert form.suffix.startswith(".")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("onxx", "; did you mean 'onnx'?"), ("tflite-micro", ""), ("", "")]
+)
+def test_an_unknown_format_gets_the_nearest_one(name: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        find_format(name)
+    expected = f"unknown export format {name!r}{hint}; this version writes {', '.join(FORMATS)}"
+    assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_finding_a_format_does_not_import_torch(name: str) -> None:
+    code = f"import sys, meshuffle.deploy as d; d.find_format({name!r}); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert not loaded & {"torch", "onnx", "onnxruntime", "openvino", "executorch"}
