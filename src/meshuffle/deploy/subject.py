@@ -73,11 +73,14 @@ class Subject:
         if max_batch not in self._programs:
             batch = torch.export.Dim("batch", max=max_batch)
             try:
-                self._programs[max_batch] = torch.export.export(
+                program = torch.export.export(
                     self.module, (self.example,), dynamic_shapes=({0: batch},)
                 )
             except (RuntimeError, ValueError) as error:
                 raise self.refusal(error) from error
+            for node in program.graph.nodes:
+                node.meta.pop("stack_trace", None)  # paths of this machine
+            self._programs[max_batch] = program
         return self._programs[max_batch]
 
     def refusal(self, error: Exception, where: str = "") -> ModelError:

@@ -1,0 +1,89 @@
+"""OpenVINO: its own reader of torch.export's program; an `.xml` and a `.bin` beside it.
+
+The weights stay float32. The metadata is `rt_info`, under `meshuffle`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshuffle.deploy.format import Format, Precision, Run
+from meshuffle.train.files import disk_errors
+
+if TYPE_CHECKING:
+    from meshuffle.deploy.subject import Subject
+
+_SECTION = "meshuffle"
+_HINTS = {"float32": "f32", "bfloat16": "bf16"}
+
+
+class OpenVino(Format):
+    """Two files, which stay together."""
+
+    name = "openvino"
+    suffix = ".xml"
+    packages: ClassVar[Mapping[str, str]] = {"openvino": "openvino"}
+    extra = "openvino"
+    precisions = ("float32", "bfloat16")
+
+    def write(self, subject: Subject, path: Path) -> None:
+        """Convert the captured program, name its input and output, and fix the other sizes."""
+        _save(_converted(subject), subject, path)
+
+    def load(self, path: Path, threads: int, precision: Precision) -> Run:
+        """Return the model compiled for the CPU, for the shortest time of one call."""
+        import openvino
+
+        config: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": _HINTS[precision],
+        }
+        if threads:
+            config["INFERENCE_NUM_THREADS"] = threads
+        request = openvino.Core().compile_model(path, "CPU", config).create_infer_request()
+
+        def run(x: NDArray[Any]) -> NDArray[np.float32]:
+            request.infer([x], share_inputs=True)
+            outputs: NDArray[np.float32] = request.get_output_tensor(0).data.copy()
+            return outputs
+
+        return run
+
+    def metadata(self, path: Path) -> dict[str, str]:
+        """Return what stands in `rt_info` under `meshuffle`."""
+        import openvino
+
+        section = openvino.Core().read_model(path).get_rt_info()[_SECTION]
+        return {key: str(entry.value) for key, entry in section.items()}
+
+    def runtime(self, path: Path) -> str:
+        """Return OpenVINO's version."""
+        import openvino
+
+        return f"OpenVINO {openvino.__version__.partition('-')[0]}"
+
+
+def _converted(subject: Subject) -> Any:
+    import openvino
+
+    from meshuffle.deploy.subject import INPUT
+
+    model = openvino.convert_model(subject.program())
+    model.inputs[0].get_tensor().set_names({INPUT})
+    model.outputs[0].get_tensor().set_names({subject.outputs})
+    model.reshape({INPUT: [-1, *subject.example.shape[1:]]})
+    return model
+
+
+def _save(model: Any, subject: Subject, path: Path) -> None:
+    import openvino
+
+    for key, text in subject.metadata.items():
+        model.set_rt_info(text, [_SECTION, key])
+    with disk_errors(path.parent, RuntimeError):
+        openvino.save_model(model, path, compress_to_fp16=False)
