@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Literal
 
 
 class MeshuffleError(Exception):
@@ -48,7 +49,17 @@ class DataError(InputError):
 
 
 class ImageError(DataError):
-    """One image that cannot be used: truncated, empty, fake or bomb-sized."""
+    """One image that cannot be used.
+
+    `kind`: `broken` (truncated, empty or unreadable), `unknown` (no format that we read) or `large`
+    (more pixels than are allowed).
+    """
+
+    def __init__(
+        self, message: str, kind: Literal["broken", "unknown", "large"] = "broken"
+    ) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class ModelError(InputError):

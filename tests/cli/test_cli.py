@@ -237,7 +237,7 @@ def test_json_of_eval_and_predict(
     image = str(photos / "val" / "red" / "0.png")
     assert main(["predict", str(trained), image, "--json"]) == 0
     (guess,) = one_json_line(capsys)
-    assert list(guess) == ["file", "label", "probability"]
+    assert list(guess) == ["file", "label", "probability", "top"]
     assert guess["file"] == image
     assert guess["label"] in ("blue", "red")
     assert 0.5 <= guess["probability"] <= 1

@@ -45,6 +45,7 @@ BROKEN = (
     struct.error,
     zlib.error,
 )
+_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"BM", b"GIF8")
 EXIF_ORIENTATION = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -68,8 +69,8 @@ def decode_image(
     that Pillow itself refuses).
     `name`: what to call the image in an error; by default the path.
 
-    Raises `ImageError`, one line with the name, when the file is missing, unreadable, empty,
-    truncated, not an image of a known format, or too large.
+    Raises `ImageError`, one line with the name and a `kind`, when the file is missing, unreadable,
+    empty, truncated, not an image of a known format, or too large.
     """
     if isinstance(path_or_bytes, bytes):
         label = name or f"image of {len(path_or_bytes)} bytes"
@@ -89,14 +90,15 @@ def _decode(file: BinaryIO, num_bytes: int, label: str, max_pixels: int) -> Imag
     try:
         image = _open(file)
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{label}: {_one_line(error)}") from error
+        raise ImageError(f"{label}: {_one_line(error)}", "large") from error
     except BROKEN as error:
-        raise ImageError(f"{label}: {_not_an_image(file)}") from error
+        raise _unopened(file, label) from error
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError(
             f"{label}: {width}×{height} = {width * height:,} pixels, "
-            f"more than the limit of {max_pixels:,}"
+            f"more than the limit of {max_pixels:,}",
+            "large",
         )
     try:
         image.load()
@@ -152,11 +154,14 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey).convert("RGB")
 
 
-def _not_an_image(file: BinaryIO) -> str:
+def _unopened(file: BinaryIO, label: str) -> ImageError:
+    """Return what to say of a file that Pillow does not open."""
     file.seek(0)
     start = file.read(12)
-    return (
-        f"not a JPEG, PNG, WebP, BMP or GIF image, or its header is broken (begins with {start!r})"
+    return ImageError(
+        f"{label}: not a JPEG, PNG, WebP, BMP or GIF image, or its header is broken "
+        f"(begins with {start!r})",
+        "broken" if start.startswith(_STARTS) else "unknown",
     )
 
 

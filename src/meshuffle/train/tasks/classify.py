@@ -116,10 +116,14 @@ class Classify(Task):
         return np.zeros((), np.int64)
 
     def prediction(self, rows: Rows, i: int, size: tuple[int, int]) -> dict[str, Any]:
-        """Return the likeliest class, its title where it has one, and its probability."""
-        name = self.card.classes[int(rows["top_classes"][i, 0])]
-        probability = float(rows["top_probabilities"][i, 0])
-        return {"label": self.card.titles.get(name, name), "probability": probability}
+        """Return the likeliest class, by its title where it has one; `top`: the likeliest five."""
+        names = [self.card.classes[c] for c in rows["top_classes"][i].tolist()]
+        probabilities = rows["top_probabilities"][i].tolist()
+        top = [
+            {"label": self.card.titles.get(name, name), "probability": probability}
+            for name, probability in zip(names, probabilities, strict=True)
+        ]
+        return {**top[0], "top": top}
 
     def sentence(self, prediction: Mapping[str, Any]) -> str:
         """Return for example `bee (97.1 %)`."""
