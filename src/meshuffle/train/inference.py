@@ -29,10 +29,7 @@ from meshuffle.data import (
     auto_workers,
     decode_image,
     eval_loader,
-    open_data,
-    relabel,
 )
-from meshuffle.data.base import Data
 from meshuffle.dist.device import check_device, pick_device
 from meshuffle.dist.group import RankEnv, new_group, process_group, rank_env
 from meshuffle.dist.launch import end_with_parent, report_failure, torchrun
@@ -46,14 +43,14 @@ from meshuffle.train import evaluate as evaluation
 from meshuffle.train.evaluate import Evaluation
 from meshuffle.train.files import write_json
 from meshuffle.train.place import join_ranks, place_of
-from meshuffle.train.run import absolute_data, check_splits, threads_per_rank
+from meshuffle.train.run import check_splits, threads_per_rank
 from meshuffle.train.shared import replica_group, shared
+from meshuffle.train.split import open_split
 from meshuffle.train.task import Task
 from meshuffle.train.tasks import make_task
 from meshuffle.train.tasks.features import FeatureRows
 from meshuffle.train.weights import Card, find_weights, load_model
 
-_UNNAMED = ", which name no classes: output i is taken for the data's i-th"
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
 
@@ -284,42 +281,7 @@ def _source(question: Question, card: Card) -> tuple[ImageSource, str, Card]:
     """Return the images to judge, what they are called, and the card with the classes' names."""
     if question.files:
         return _Files(tuple(question.files), card.classes, make_task(card).blank()), "files", card
-    opened, card = _opened(question.data, card)
-    split = question.split or _last_split(opened)
-    if split not in opened.splits:
-        raise DataError(f"{opened.spec} has no {split} split; it has {', '.join(opened.splits)}")
-    what = f"{opened.spec} {split}"
-    if not card.data:  # no run of ours
-        what += f" by {card.source}{'' if card.named else _UNNAMED}"
-    return opened.splits[split], what, card
-
-
-def _opened(data: str | None, card: Card) -> tuple[Data, Card]:
-    """Return the data, with labels that are the model's outputs, and the card."""
-    opened = open_data(card.data_or(data), task=card.task, need=())
-    own = data is None or absolute_data(data) == card.data
-    if own and "train" in opened.splits and "val" not in opened.splits:
-        opened = open_data(
-            card.data, task=card.task, need=("train", "val")
-        )  # the part that training set aside
-    if not card.named and not set(opened.classes) <= set(card.classes):
-        return opened, _named_by(opened, card)
-    return relabel(opened, card.classes), dataclasses.replace(card, named=True)
-
-
-def _named_by(data: Data, card: Card) -> Card:
-    """Return the card with the classes of `data`, in their order, for weights that name none."""
-    if len(data.classes) != len(card.classes):
-        raise DataError(
-            f"{data.spec} has {len(data.classes)} classes and the weights, {card.source}, have "
-            f"{len(card.classes)} outputs; train a new classifier: meshuffle train {data.spec} "
-            "--from WEIGHTS"
-        )
-    return dataclasses.replace(card, classes=data.classes, titles=dict(data.titles))
-
-
-def _last_split(data: Data) -> str:
-    return next((s for s in ("test", "val", "train") if s in data.splits), "val")
+    return open_split(question.data, question.split, card)
 
 
 @dataclass(frozen=True)
