@@ -19,6 +19,7 @@ __all__ = ["FORMATS", "Format", "find_format"]
 FORMATS: Mapping[str, str] = {
     "onnx": "Onnx",
     "openvino": "OpenVino",
+    "executorch": "ExecuTorch",
     "pt2": "Pt2",
 }
 """Name, which is also that of the module, and its class."""

@@ -38,7 +38,7 @@ class Format(ABC):
         packages: that it needs besides Meshuffle's own: what pip calls it → what Python imports.
         extra: Meshuffle's extra that brings them.
         precisions: in which `open` can compute.
-        max_batch: the largest batch of its files; None is any.
+        max_batch: the largest that its files take at once; None is any.
     """
 
     name: ClassVar[str]
@@ -54,7 +54,7 @@ class Format(ABC):
 
     @abstractmethod
     def load(self, path: Path, threads: int, precision: Precision) -> Run:
-        """Return what executes the file; see `open`."""
+        """Return what executes the file, up to `max_batch` images; see `open`."""
 
     @abstractmethod
     def metadata(self, path: Path) -> dict[str, str]:
@@ -78,7 +78,8 @@ class Format(ABC):
         if precision not in self.precisions:
             known = ", ".join(self.precisions)
             raise ConfigError(f"{self.name} does not compute in {precision}; it knows {known}")
-        return self.load(path, threads, precision)
+        run = self.load(path, threads, precision)
+        return run if self.max_batch is None else _in_pieces(run, self.max_batch)
 
     def require(self) -> None:
         """Raise `ConfigError` where a package is missing, with the command that helps."""
@@ -88,3 +89,14 @@ class Format(ABC):
                 f"export to {self.name} needs {' and '.join(missing)}: "
                 f"pip install 'meshuffle[{self.extra}]'"
             )
+
+
+def _in_pieces(run: Run, most: int) -> Run:
+    """Return `run` for batches of any size, of which it sees `most` images at a time."""
+
+    def in_pieces(x: NDArray[Any]) -> NDArray[np.float32]:
+        if len(x) <= most:
+            return run(x)
+        return np.concatenate([run(x[i : i + most]) for i in range(0, len(x), most)])
+
+    return in_pieces

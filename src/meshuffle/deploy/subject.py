@@ -67,15 +67,19 @@ class Subject:
     def program(self, max_batch: int | None = None) -> ExportedProgram:
         """Return the module as torch.export's program, with a dynamic batch of at most `max_batch`.
 
+        It is captured with as many images: toolchains that decide by the size of the example take
+        it for the upper bound.
+
         Raises:
             ModelError: it cannot be captured, for example with its batch size baked in.
         """
         if max_batch not in self._programs:
             batch = torch.export.Dim("batch", max=max_batch)
+            example = self.example
+            if max_batch:
+                example = example[:1].repeat(max_batch, *[1] * (example.ndim - 1))
             try:
-                program = torch.export.export(
-                    self.module, (self.example,), dynamic_shapes=({0: batch},)
-                )
+                program = torch.export.export(self.module, (example,), dynamic_shapes=({0: batch},))
             except (RuntimeError, ValueError) as error:
                 raise self.refusal(error) from error
             for node in program.graph.nodes:
