@@ -1,0 +1,154 @@
+"""What executes the network in a replica: torch, or a file that agrees with it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from meshuffle import __version__
+from meshuffle.deploy import FORMATS, find_format
+from meshuffle.deploy.api import write_file
+from meshuffle.deploy.format import Run
+from meshuffle.errors import ConfigError, did_you_mean
+from meshuffle.train.weights import Card, find_weights, load_model
+
+TORCH = "torch"
+_FILES = ("onnx", "openvino")
+_NUM_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to execute the network; plain data, so that any process can open it.
+
+    Attributes:
+        name: `torch`, or of a format.
+        source: the weights' path for torch, else the file.
+        model: repeats the name of a `package.module:function` model.
+        device: `cpu`, or `cuda`: a GPU of its own for each replica.
+    """
+
+    name: str
+    source: str
+    model: str | None = None
+    device: str = "cpu"
+
+    def open(self, threads: int, index: int = 0) -> Run:
+        """Return what executes it, in this process; `index`: of the replica."""
+        if self.name != TORCH:
+            torch.set_num_threads(1)  # what is left to torch is small
+            return find_format(self.name).open(Path(self.source), threads=threads)
+        torch.set_num_threads(threads)
+        network, _ = load_model(Path(self.source), self.model)
+        device = torch.device(self.device, index) if self.device == "cuda" else torch.device("cpu")
+        return _torch_run(network, device)
+
+    def __str__(self) -> str:
+        return self.name if self.device == "cpu" else f"{self.name} on {self.device}"
+
+
+def _torch_run(network: nn.Module, device: torch.device) -> Run:
+    """Execute as `evaluate` does, channels-last and in float32."""
+    network = network.to(device).requires_grad_(False)
+
+    @torch.inference_mode()
+    def run(x: NDArray[Any]) -> NDArray[np.float32]:
+        x_NCHW = torch.from_numpy(x).to(device)
+        outputs = network(x_NCHW.contiguous(memory_format=torch.channels_last))
+        found: NDArray[np.float32] = outputs.float().cpu().numpy()
+        return found
+
+    return run
+
+
+def candidates(choice: str, num_gpus: int) -> list[str]:
+    """Return the names of the backends to measure.
+
+    Args:
+        choice: of `--backend`; `auto` is all that are installed, or torch where there are GPUs.
+
+    Raises:
+        ConfigError: an unknown one, or one that is not installed.
+    """
+    known = (TORCH, *(name for name in _FILES if name in FORMATS))
+    if choice in known:
+        if choice != TORCH:
+            find_format(choice).require()
+        return [choice]
+    if choice != "auto":
+        hint = did_you_mean(choice, ("auto", *known))
+        raise ConfigError(f"--backend {choice}: there are auto, {', '.join(known)}{hint}")
+    return [TORCH] if num_gpus else [name for name in known if _is_installed(name)]
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        if name != TORCH:
+            find_format(name).require()
+    except ConfigError:
+        return False
+    return True
+
+
+def prepare(
+    name: str, target: Path, model: str | None, scratch: Path, say: Callable[[str], None]
+) -> Backend:
+    """Return a backend, once its file is written and agrees with the network.
+
+    The file is kept in the run's folder, under the weights' digest, and used again.
+
+    Args:
+        scratch: a folder for files of weights whose own folder cannot be written.
+
+    Raises:
+        ParityError: the file computes something else; ModelError: the format cannot express it.
+    """
+    weights = find_weights(target)
+    if name == TORCH:
+        gpu = torch.cuda.is_available()
+        return Backend(TORCH, str(target), model, "cuda" if gpu else "cpu")
+    form = find_format(name)
+    folder = (target if target.is_dir() else weights.parent) / "export" / "serve"
+    file = f"{_digest(weights)}{form.suffix}"
+    if not (folder / file).exists():
+        say(f"writing the network for {name} and comparing it")
+        network, card = load_model(target, model)
+        folder = folder if _is_writable(folder) else scratch
+        write_file(form, network, card, folder / file, _sample_images(card), decoded=False)
+    return Backend(name, str(folder / file))
+
+
+def _digest(weights: Path) -> str:
+    """Return what tells these weights, as this version writes them, from all others."""
+    state = hashlib.sha256(f"{__version__} {torch.__version__} ".encode())
+    with weights.open("rb") as file:
+        while part := file.read(1 << 20):
+            state.update(part)
+    return state.hexdigest()[:16]
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return os.access(folder, os.W_OK)
+    except OSError:
+        return False
+
+
+def _sample_images(card: Card) -> Tensor:
+    """Return smooth random images in the evaluation view, uint8 [N, 3, H, W], to compare on."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand((_NUM_IMAGES, 3, 8, 8), generator=generator) * 255
+    fine = nn.functional.interpolate(coarse, card.preprocess.size, mode="bicubic")
+    return fine.clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,138 @@
+"""How fast the network runs here: alone, and in several processes at once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import numpy as np
+
+from meshuffle.deploy.format import Run
+from meshuffle.deploy.serve.backends import Backend
+from meshuffle.dist.launch import end_with_parent
+from meshuffle.errors import MeshuffleError, in_words
+
+BATCHES = (1, 4, 16)
+GPU_BATCHES = (1, 16, 64)
+_SECONDS = 0.5
+_NEARLY = 0.95  # of the best: then the smaller batch, or the more replicas, are taken
+_TIMEOUT_S = 120
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Replicas, with so many threads each. `images_per_s`: together; 0 is not measured."""
+
+    replicas: int
+    threads: int
+    images_per_s: float = 0.0
+
+    def __str__(self) -> str:
+        threads = "thread" if self.threads == 1 else "threads"
+        return f"{self.replicas} × {self.threads} {threads}"
+
+
+def images_per_s(run: Run, batch: int, size: Size, seconds: float) -> float:
+    """Return how many images of `size` (height, width) `run` computes in a second."""
+    x = np.zeros((batch, 3, *size), np.float32)
+    started, num, elapsed = time.perf_counter(), 0, 0.0
+    while elapsed < seconds or not num:
+        run(x)
+        num += batch
+        elapsed = time.perf_counter() - started
+    return num / elapsed
+
+
+def best_batch(found: dict[int, float]) -> int:
+    """Return the smallest batch that is nearly as fast as the fastest."""
+    most = max(found.values())
+    return min(batch for batch, speed in found.items() if speed >= _NEARLY * most)
+
+
+def layouts(cores: int, num_gpus: int) -> list[Layout]:
+    """Return the layouts worth measuring: a replica per GPU, or groups of 1, 2, 4 … cores."""
+    if num_gpus:
+        return [Layout(num_gpus, max(1, cores // num_gpus))]
+    threads = [1 << i for i in range(cores.bit_length()) if 1 << i <= cores]
+    return [Layout(cores // t, t) for t in threads]
+
+
+def best_layout(found: list[Layout]) -> Layout:
+    """Return the one with most replicas of those that are nearly as fast as the fastest.
+
+    More replicas also share the decoding and the HTTP between more processes.
+    """
+    most = max(layout.images_per_s for layout in found)
+    near = [layout for layout in found if layout.images_per_s >= _NEARLY * most]
+    return max(near, key=lambda layout: layout.replicas)
+
+
+def measured(
+    backend: Backend, layout: Layout, batches: Sequence[int], size: Size, seconds: float = _SECONDS
+) -> dict[int, float]:
+    """Return images per second by batch, of all replicas of a layout, that run at once.
+
+    Raises:
+        MeshuffleError: a process ended, for example for lack of memory.
+    """
+    context = multiprocessing.get_context("forkserver")
+    ends, workers = [], []
+    try:
+        for i in range(layout.replicas):
+            end, child = context.Pipe()
+            arguments = (child, backend, layout.threads, i, tuple(batches), size, seconds)
+            worker = context.Process(target=_work, args=arguments, daemon=True)
+            worker.start()
+            child.close()
+            ends.append(end)
+            workers.append(worker)
+        for end in ends:
+            _received(end, layout)
+        for end in ends:
+            end.send("all are there")
+        found = [_received(end, layout) for end in ends]
+        return {batch: sum(one[batch] for one in found) for batch in batches}
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join()
+
+
+def _received(end: Connection, layout: Layout) -> dict[int, float]:
+    with suppress(EOFError, OSError):
+        if end.poll(_TIMEOUT_S):
+            answer = end.recv()
+            if isinstance(answer, dict):
+                return answer
+            raise MeshuffleError(str(answer))
+    raise MeshuffleError(f"a replica of {layout} ended while it was measured; try fewer")
+
+
+def _work(
+    end: Connection,
+    backend: Backend,
+    threads: int,
+    index: int,
+    batches: Sequence[int],
+    size: Size,
+    seconds: float,
+) -> None:
+    """Open the backend, wait until all have, and measure."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
+    try:
+        run = backend.open(threads, index)
+        for batch in batches:
+            run(np.zeros((batch, 3, *size), np.float32))  # plans, allocates
+        end.send({})
+        end.recv()
+        end.send({batch: images_per_s(run, batch, size, seconds) for batch in batches})
+    except Exception as error:  # noqa: BLE001  # the parent says it
+        end.send(in_words(error))

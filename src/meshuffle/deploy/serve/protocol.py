@@ -1,0 +1,143 @@
+"""uvicorn's HTTP/1.1, with an end to what a client may hold open or send unasked.
+
+uvicorn itself bounds neither the bytes of a request's head, nor the seconds that it may take, nor
+what is thrown away behind an early answer, nor how long an answer may wait to be fetched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+MAX_HEAD_BYTES = 64 << 10
+_NO_HTTP = b'{"error": {"status": 400, "message": "this is no HTTP request"}}'
+
+
+@dataclass(frozen=True)
+class Patience:
+    """What a connection may take. `seconds`: for a request's head, for the rest of a body that is
+    not wanted any more, and until some of an answer is fetched; `ignored_bytes`: of such a rest.
+    """
+
+    seconds: float
+    ignored_bytes: int
+
+
+class Connection(HttpToolsProtocol):
+    """A client's connection.
+
+    Args:
+        closed: called when it ends.
+
+    Attributes:
+        last: there is no further request after the one that is running, or that comes next.
+    """
+
+    def __init__(
+        self, *args: Any, patience: Patience, closed: Callable[[], None], **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._patience, self._closed, self._last = patience, closed, False
+        self._reading: asyncio.TimerHandle | None = None
+        self._writing: asyncio.TimerHandle | None = None
+        self._in_head, self._head_bytes, self._ignored_bytes = False, 0, 0
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether no request is being read or answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    @property
+    def last(self) -> bool:
+        """Whether it ends with the next answer."""
+        return self._last
+
+    @last.setter
+    def last(self, value: bool) -> None:
+        self._last = value
+        if value and not self.is_waiting:
+            self.cycle.keep_alive = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin, and wait for a request."""
+        super().connection_made(transport)
+        self._reading = self._give_up_later()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End."""
+        for timer in (self._reading, self._writing):
+            _cancel(timer)
+        super().connection_lost(exc)
+        self._closed()
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes; a head that does not end is cut off."""
+        super().data_received(data)
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self.transport.abort()
+
+    def on_message_begin(self) -> None:
+        """A request begins; its head must end in time."""
+        super().on_message_begin()
+        self._in_head, self._head_bytes, self._ignored_bytes = True, 0, 0
+        _cancel(self._reading)
+        self._reading = self._give_up_later()
+
+    def on_headers_complete(self) -> None:
+        """The head is there; the application takes over."""
+        super().on_headers_complete()
+        self._in_head = False
+        _cancel(self._reading)
+        if self._last:
+            self.cycle.keep_alive = False
+
+    def on_body(self, body: bytes) -> None:
+        """Pass a part of the body on, or throw it away where it has been answered before."""
+        super().on_body(body)
+        if self.cycle.response_complete:
+            self._ignored_bytes += len(body)
+            if self._ignored_bytes > self._patience.ignored_bytes:
+                self.transport.abort()
+
+    def on_message_complete(self) -> None:
+        """The request is read."""
+        super().on_message_complete()
+        if not self._in_head:
+            _cancel(self._reading)
+
+    def on_response_complete(self) -> None:
+        """The answer is written, perhaps to a request that is still coming in."""
+        super().on_response_complete()
+        if self.cycle.response_complete and self.cycle.more_body and not self._in_head:
+            _cancel(self._reading)
+            self._reading = self._give_up_later()
+
+    def pause_writing(self) -> None:
+        """The client does not fetch its answer."""
+        super().pause_writing()
+        self._writing = self._give_up_later()
+
+    def resume_writing(self) -> None:
+        """It does."""
+        super().resume_writing()
+        _cancel(self._writing)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP, in the form that all errors have."""
+        head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
+        self.transport.write(STATUS_LINE[400] + head % len(_NO_HTTP) + _NO_HTTP)
+        self.transport.close()
+
+    def _give_up_later(self) -> asyncio.TimerHandle:
+        return self.loop.call_later(self._patience.seconds, self.transport.abort)
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()

@@ -1,0 +1,234 @@
+"""One process of a service: gets connections from the supervisor and answers their requests.
+
+    supervisor ──a connection per message, `stop`──▶ replica ──`up`, `ready`, `closed N`──▶ back
+
+The fork server loads this file once for all replicas; what reads the environment is imported later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from email.utils import formatdate
+from typing import TYPE_CHECKING
+
+import torch
+from uvicorn.config import Config
+from uvicorn.server import ServerState
+
+from meshuffle.deploy.serve.backends import Backend
+from meshuffle.deploy.serve.engine import Engine, View
+from meshuffle.deploy.serve.limits import Limits
+from meshuffle.deploy.serve.protocol import Connection, Patience
+from meshuffle.errors import in_words
+from meshuffle.train.weights import Card
+
+if TYPE_CHECKING:
+    from meshuffle.deploy.serve.service import Service
+
+CONNECTION, STOP = b"connection", b"stop"
+UP, READY, CLOSED = b"up", b"ready", b"closed"
+MESSAGE_BYTES = 64
+METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+GRACE_S = 1.0
+"""For how long a connection without a request is kept when the service stops."""
+_KEEP_ALIVE_S = 30
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a replica is made from; plain data.
+
+    Attributes:
+        card: that of the weights, as JSON; `runs_on`: what executes them, in words.
+        threads: of the backend; `readers`: that decode.
+        max_batch, window_s: see `Batcher`; `max_requests`: of one replica.
+        metrics: the folder that the replicas share.
+    """
+
+    backend: Backend
+    card: str
+    runs_on: str
+    threads: int
+    readers: int
+    max_batch: int
+    window_s: float
+    limits: Limits
+    max_requests: int
+    metrics: str
+    token: str | None = None
+
+
+def main(recipe: Recipe, index: int, channel: socket.socket) -> None:
+    """Serve until the supervisor says stop, or is gone. `index`: of the replica."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the supervisor decides
+    os.environ[METRICS_FOLDER] = recipe.metrics
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    with contextlib.suppress(ValueError, OSError):
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(Replica(recipe, index, channel).run())
+    except Exception as error:  # noqa: BLE001  # one line; the supervisor acts on the exit
+        print(f"replica {index + 1}: {in_words(error)}", file=sys.stderr)  # noqa: T201
+        sys.exit(1)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+class Replica:
+    """The event loop's side of a replica."""
+
+    def __init__(self, recipe: Recipe, index: int, channel: socket.socket) -> None:
+        self._recipe, self._index, self._channel = recipe, index, channel
+        self._stop = asyncio.Event()
+        self._state = ServerState()
+        self._num_closed = 0
+        self._opening: set[asyncio.Task[object]] = set()
+
+    async def run(self) -> None:
+        """Serve HTTP at once, predictions when the model is there, and end in order."""
+        from meshuffle.deploy.serve.app import About, build_app
+
+        card = Card.from_json(self._recipe.card)
+        self._service = self._new_service()
+        app = build_app(self._service, About(card, self._recipe.runs_on), self._recipe.token)
+        self._config = _http(app)
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_signal_handler(signal.SIGTERM, self._stop.set)
+        self._channel.setblocking(False)
+        self._loop.add_reader(self._channel, self._hear)
+        self._channel.send(UP)
+        clock = self._loop.create_task(self._tick())
+        engine = await asyncio.to_thread(self._new_engine, card)
+        self._service.begin(engine)
+        self._channel.send(READY)
+        await self._stop.wait()
+        await self._drain()
+        clock.cancel()
+        await self._service.end()
+
+    def _new_service(self) -> Service:
+        from meshuffle.deploy.serve.metrics import Metrics
+        from meshuffle.deploy.serve.service import Service
+
+        recipe = self._recipe
+        return Service(
+            recipe.limits,
+            Metrics(),
+            max_requests=recipe.max_requests,
+            readers=recipe.readers,
+            max_batch=recipe.max_batch,
+            window_s=recipe.window_s,
+        )
+
+    def _new_engine(self, card: Card) -> Engine:
+        recipe = self._recipe
+        run = recipe.backend.open(recipe.threads, self._index)
+        engine = Engine(card, run, max_batch=recipe.max_batch, max_pixels=recipe.limits.pixels)
+        blank = View(torch.zeros((3, *card.preprocess.size), dtype=torch.uint8), (1, 1))
+        for num in {1, recipe.max_batch}:
+            engine.answer([blank] * num)  # plans, allocates
+        return engine
+
+    def _hear(self) -> None:
+        """Take the next message; at its end the supervisor is gone."""
+        try:
+            message, handles, _, _ = socket.recv_fds(self._channel, MESSAGE_BYTES, 1)
+        except BlockingIOError:
+            return
+        except OSError:
+            message, handles = b"", []
+        if message == CONNECTION and handles:
+            self._open(socket.socket(fileno=handles[0]))
+        elif message in (b"", STOP):
+            self._loop.remove_reader(self._channel)
+            self._stop.set()
+
+    def _open(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        made = self._loop.connect_accepted_socket(self._new_connection, connection)
+        task = self._loop.create_task(made)
+        self._opening.add(task)
+        task.add_done_callback(self._opened)
+
+    def _opened(self, task: asyncio.Task[object]) -> None:
+        self._opening.discard(task)
+        if task.exception() is not None:  # the client has gone already
+            self._close()
+
+    def _new_connection(self) -> Connection:
+        limits = self._recipe.limits
+        connection = Connection(
+            self._config,
+            self._state,
+            {},
+            _loop=self._loop,
+            patience=Patience(limits.seconds, limits.body_bytes),
+            closed=self._close,
+        )
+        connection.last = self._stop.is_set()
+        return connection
+
+    def _close(self) -> None:
+        self._num_closed += 1
+        self._tell_closed()
+
+    def _tell_closed(self) -> None:
+        if self._num_closed:
+            with contextlib.suppress(OSError):  # told later, or there is nobody to tell
+                self._channel.send(b"%s %d" % (CLOSED, self._num_closed))
+                self._num_closed = 0
+
+    async def _tick(self) -> None:
+        while True:
+            self._state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
+            self._tell_closed()
+            await asyncio.sleep(1)
+
+    async def _drain(self) -> None:
+        """Answer what has come; a client gets an instant to send what it was about to."""
+        self._service.state = "stopping"
+        connections = self._state.connections
+        for connection in connections:
+            connection.last = True  # type: ignore[union-attr]
+        began = self._loop.time()
+        while connections or self._opening:
+            waited = self._loop.time() - began
+            for connection in list(connections):
+                if waited > GRACE_S and connection.is_waiting:  # type: ignore[union-attr]
+                    connection.transport.close()
+            if waited > GRACE_S + self._recipe.limits.seconds:
+                return
+            await asyncio.sleep(0.02)
+
+
+def _http(app: object) -> Config:
+    config = Config(
+        app,  # type: ignore[arg-type]
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+    )
+    config.load()
+    return config

@@ -1,0 +1,281 @@
+"""What `meshuffle serve` does, as a function: choose by measurement, then serve."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import multiprocessing
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from meshuffle.deploy.serve.backends import Backend, candidates, prepare
+from meshuffle.deploy.serve.limits import Limits
+from meshuffle.deploy.serve.measure import (
+    BATCHES,
+    GPU_BATCHES,
+    Layout,
+    best_batch,
+    best_layout,
+    layouts,
+    measured,
+)
+from meshuffle.deploy.serve.replica import Recipe
+from meshuffle.deploy.serve.supervisor import Supervisor
+from meshuffle.dist.device import num_cores
+from meshuffle.errors import ConfigError, MeshuffleError
+from meshuffle.train.weights import Card, open_weights, require_repeated
+
+TOKEN_VARIABLE = "MESHUFFLE_TOKEN"
+_BACKLOG = 1024
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to serve; None is chosen by measurement.
+
+    Attributes:
+        port: 0 is a free one.
+        replicas, threads: processes, and threads of each.
+        batch: the largest; `window_ms`: see `Batcher`.
+        token: that clients must send; None lets all in.
+        model: repeats the name of a `package.module:function` model.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    backend: str = "auto"
+    replicas: int | None = None
+    threads: int | None = None
+    batch: int | None = None
+    window_ms: float = 2.0
+    limits: Limits = field(default_factory=Limits)
+    token: str | None = field(default=None, repr=False)
+    model: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("replicas", "threads", "batch"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"--{name} {value}: must be at least 1")
+        if not 0 <= self.window_ms <= 1000:
+            raise ConfigError(f"--window-ms {self.window_ms:g}: must be in 0 … 1000")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port {self.port}: must be in 0 … 65535")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a service runs on. `speeds`: images per second on one thread, by backend."""
+
+    backend: Backend
+    layout: Layout
+    batch: int
+    speeds: dict[str, float]
+    layouts: list[Layout]
+
+
+Say = Callable[[str], None]
+
+
+def serve(
+    target: Path, options: Options, *, say: Say, ready: Callable[[dict[str, Any]], None]
+) -> None:
+    """Serve the weights of `target` until SIGINT or SIGTERM.
+
+    Args:
+        target: a run folder or a weights file.
+        say: called with lines about what is going on.
+        ready: called once with what is served, where, and how fast.
+
+    Raises:
+        ConfigError: an option, or the address; RunError, ModelError: the weights.
+    """
+    _, card = open_weights(target, options.model)
+    require_repeated(card.model, options.model)
+    if card.task == "generate":
+        raise ConfigError(f"{target}: a run of generate makes images; it answers nothing of one")
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = candidates(options.backend, num_gpus)
+    with (
+        bound(options.host, options.port) as listener,
+        tempfile.TemporaryDirectory(prefix="meshuffle-serve-") as scratch,
+    ):
+        _start_fork_server()
+        choice = choose(names, target, card, options, Path(scratch), num_gpus, say)
+        metrics = Path(scratch) / "metrics"
+        metrics.mkdir()
+        told = describe(listener, card, choice, options)
+        supervisor = Supervisor(
+            listener,
+            _recipe(card, choice, options, str(metrics)),
+            choice.layout.replicas,
+            say=say,
+            ready=lambda: ready(told),
+        )
+        asyncio.run(supervisor.run())
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """Return a listening socket.
+
+    Raises:
+        ConfigError: no such address here, or the port is in use.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"--host {host}: no such address ({error})") from None
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            what = f"--port {port}: in use on {host}; --port 0 finds a free one"
+        else:
+            what = f"--host {host} --port {port}: {error.strerror}"
+        raise ConfigError(what) from None
+    return listener
+
+
+def read_token(file: Path | None) -> str | None:
+    """Return the token of a file, or else of the environment; None where there is none.
+
+    Raises:
+        ConfigError: it is empty, cannot be read, or cannot be sent in a header.
+    """
+    if file is None:
+        token, where = os.environ.get(TOKEN_VARIABLE), TOKEN_VARIABLE
+        if token is None:
+            return None
+    else:
+        where = f"--token-file {file}"
+        try:
+            token = file.read_text("ascii").strip()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "not plain ASCII"
+            raise ConfigError(f"{where}: {reason}") from None
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise ConfigError(f"{where}: a token is one word of printable ASCII")
+    return token
+
+
+def choose(
+    names: list[str],
+    target: Path,
+    card: Card,
+    options: Options,
+    scratch: Path,
+    num_gpus: int,
+    say: Say,
+) -> Choice:
+    """Return the fastest way to execute the network here; what is given is not measured.
+
+    Raises:
+        MeshuffleError: no backend works; of several, the first reason.
+    """
+    alone = layouts(num_cores(), num_gpus)[0]
+    alone = Layout(1, alone.threads)
+    batches = (options.batch,) if options.batch else GPU_BATCHES if num_gpus else BATCHES
+    is_given = bool(options.batch and (options.replicas or options.threads))
+    found: dict[str, tuple[Backend, dict[int, float]]] = {}
+    reasons: list[MeshuffleError] = []
+    for name in names:
+        try:
+            backend = prepare(name, target, options.model, scratch, say)
+            speeds = {batches[0]: 0.0}
+            if len(names) > 1 or not is_given:
+                say(f"measuring {name}")
+                speeds = measured(backend, alone, batches, card.preprocess.size)
+            found[name] = backend, speeds
+        except MeshuffleError as error:
+            say(f"without {name}: {error}")
+            reasons.append(error)
+    if not found:
+        raise reasons[0]
+    backend, speeds = max(found.values(), key=lambda one: max(one[1].values()))
+    batch = best_batch(speeds)
+    tried = _tried_layouts(backend, batch, card, options, num_gpus, say)
+    speeds_by_name = {name: max(by_batch.values()) for name, (_, by_batch) in found.items()}
+    return Choice(backend, best_layout(tried), batch, speeds_by_name, tried)
+
+
+def _tried_layouts(
+    backend: Backend, batch: int, card: Card, options: Options, num_gpus: int, say: Say
+) -> list[Layout]:
+    cores = num_cores()
+    if options.replicas or options.threads:
+        replicas = options.replicas or max(1, cores // (options.threads or 1))
+        return [Layout(replicas, options.threads or max(1, cores // replicas))]
+    possible = layouts(cores, num_gpus)
+    if len(possible) == 1:
+        return possible
+    tried = []
+    for one in possible:
+        say(f"measuring {one}")
+        speed = measured(backend, one, (batch,), card.preprocess.size)[batch]
+        tried.append(Layout(one.replicas, one.threads, speed))
+    return tried
+
+
+def _start_fork_server() -> None:
+    """Let the replicas' imports begin; a Ctrl-C meant for us does not end the server."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["meshuffle.deploy.serve.replica"])
+    resource_tracker.ensure_running()  # its own start would unblock the signal again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _recipe(card: Card, choice: Choice, options: Options, metrics: str) -> Recipe:
+    layout, limits = choice.layout, options.limits
+    return Recipe(
+        backend=choice.backend,
+        card=card.to_json(),
+        runs_on=str(choice.backend),
+        threads=layout.threads,
+        readers=max(2, num_cores() // layout.replicas),
+        max_batch=choice.batch,
+        window_s=options.window_ms / 1000,
+        limits=limits,
+        max_requests=-(-limits.requests // layout.replicas),
+        metrics=metrics,
+        token=options.token,
+    )
+
+
+def describe(
+    listener: socket.socket, card: Card, choice: Choice, options: Options
+) -> dict[str, Any]:
+    """Return what is told at the start, as plain data."""
+    host, port = listener.getsockname()[:2]
+    return {
+        "url": f"http://{f'[{host}]' if ':' in host else host}:{port}",
+        "model": card.model,
+        "task": card.task,
+        "classes": len(card.classes),
+        "backend": str(choice.backend),
+        "images_per_s": {name: round(speed, 1) for name, speed in choice.speeds.items()},
+        "replicas": choice.layout.replicas,
+        "threads": choice.layout.threads,
+        "layouts": {str(one): round(one.images_per_s, 1) for one in choice.layouts},
+        "batch": choice.batch,
+        "window_ms": options.window_ms,
+        "limits": vars(options.limits),
+        "token": options.token is not None,
+    }
