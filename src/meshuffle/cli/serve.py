@@ -53,6 +53,9 @@ def serve(
     from meshuffle.deploy.serve import require
 
     require()
+    from meshuffle.deploy.serve.forking import start_fork_server
+
+    start_fork_server()
     from meshuffle.deploy.serve import start
     from meshuffle.deploy.serve.limits import Limits
 

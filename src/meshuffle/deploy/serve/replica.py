@@ -208,7 +208,7 @@ class Replica:
         for connection in connections:
             connection.last = True  # type: ignore[union-attr]
         began = self._loop.time()
-        while connections or self._opening:
+        while connections or self._opening or self._state.tasks:
             waited = self._loop.time() - began
             for connection in list(connections):
                 if waited > GRACE_S and connection.is_waiting:  # type: ignore[union-attr]

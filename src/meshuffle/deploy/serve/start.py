@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import multiprocessing
 import os
-import signal
 import socket
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from meshuffle.deploy.serve.backends import Backend, candidates, prepare
+from meshuffle.deploy.serve.forking import start_fork_server
 from meshuffle.deploy.serve.limits import Limits
 from meshuffle.deploy.serve.measure import (
     BATCHES,
@@ -108,7 +106,7 @@ def serve(
         bound(options.host, options.port) as listener,
         tempfile.TemporaryDirectory(prefix="meshuffle-serve-") as scratch,
     ):
-        _start_fork_server()
+        start_fork_server()
         choice = choose(names, target, card, options, Path(scratch), num_gpus, say)
         metrics = Path(scratch) / "metrics"
         metrics.mkdir()
@@ -228,18 +226,6 @@ def _tried_layouts(
         speed = measured(backend, one, (batch,), card.preprocess.size)[batch]
         tried.append(Layout(one.replicas, one.threads, speed))
     return tried
-
-
-def _start_fork_server() -> None:
-    """Let the replicas' imports begin; a Ctrl-C meant for us does not end the server."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["meshuffle.deploy.serve.replica"])
-    resource_tracker.ensure_running()  # its own start would unblock the signal again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _recipe(card: Card, choice: Choice, options: Options, metrics: str) -> Recipe:
