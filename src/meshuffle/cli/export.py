@@ -20,9 +20,21 @@ def export(
     target: Path,
     /,
     *,
-    to: Annotated[str, Parameter(help="Formats, joined by commas; today: onnx.")] = "onnx",
+    to: Annotated[
+        str, Parameter(help="Any of onnx, openvino, executorch, litert, pt2, with commas.")
+    ] = "onnx",
     out: Annotated[Path | None, Parameter(help="Folder; default RUN/export.")] = None,
-    data: Annotated[str | None, Parameter(help="Images for the parity check.")] = None,
+    data: Annotated[str | None, Parameter(help="Images for the checks; default the run's.")] = None,
+    with_preprocessing: Annotated[
+        bool, Parameter(negative=(), help="The file takes uint8 images of any size.")
+    ] = False,
+    int8: Annotated[
+        bool, Parameter(negative=(), help="Eight-bit files, calibrated on training images.")
+    ] = False,
+    max_drop: Annotated[
+        float | None,
+        Parameter(help="Points that int8 may lose on the validation split; default 1."),
+    ] = None,
     model: Model = None,
     json: Json = False,
     debug: Debug = False,
@@ -38,6 +50,15 @@ def export(
 
     from meshuffle.deploy.api import export as run_export
 
-    written = run_export(target, to.split(","), out=out, data=data, model=model)
+    written = run_export(
+        target,
+        to.split(","),
+        out=out,
+        data=data,
+        model=model,
+        int8=int8,
+        max_drop=max_drop,
+        preprocessing=with_preprocessing,
+    )
     value = {name: {"file": str(path), **asdict(p)} for name, (path, p) in written.items()}
     return Answer(value, "\n".join(f"{path}: {parity}" for path, parity in written.values()))

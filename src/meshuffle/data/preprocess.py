@@ -25,7 +25,8 @@ from meshuffle.errors import ConfigError, did_you_mean
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 Triple = tuple[float, float, float]
 _CROP_RATIO = 0.875  # ImageNet's custom: short side 256 for a crop of 224
-_MAX_ASPECT = 16
+MAX_ASPECT = 16
+"""Of a longer strip than so many times its width, the middle is used where it is resized."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 def _tame(image: Image.Image) -> Image.Image:
     """Keep the middle of a strip: 1×60000 would otherwise become 256×15,000,000 pixels."""
     width, height = image.size
-    limit = _MAX_ASPECT * min(width, height)
+    limit = MAX_ASPECT * min(width, height)
     if max(width, height) <= limit:
         return image
     left, top = max(0, (width - limit) // 2), max(0, (height - limit) // 2)

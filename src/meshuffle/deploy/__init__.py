@@ -20,6 +20,7 @@ FORMATS: Mapping[str, str] = {
     "onnx": "Onnx",
     "openvino": "OpenVino",
     "executorch": "ExecuTorch",
+    "litert": "LiteRt",
     "pt2": "Pt2",
 }
 """Name, which is also that of the module, and its class."""

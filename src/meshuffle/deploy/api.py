@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from meshuffle.data import open_data
 from meshuffle.deploy import find_format
 from meshuffle.deploy.format import Format
-from meshuffle.deploy.parity import TOLERANCE, Parity, check_parity
+from meshuffle.deploy.int8 import Int8
+from meshuffle.deploy.parity import TOLERANCE, Parity, check_images, check_parity
+from meshuffle.deploy.preprocessed import with_preprocessing
 from meshuffle.deploy.subject import Subject
-from meshuffle.errors import DataError, ImageError, MeshuffleError
+from meshuffle.errors import ConfigError, DataError, ImageError, MeshuffleError
 from meshuffle.train.files import disk_errors, replaced_files
 from meshuffle.train.weights import Card, find_weights, load_model
 
@@ -27,6 +31,9 @@ def export(
     out: Path | None = None,
     data: str | None = None,
     model: str | None = None,
+    int8: bool = False,
+    max_drop: float | None = None,
+    preprocessing: bool = False,
 ) -> dict[str, tuple[Path, Parity]]:
     """Write the weights of `target` in other formats; returns {format: (file, parity)}.
 
@@ -36,21 +43,34 @@ def export(
         out: folder of the files; None is `export/` in the run, or beside a weights file.
         data: DATA whose images the files are checked on; None is what the model learned.
         model: repeats the name of a `package.module:function` model, to allow its import.
+        int8: weights and activations have eight bits; the files are `model.int8.*`.
+        max_drop: points that an eight-bit file may lose, 1 unless said; see
+            `deploy.int8.points_lost`.
+        preprocessing: the files take images, uint8 [N, H, W, 3].
 
     Raises:
-        ConfigError: an unknown format, or one that is not installed; ParityError: a file computes
-            something else; MeshuffleError: it cannot be written.
+        ConfigError: an unknown format, or one that is not installed or has no eight bits;
+            ParityError: a file computes something else, or loses too much; MeshuffleError: it
+            cannot be written.
     """
     found = [find_format(name.strip()) for name in formats]
     for one in found:
-        one.require()
+        one.require(int8)
+    _check_options(int8, max_drop, preprocessing)
     network, card = load_model(target, model)
-    subject = Subject(network, card, some_images(card.data_or(data), card))
+    images = some_images(card.data_or(data), card)
+    views_NCHW = torch.stack([card.preprocess.to_uint8(image) for image in images])
+    subject = Subject(network, card, views_NCHW)
+    subjects = {True: subject, False: subject}  # by `any_size`
+    if preprocessing:
+        for size in {one.any_size for one in found}:
+            subjects[size] = with_preprocessing(subject, images, any_size=size)
+    eight = Int8(subject, data, max_drop=1.0 if max_drop is None else max_drop) if int8 else None
     folder = out or (target if target.is_dir() else find_weights(target).parent) / "export"
     written = {}
     for one in found:
-        path = folder / f"model{one.suffix}"
-        written[one.name] = (path, write(one, subject, path))
+        path = folder / f"model{'.int8' if int8 else ''}{one.suffix}"
+        written[one.name] = (path, write(one, subjects[one.any_size], path, int8=eight))
     return written
 
 
@@ -71,7 +91,12 @@ def write_file(
 
 
 def write(
-    form: Format, subject: Subject, path: Path, *, tolerance: float | None = TOLERANCE
+    form: Format,
+    subject: Subject,
+    path: Path,
+    *,
+    tolerance: float = TOLERANCE,
+    int8: Int8 | None = None,
 ) -> Parity:
     """Write a file, once it agrees with the model.
 
@@ -79,6 +104,7 @@ def write(
 
     Args:
         tolerance: largest error as a share of the largest output, above 0.
+        int8: makes an eight-bit file, which is judged by its metric and not by `tolerance`.
 
     Returns:
         How far the file's outputs are from the model's on batches of 1, 2 and 5 images.
@@ -90,34 +116,51 @@ def write(
     """
     with disk_errors(path.parent), replaced_files(path) as temporary:
         try:
-            form.write(subject, temporary)
+            if int8 is None:
+                form.write(subject, temporary)
+            else:
+                form.write_int8(subject, temporary, int8)
         except (MeshuffleError, OSError):
             raise
         except Exception as error:  # a toolchain raises what it likes
             raise subject.refusal(error, f" to {form.name}") from error
-        return check_parity(
+        run = form.open(temporary)
+        parity = check_parity(
             subject.module,
-            form.open(temporary),
+            run,
             subject.batches,
             temporary,
             runtime=form.runtime(temporary),
-            tolerance=tolerance,
+            tolerance=tolerance if int8 is None else None,
             argmax=subject.argmax,
         )
+        size = sum(file.stat().st_size for file in temporary.parent.iterdir())
+        parity = replace(parity, file_bytes=size)
+        if subject.plain is not None:
+            found = [run(x.numpy()) for x in subject.batches]
+            parity = check_images(parity, *subject.plain, found)
+        return parity if int8 is None else replace(parity, change=int8.judge(run, form.name))
 
 
-def some_images(spec: str, card: Card) -> Tensor:
-    """Return a few readable images of a data set in the evaluation view, uint8 [N, 3, H, W]."""
+def _check_options(int8: bool, max_drop: float | None, preprocessing: bool) -> None:
+    if max_drop is not None and not int8:
+        raise ConfigError(f"--max-drop {max_drop:g} is of --int8, which is not given")
+    if int8 and preprocessing:
+        raise ConfigError("--int8 and --with-preprocessing do not go together yet; give one")
+
+
+def some_images(spec: str, card: Card) -> list[Image.Image]:
+    """Return a few readable images of a data set, RGB, as they are."""
     splits = open_data(spec, task=card.task, need=()).splits
     source = next(splits[name] for name in ("test", "val", "train") if name in splits)
-    views = []
+    images: list[Image.Image] = []
     for index in range(len(source)):
         try:
-            views.append(card.preprocess.to_uint8(source.image(index)))
+            images.append(source.image(index))
         except ImageError:
             continue
-        if len(views) == _NUM_IMAGES:
+        if len(images) == _NUM_IMAGES:
             break
-    if not views:
+    if not images:
         raise DataError(f"{spec}: no readable image to check the export on; give --data DATA")
-    return torch.stack(views)
+    return images

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.fx import Node
 
+    from meshuffle.deploy.int8 import Int8
     from meshuffle.deploy.subject import Subject
 
 _PREFIX = "meshuffle_"
@@ -32,10 +33,30 @@ class ExecuTorch(Format):
     packages: ClassVar[Mapping[str, str]] = {"executorch": "executorch", "torchao": "torchao"}
     extra = "executorch"
     max_batch = 32
+    any_size = False
 
     def write(self, subject: Subject, path: Path) -> None:
         """Lower the captured program to XNNPACK where that knows the op."""
         path.write_bytes(_lowered(subject.program(self.max_batch), subject.metadata))
+
+    def write_int8(self, subject: Subject, path: Path, int8: Int8) -> None:
+        """Quantise with torchao for XNNPACK: weights per channel, activations per tensor."""
+        import torch
+        from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+            XNNPACKQuantizer,
+            get_symmetric_quantization_config,
+        )
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+        quantizer = XNNPACKQuantizer().set_global(
+            get_symmetric_quantization_config(is_per_channel=True)
+        )
+        module = prepare_pt2e(subject.program(self.max_batch).module(), quantizer)
+        with torch.inference_mode():
+            for x in int8.inputs(self.max_batch):
+                module(torch.from_numpy(x))
+        program = subject.captured(convert_pt2e(module), self.max_batch)
+        path.write_bytes(_lowered(program, subject.metadata))
 
     def load(self, path: Path, threads: int, precision: Precision) -> Run:
         """Return the program; `threads` are those of the whole process."""
@@ -89,8 +110,9 @@ def _lowered(program: ExportedProgram, metadata: Mapping[str, str]) -> bytes:
 
 def _slice_for_split(program: ExportedProgram) -> None:
     """Take slices in place of chunks: ExecuTorch 1.5 on torch 2.15 fixes the batch at a chunk."""
-    from torch.ops import aten
+    import torch
 
+    aten: Any = torch.ops.aten
     splits = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
     for node in list(program.graph.nodes):
         if node.target in splits:
@@ -99,11 +121,12 @@ def _slice_for_split(program: ExportedProgram) -> None:
 
 
 def _slice_one(node: Node, take: Any) -> None:
-    graph, source, dim = node.graph, node.args[0], node.args[2] if len(node.args) > 2 else 0
+    graph, source = node.graph, node.args[0]
+    dim: Any = node.args[2] if len(node.args) > 2 else 0
     ends = np.cumsum([part.shape[dim] for part in node.meta["val"]]).tolist()
     starts = [0, *ends]
     for user in list(node.users):
-        i = user.args[1]
+        i: Any = user.args[1]
         with graph.inserting_before(user):
             piece = graph.call_function(take, (source, dim, starts[i], ends[i]))
         piece.meta = dict(user.meta)

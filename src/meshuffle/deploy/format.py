@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from meshuffle.errors import ConfigError
 
 if TYPE_CHECKING:
+    from meshuffle.deploy.int8 import Int8
     from meshuffle.deploy.subject import Subject
 
 Run = Callable[[NDArray[Any]], NDArray[np.float32]]
@@ -36,21 +37,29 @@ class Format(ABC):
         name: of `--to`.
         suffix: of its files.
         packages: that it needs besides Meshuffle's own: what pip calls it → what Python imports.
+        int8_packages: the same, for `write_int8`.
         extra: Meshuffle's extra that brings them.
         precisions: in which `open` can compute.
         max_batch: the largest that its files take at once; None is any.
+        any_size: files with preprocessing take images of any size.
     """
 
     name: ClassVar[str]
     suffix: ClassVar[str]
     packages: ClassVar[Mapping[str, str]] = {}
+    int8_packages: ClassVar[Mapping[str, str]] = {}
     extra: ClassVar[str] = ""
     precisions: ClassVar[tuple[Precision, ...]] = ("float32",)
     max_batch: ClassVar[int | None] = None
+    any_size: ClassVar[bool] = True
 
     @abstractmethod
     def write(self, subject: Subject, path: Path) -> None:
         """Write the model to `path`, and what belongs to it beside, in a folder of its own."""
+
+    def write_int8(self, subject: Subject, path: Path, int8: Int8) -> None:
+        """Write the model with eight-bit weights and activations, calibrated on `int8.inputs`."""
+        raise NotImplementedError
 
     @abstractmethod
     def load(self, path: Path, threads: int, precision: Precision) -> Run:
@@ -81,9 +90,12 @@ class Format(ABC):
         run = self.load(path, threads, precision)
         return run if self.max_batch is None else _in_pieces(run, self.max_batch)
 
-    def require(self) -> None:
+    def require(self, int8: bool = False) -> None:
         """Raise `ConfigError` where a package is missing, with the command that helps."""
-        missing = [pip for pip, module in self.packages.items() if find_spec(module) is None]
+        if int8 and type(self).write_int8 is Format.write_int8:
+            raise ConfigError(f"--int8: {self.name} has none here; onnx, openvino, executorch have")
+        packages = {**self.packages, **(self.int8_packages if int8 else {})}
+        missing = [pip for pip, module in packages.items() if find_spec(module) is None]
         if missing:
             raise ConfigError(
                 f"export to {self.name} needs {' and '.join(missing)}: "

@@ -5,6 +5,7 @@ The opset is the exporter's default (20 in torch 2.15), and `runtime` names it.
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from meshuffle.deploy.format import Format, Precision, Run
 if TYPE_CHECKING:
     import onnx
 
+    from meshuffle.deploy.int8 import Int8
     from meshuffle.deploy.subject import Subject
 
 _LOG_ERRORS = 3  # ONNX Runtime's severity: below it are notes on the host's devices
@@ -32,6 +34,33 @@ class Onnx(Format):
         program = _translate(subject)
         _describe(program, subject.metadata)
         path.write_bytes(program.SerializeToString())
+
+    def write_int8(self, subject: Subject, path: Path, int8: Int8) -> None:
+        """Quantise with ONNX Runtime, each output channel of a weight with a scale of its own.
+
+        Weights have seven bits: with eight, processors without VNNI instructions overflow (here
+        top-1 fell from 98.6 to 90.5 % on digits).
+        """
+        from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        from meshuffle.deploy.subject import INPUT
+
+        # Beside the folder, as what is in there is kept.
+        with tempfile.TemporaryDirectory() as folder:
+            plain, folded = Path(folder, "plain.onnx"), Path(folder, "folded.onnx")
+            self.write(subject, plain)
+            quant_pre_process(plain, folded)
+            quantize_static(
+                folded,
+                path,
+                _Reader(INPUT, int8),
+                quant_format=QuantFormat.QDQ,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                per_channel=True,
+                reduce_range=True,
+            )
 
     def load(self, path: Path, threads: int, precision: Precision) -> Run:
         """Return a session on the CPU."""
@@ -63,6 +92,18 @@ class Onnx(Format):
         entries = onnx.load(path).opset_import
         opset = next(int(entry.version) for entry in entries if not entry.domain)
         return f"ONNX Runtime {onnxruntime.__version__}, opset {opset}"
+
+
+class _Reader:
+    """The calibration images as ONNX Runtime asks for them."""
+
+    def __init__(self, name: str, int8: Int8) -> None:
+        self._name, self._inputs = name, int8.inputs()
+
+    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+        """Return the next image, or None."""
+        x = next(self._inputs, None)
+        return None if x is None else {self._name: x}
 
 
 def _translate(subject: Subject) -> onnx.ModelProto:

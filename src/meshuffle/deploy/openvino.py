@@ -5,6 +5,9 @@ The weights stay float32. The metadata is `rt_info`, under `meshuffle`.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,6 +19,7 @@ from meshuffle.deploy.format import Format, Precision, Run
 from meshuffle.train.files import disk_errors
 
 if TYPE_CHECKING:
+    from meshuffle.deploy.int8 import Int8
     from meshuffle.deploy.subject import Subject
 
 _SECTION = "meshuffle"
@@ -28,12 +32,25 @@ class OpenVino(Format):
     name = "openvino"
     suffix = ".xml"
     packages: ClassVar[Mapping[str, str]] = {"openvino": "openvino"}
+    int8_packages: ClassVar[Mapping[str, str]] = {"nncf": "nncf"}
     extra = "openvino"
     precisions = ("float32", "bfloat16")
 
     def write(self, subject: Subject, path: Path) -> None:
         """Convert the captured program, name its input and output, and fix the other sizes."""
         _save(_converted(subject), subject, path)
+
+    def write_int8(self, subject: Subject, path: Path, int8: Int8) -> None:
+        """Quantise with NNCF, whose progress bars would be output."""
+        import nncf
+
+        inputs = list(int8.inputs())
+        nncf.set_log_level(logging.ERROR)
+        with contextlib.redirect_stdout(io.StringIO()):
+            model = nncf.quantize(
+                _converted(subject), nncf.Dataset(inputs), subset_size=len(inputs)
+            )
+        _save(model, subject, path)
 
     def load(self, path: Path, threads: int, precision: Precision) -> Run:
         """Return the model compiled for the CPU, for the shortest time of one call."""
@@ -76,7 +93,7 @@ def _converted(subject: Subject) -> Any:
     model = openvino.convert_model(subject.program())
     model.inputs[0].get_tensor().set_names({INPUT})
     model.outputs[0].get_tensor().set_names({subject.outputs})
-    model.reshape({INPUT: [-1, *subject.example.shape[1:]]})
+    model.reshape({INPUT: [-1 if n is None else n for n in subject.shape]})
     return model
 
 

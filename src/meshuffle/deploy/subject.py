@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class Subject:
     Attributes:
         module: what the file is to compute, on the CPU, in float32 and eval mode.
         batches: its inputs for the comparison, 1, 2 and 5 images.
+        sides: names of the dims 1, 2, … of the inputs whose size is open.
+        plain: of a module with preprocessing, that without it, and its inputs of the same images.
         outputs: name of the outputs in the file; `argmax`: the largest along dim 1 is the answer.
 
     Raises:
@@ -45,6 +47,10 @@ class Subject:
         self.outputs = task.outputs if decoded else "outputs"
         self.argmax = task.argmax
         self.batches = parity_batches(images_NCHW, card.preprocess)
+        height, width = card.preprocess.size
+        self.input = f"float32 [batch, 3, {height}, {width}], normalised"
+        self.sides: tuple[str, ...] = ()
+        self.plain: tuple[nn.Module, list[Tensor]] | None = None
         self._programs: dict[int | None, ExportedProgram] = {}
 
     @property
@@ -52,15 +58,36 @@ class Subject:
         """Inputs to capture with: two images, since torch.export bakes in a 1."""
         return self.batches[1]
 
-    @cached_property
+    def with_preprocessing(
+        self, module: nn.Module, batches: list[Tensor], views: list[Tensor], *, any_size: bool
+    ) -> Subject:
+        """Return the same with `module`, which takes images, uint8 [N, H, W, 3].
+
+        Args:
+            batches: its inputs, 1, 2 and 5 images; views: those of the plain module.
+            any_size: H and W are open.
+        """
+        made = copy.copy(self)
+        made.module, made.batches, made.plain = module.eval(), batches, (self.module, views)
+        made.sides = ("height", "width") if any_size else ()
+        sizes = "height, width" if any_size else ", ".join(map(str, batches[0].shape[1:3]))
+        made.input, made._programs = f"uint8 [batch, {sizes}, 3], RGB", {}
+        return made
+
+    @property
+    def shape(self) -> list[int | None]:
+        """The shape of the inputs; None is open."""
+        fixed = self.example.shape[1 + len(self.sides) :]
+        return [None, *[None for _ in self.sides], *fixed]
+
+    @property
     def metadata(self) -> dict[str, str]:
         """What a file says of itself: the card under `meshuffle`, and its main parts to read."""
-        height, width = self.example.shape[2:]
         return {
             "model": self.card.model,
             "classes": json.dumps(self.card.classes),
             "preprocess": json.dumps(self.card.preprocess.to_dict()),
-            "input": f"float32 [batch, 3, {height}, {width}], normalised",
+            "input": self.input,
             "meshuffle": self.card.to_json(),
         }
 
@@ -74,18 +101,23 @@ class Subject:
             ModelError: it cannot be captured, for example with its batch size baked in.
         """
         if max_batch not in self._programs:
-            batch = torch.export.Dim("batch", max=max_batch)
-            example = self.example
-            if max_batch:
-                example = example[:1].repeat(max_batch, *[1] * (example.ndim - 1))
-            try:
-                program = torch.export.export(self.module, (example,), dynamic_shapes=({0: batch},))
-            except (RuntimeError, ValueError) as error:
-                raise self.refusal(error) from error
-            for node in program.graph.nodes:
-                node.meta.pop("stack_trace", None)  # paths of this machine
-            self._programs[max_batch] = program
+            self._programs[max_batch] = self.captured(self.module, max_batch)
         return self._programs[max_batch]
+
+    def captured(self, module: nn.Module, max_batch: int | None) -> ExportedProgram:
+        """Return the program of `module`, which takes what the subject's own takes."""
+        example = self.example
+        if max_batch:
+            example = example[:1].repeat(max_batch, *[1] * (example.ndim - 1))
+        dims = {0: torch.export.Dim("batch", max=max_batch)}
+        dims |= {i: torch.export.Dim(name) for i, name in enumerate(self.sides, 1)}
+        try:
+            program = torch.export.export(module, (example,), dynamic_shapes=(dims,))
+        except (RuntimeError, ValueError) as error:
+            raise self.refusal(error) from error
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # paths of this machine
+        return program
 
     def refusal(self, error: Exception, where: str = "") -> ModelError:
         """Return the error that says why the module cannot be exported, in a line."""

@@ -5,6 +5,8 @@ Shape suffixes: N images, A anchors, K logits, C classes, D detections.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
@@ -55,21 +57,36 @@ def detections(head: str, outputs_NAK: Tensor, anchors_A4: Tensor) -> Tensor:
     Args:
         outputs_NAK: float (N, A, K + 4). anchors_A4: see `anchors_for`.
     """
-    found = [_detections(find_head(head), outputs_AK, anchors_A4) for outputs_AK in outputs_NAK]
-    most = max((len(rows) for rows in found), default=0)
-    padded = outputs_NAK.new_full((len(found), most, 6), -1)
-    for i, rows in enumerate(found):
-        padded[i, : len(rows)] = rows
-    return padded
+    kind = find_head(head)
+    return _padded([_detections(kind, outputs_AK, anchors_A4) for outputs_AK in outputs_NAK])
+
+
+def best_boxes(decoded_NAC: Tensor) -> Tensor:
+    """Return `detections` from what `Decoded` gives, (N, A, 4 + C)."""
+    return _padded([_best(rows_AC[:, 4:], rows_AC[:, :4].__getitem__) for rows_AC in decoded_NAC])
+
+
+def _padded(found: list[Tensor]) -> Tensor:
+    """Return (N, D, 6) of N images' boxes; rows that are missing are −1."""
+    if not found:
+        return torch.zeros(0, 0, 6)
+    return nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
 
 
 def _detections(kind: type[Detector], outputs_AK: Tensor, anchors_A4: Tensor) -> Tensor:
-    scores_AC = kind.scores(outputs_AK[:, :-4])
+    def boxes(indices: Tensor) -> Tensor:
+        return kind.coder.decode_single(outputs_AK[indices, -4:], anchors_A4[indices]).clamp(0, 1)
+
+    return _best(kind.scores(outputs_AK[:, :-4]), boxes)
+
+
+def _best(scores_AC: Tensor, boxes_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return one image's boxes, the best first; `boxes_of`: anchors' indices to their boxes."""
     likely = (scores_AC > SCORE_FLOOR).any(0).nonzero()[:, 0]
     scores, indices = scores_AC[:, likely].T.topk(min(MAX_CANDIDATES, len(scores_AC)))
     kept = scores > SCORE_FLOOR
     scores, indices = scores[kept], indices[kept]
     classes = likely[kept.nonzero()[:, 0]]
-    boxes = kind.coder.decode_single(outputs_AK[indices, -4:], anchors_A4[indices]).clamp(0, 1)
+    boxes = boxes_of(indices)
     best = batched_nms(boxes, scores, classes, NMS_IOU)[:MAX_DETECTIONS]
     return torch.cat((boxes, scores[:, None], classes[:, None].to(boxes.dtype)), 1)[best]

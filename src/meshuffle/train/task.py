@@ -134,6 +134,10 @@ class Task:
         """
         raise NotImplementedError
 
+    def judge_deployed(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return what `judge` does, from outputs of the `deployed` network."""
+        return self.judge(outputs, targets)
+
     def require(self) -> None:
         """Raise where something is not installed that the metrics need."""
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from meshuffle.data.preprocess import Preprocess
-from meshuffle.models.detections import Decoded, detections
+from meshuffle.models.detections import Decoded, best_boxes, detections
 from meshuffle.models.detector import anchors_for, create_detector
 from meshuffle.train.box_loss import detection_losses
 from meshuffle.train.box_map import mean_average_precision, require
@@ -102,6 +102,10 @@ class Detect(Task):
             "boxes": detections(self.head, outputs, self._anchors),
             "truth": targets.float(),
         }
+
+    def judge_deployed(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return `boxes` and `truth` as `judge` does, from boxes and scores (N, A, 4 + C)."""
+        return {"boxes": best_boxes(outputs), "truth": targets.float()}
 
     def conclude(self, rows: Rows) -> dict[str, float]:
         """Return `map`, `map50` and `map75` in percent; see `mean_average_precision`."""

@@ -77,6 +77,10 @@ class Regress(Task):
             "targets": targets.float(),
         }
 
+    def judge_deployed(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return what `judge` does, from values in the targets' units."""
+        return self.judge(self._standardised(outputs, outputs), targets)
+
     def conclude(self, rows: Rows) -> dict[str, float]:
         """Return `r2`, `mae` and `rmse`, averaged over targets, and of several, those of each.
 

@@ -1,0 +1,149 @@
+"""Eight-bit files: real images to calibrate on, and what the numbers cost in accuracy.
+
+Calibration runs a few hundred training images through the network, to learn the range of each
+tensor (post-training quantisation). The task's first metric on the whole validation split, before
+and after, decides whether the file is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from meshuffle.data import ImageSource, auto_workers, eval_loader
+from meshuffle.deploy.format import Run
+from meshuffle.deploy.subject import Subject
+from meshuffle.errors import ConfigError, DataError, ImageError, ParityError
+from meshuffle.train.evaluate import joined
+from meshuffle.train.split import open_split
+from meshuffle.train.task import Metric
+from meshuffle.train.tasks import make_task
+
+NUM_IMAGES = 300
+"""Training images to calibrate on."""
+
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Change:
+    """The task's first metric on the validation split: of the model, and of the file.
+
+    `points`: how much the file is worse; see `points_lost`.
+    """
+
+    metric: str
+    before: float
+    after: float
+    points: float
+    num_images: int
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Int8:
+    """What makes an eight-bit file, and judges it.
+
+    Args:
+        subject: what is exported.
+        data: DATA with a train and a val split; None is what the weights learned.
+        max_drop: points that the file may lose, ≥ 0; see `points_lost`.
+        num_images: to calibrate on, at most, ≥ 1.
+
+    Raises:
+        ConfigError: a value out of range; DataError: a split is missing, or no image is readable.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        data: str | None,
+        *,
+        max_drop: float = 1.0,
+        num_images: int = NUM_IMAGES,
+    ) -> None:
+        if not max_drop >= 0 or num_images < 1:
+            raise ConfigError(f"--max-drop (={max_drop}) must be at least 0 points")
+        self.subject, self.max_drop = subject, max_drop
+        self.task = make_task(subject.card)
+        self.task.require()
+        train, what, _ = open_split(data, "train", subject.card)
+        self.images_NCHW = _evenly(train, subject, num_images, what)
+        self.judged, self.what, _ = open_split(data, "val", subject.card)
+
+    def inputs(self, batch: int = 1) -> Iterator[NDArray[np.float32]]:
+        """Yield the calibration images as the network's inputs."""
+        for images_NCHW in self.images_NCHW.split(batch):
+            yield self.subject.card.preprocess.normalise(images_NCHW).contiguous().numpy()
+
+    @cached_property
+    def before(self) -> float:
+        """The metric of the model."""
+        module = self.subject.module
+
+        @torch.inference_mode()
+        def run(x: NDArray[Any]) -> NDArray[np.float32]:
+            outputs: NDArray[np.float32] = module(torch.from_numpy(x)).numpy()
+            return outputs
+
+        return self._metric(run)
+
+    def judge(self, run: Run, name: str) -> Change:
+        """Return what the file that `run` executes has lost.
+
+        Raises:
+            ParityError: more than `max_drop` points.
+        """
+        metric = self.task.metrics[0]
+        before, after = self.before, self._metric(run)
+        points, num = points_lost(metric, before, after), len(self.judged)
+        said = f"{metric.text(before)} → {metric.number(after)} on {num} images of {self.what}"
+        if not points <= self.max_drop:
+            raise ParityError(
+                f"{name} in int8 loses too much: {said}, {points:.2f} points; --max-drop "
+                f"(={self.max_drop:g}) says how much it may be. Nothing was written"
+            )
+        return Change(metric.key, before, after, points, num, said)
+
+    def _metric(self, run: Run) -> float:
+        preprocess, pieces = self.subject.card.preprocess, []
+        read = partial(eval_loader, self.judged, preprocess, batch_size=_BATCH)
+        for batch in read(num_workers=auto_workers(self.judged), dense=self.task.dense):
+            if len(batch):
+                x = preprocess.normalise(batch.images).contiguous().numpy()
+                rows = self.task.judge_deployed(torch.from_numpy(run(x)), batch.targets)
+                pieces.append({name: column.numpy() for name, column in rows.items()})
+        if not pieces:
+            raise DataError(f"{self.what}: no readable image to judge int8 on")
+        return self.task.conclude(joined(pieces))[self.task.metrics[0].key]
+
+
+def points_lost(metric: Metric, before: float, after: float) -> float:
+    """Return how much worse `after` is, in percent points; of other units, in percent of `before`.
+
+    Negative where it is better.
+    """
+    lost = after - before if metric.lower else before - after
+    return lost if metric.unit == "%" else 100 * lost / max(abs(before), 1e-12)
+
+
+def _evenly(source: ImageSource, subject: Subject, num: int, what: str) -> Tensor:
+    """Return readable images, evenly spread over a split, in the evaluation view."""
+    views = []
+    for index in np.linspace(0, len(source) - 1, min(num, len(source))).round().astype(int):
+        try:
+            views.append(subject.card.preprocess.to_uint8(source.image(int(index))))
+        except ImageError:
+            continue
+    if not views:
+        raise DataError(f"{what}: no readable image to calibrate int8 on")
+    return torch.stack(views)
