@@ -1,6 +1,7 @@
 """One process of a service: gets connections from the supervisor and answers their requests.
 
-    supervisor ──a connection per message, `stop`──▶ replica ──`up`, `ready`, `closed N`──▶ back
+    supervisor ──`connection` with a socket, `stop`──▶ replica
+               ◀──`up`, `ready`, `count TAKEN CLOSED`── (connections since it last told)
 
 The fork server loads this file once for all replicas; what reads the environment is imported later.
 """
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from meshuffle.deploy.serve.service import Service
 
 CONNECTION, STOP = b"connection", b"stop"
-UP, READY, CLOSED = b"up", b"ready", b"closed"
+UP, READY, COUNT = b"up", b"ready", b"count"
 MESSAGE_BYTES = 64
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 GRACE_S = 1.0
@@ -98,7 +99,7 @@ class Replica:
         self._recipe, self._index, self._channel = recipe, index, channel
         self._stop = asyncio.Event()
         self._state = ServerState()
-        self._num_closed = 0
+        self._num_taken = self._num_closed = 0
         self._opening: set[asyncio.Task[object]] = set()
 
     async def run(self) -> None:
@@ -161,6 +162,8 @@ class Replica:
             self._stop.set()
 
     def _open(self, connection: socket.socket) -> None:
+        self._num_taken += 1
+        self._tell_counts()
         connection.setblocking(False)
         made = self._loop.connect_accepted_socket(self._new_connection, connection)
         task = self._loop.create_task(made)
@@ -187,18 +190,18 @@ class Replica:
 
     def _close(self) -> None:
         self._num_closed += 1
-        self._tell_closed()
+        self._tell_counts()
 
-    def _tell_closed(self) -> None:
-        if self._num_closed:
+    def _tell_counts(self) -> None:
+        if self._num_taken or self._num_closed:
             with contextlib.suppress(OSError):  # told later, or there is nobody to tell
-                self._channel.send(b"%s %d" % (CLOSED, self._num_closed))
-                self._num_closed = 0
+                self._channel.send(b"%s %d %d" % (COUNT, self._num_taken, self._num_closed))
+                self._num_taken = self._num_closed = 0
 
     async def _tick(self) -> None:
         while True:
             self._state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
-            self._tell_closed()
+            self._tell_counts()
             await asyncio.sleep(1)
 
     async def _drain(self) -> None:

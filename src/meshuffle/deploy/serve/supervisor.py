@@ -1,7 +1,8 @@
 """The process that accepts connections, and keeps the replicas that answer them.
 
 Each connection goes to the replica that has the fewest. (Replicas that accept from one socket
-themselves share the load as the kernel happens to wake them: one may have all connections.)
+themselves share the load as the kernel happens to wake them: one may have all connections.) Until
+a replica says that it has taken one, it is kept here, for another where the replica dies.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import multiprocessing
 import signal
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
@@ -36,6 +38,7 @@ class _Replica:
     is_up: bool = False
     is_ready: bool = False
     num_open: int = 0
+    sent: deque[socket.socket] = field(default_factory=deque)  # and not taken yet
     started: float = field(default_factory=time.monotonic)
 
 
@@ -102,18 +105,21 @@ class Supervisor:
     def _hear(self, one: _Replica) -> None:
         """Take the next message of a replica."""
         try:
-            word, _, number = one.channel.recv(MESSAGE_BYTES).partition(b" ")
+            word, *numbers = one.channel.recv(MESSAGE_BYTES).split(b" ")
         except BlockingIOError:
             return
         except OSError:
-            word = b""
+            word, numbers = b"", []
         if word == child.UP:
             one.is_up = True
         elif word == child.READY:
             one.is_ready, self._num_failed = True, 0
             self._tell_ready()
-        elif word == child.CLOSED:
-            one.num_open -= int(number)
+        elif word == child.COUNT:
+            num_taken, num_closed = map(int, numbers)
+            one.num_open -= num_closed
+            for _ in range(num_taken):
+                one.sent.popleft().close()
         elif not word:
             self._loop.remove_reader(one.channel)
             one.is_up = False
@@ -134,6 +140,8 @@ class Supervisor:
         mark_process_dead(one.process.pid, self._recipe.metrics)
         del self._replicas[one.index]
         self._changed.set()
+        for connection in one.sent:
+            self._hand_on(connection)
         if self._stop.is_set():
             return
         code = one.process.exitcode or 0
@@ -169,8 +177,7 @@ class Supervisor:
                 connection, _ = self._listener.accept()
             except OSError:  # none is left, it has gone, or there are no handles
                 return True
-            with connection:
-                self._hand_on(connection)
+            self._hand_on(connection)
         self._listen()
         return False
 
@@ -183,7 +190,9 @@ class Supervisor:
                 one.is_up = False
                 continue
             one.num_open += 1
+            one.sent.append(connection)
             return
+        connection.close()
 
     def _asked_to_stop(self) -> None:
         if self._stop.is_set():  # a second time
