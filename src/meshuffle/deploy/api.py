@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -116,10 +118,11 @@ def write(
     """
     with disk_errors(path.parent), replaced_files(path) as temporary:
         try:
-            if int8 is None:
-                form.write(subject, temporary)
-            else:
-                form.write_int8(subject, temporary, int8)
+            with contextlib.redirect_stdout(io.StringIO()):  # toolchains tell of their progress
+                if int8 is None:
+                    form.write(subject, temporary)
+                else:
+                    form.write_int8(subject, temporary, int8)
         except (MeshuffleError, OSError):
             raise
         except Exception as error:  # a toolchain raises what it likes
@@ -135,7 +138,7 @@ def write(
             argmax=subject.argmax,
         )
         size = sum(file.stat().st_size for file in temporary.parent.iterdir())
-        parity = replace(parity, file_bytes=size)
+        parity = replace(parity, file_bytes=size, input=subject.input)
         if subject.plain is not None:
             found = [run(x.numpy()) for x in subject.batches]
             parity = check_images(parity, *subject.plain, found)

@@ -5,8 +5,6 @@ The weights stay float32. The metadata is `rt_info`, under `meshuffle`.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,15 +39,13 @@ class OpenVino(Format):
         _save(_converted(subject), subject, path)
 
     def write_int8(self, subject: Subject, path: Path, int8: Int8) -> None:
-        """Quantise with NNCF, whose progress bars would be output."""
+        """Quantise with NNCF."""
         import nncf
 
         inputs = list(int8.inputs())
         nncf.set_log_level(logging.ERROR)
-        with contextlib.redirect_stdout(io.StringIO()):
-            model = nncf.quantize(
-                _converted(subject), nncf.Dataset(inputs), subset_size=len(inputs)
-            )
+        data = nncf.Dataset(inputs)
+        model = nncf.quantize(_converted(subject), data, subset_size=len(inputs))
         _save(model, subject, path)
 
     def load(self, path: Path, threads: int, precision: Precision) -> Run:

@@ -51,6 +51,7 @@ class Parity:
         batch_sizes: of the batches that were compared.
         file_bytes: size of the file.
         runtime: what ran the file, with its version.
+        input: what the file takes.
         change: of an eight-bit file, what it lost.
         image_relative_error, image_agreement: of a file with preprocessing, from the same images
             through Pillow and the model: `max_relative_error` and `top1_agreement`.
@@ -62,6 +63,7 @@ class Parity:
     batch_sizes: tuple[int, ...]
     file_bytes: int
     runtime: str
+    input: str = ""
     change: Change | None = None
     image_relative_error: float | None = None
     image_agreement: float | None = None
@@ -72,7 +74,8 @@ class Parity:
         agreement = "" if shares is None else f", top-1 agreement {shares:.0f} %"
         more = "" if self.change is None else f"; int8: {self.change}"
         if self.image_relative_error is not None:
-            more += f"; against Pillow and the model {self.image_relative_error:.1e}"
+            more += f"; takes {self.input}; "
+            more += f"against Pillow and the model {self.image_relative_error:.1e}"
             if self.image_agreement is not None:
                 more += f", top-1 agreement {self.image_agreement:.0f} %"
         return (
