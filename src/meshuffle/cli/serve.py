@@ -35,7 +35,7 @@ def serve(
         Parameter(help="Holds the bearer token that clients must send; or set MESHUFFLE_TOKEN."),
     ] = None,
     max_body_mb: Annotated[float, Parameter(help="Of a request.")] = 16.0,
-    max_megapixels: Annotated[float, Parameter(help="Of an image.")] = 50.0,
+    max_megapixels: Annotated[float, Parameter(help="Of an image.")] = 25.0,
     max_images: Annotated[int, Parameter(help="Of a request.")] = 32,
     max_requests: Annotated[int, Parameter(help="At the same time.")] = 128,
     time_limit: Annotated[float, Parameter(help="Seconds of a request.")] = 10.0,

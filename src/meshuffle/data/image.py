@@ -149,9 +149,10 @@ def _to_rgba(image: Image.Image) -> Image.Image:
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
-    values = np.clip(np.asarray(image, dtype=np.float64), 0, 65535)
-    grey = np.rint(values / 257).astype(np.uint8)
-    return Image.fromarray(grey).convert("RGB")
+    values = np.array(image, dtype=np.float32)  # enough: no value of 16 bits is near a tie
+    np.clip(values, 0, 65535, out=values)
+    np.divide(values, 257, out=values)
+    return Image.fromarray(np.rint(values, out=values).astype(np.uint8)).convert("RGB")
 
 
 def _unopened(file: BinaryIO, label: str) -> ImageError:

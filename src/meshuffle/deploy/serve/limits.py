@@ -28,7 +28,7 @@ class Limits:
     """
 
     body_bytes: int = 16_000_000
-    pixels: int = 50_000_000
+    pixels: int = 25_000_000
     images: int = 32
     requests: int = 128
     seconds: float = 10.0

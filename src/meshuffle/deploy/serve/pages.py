@@ -44,7 +44,8 @@ def api_page(openapi: Mapping[str, Any]) -> HTMLResponse:
     info = openapi["info"]
     return _page(
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(info["title"])} API'
-        f'</title><meta name="viewport" content="width=device-width"><style>{_STYLE}</style>'
+        '</title><link rel="icon" href="data:,">'
+        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style>'
         f"<h1>{escape(info['title'])} {escape(info['version'])}</h1>"
         f"<p>{escape(info.get('description', ''))}. For programs: "
         '<a href="openapi.json">openapi.json</a>; to try it: <a href=".">the start page</a>.</p>'
