@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -121,7 +122,17 @@ def test_a_new_head_trains_alone_first_and_the_body_slowly(
     assert [chosen[other].freeze, chosen[other].unfreeze_epoch] == ["backbone", 2]
     assert [chosen[photos].freeze, chosen[photos].unfreeze_epoch] == ["none", 0]
     assert {config.body_lr for config in chosen.values()} == {0.1}
-    assert resolve_for(small, open_data(str(photos))).body_lr == 1.0
+    assert all(config.freeze_norm for config in chosen.values())
+    alone = resolve_for(small, open_data(str(photos)))
+    assert alone.body_lr == 1.0 and not alone.freeze_norm
+
+
+@pytest.mark.parametrize("given", [{"batch": 32}, {"body_lr": 0.5}, {"freeze_norm": False}])
+def test_batch_norms_learn_in_large_batches_or_at_a_high_rate(
+    first: Path, small: TrainConfig, photos: Path, given: dict[str, Any]
+) -> None:
+    config = dataclasses.replace(small, from_=str(first), **given)
+    assert not resolve_for(config, open_data(str(photos))).freeze_norm
 
 
 def test_before_and_after_on_the_new_and_the_old_images(

@@ -105,8 +105,9 @@ class TrainConfig:
         _option("Train everything from this epoch on (from 1); 0 is never.", "Fine-tuning"),
     ] = None
     freeze_norm: Annotated[
-        bool, _option("Batch norms keep their statistics, weights and biases.", "Fine-tuning")
-    ] = False
+        bool | None,
+        Parameter(help="The body's batch norms keep what they have learned.", group="Fine-tuning"),
+    ] = None
     body_lr: Annotated[
         float | None, _option("Rate of all but the head, as a factor on --lr.", "Fine-tuning")
     ] = None
@@ -328,7 +329,8 @@ def resolve(
 
     From other weights, the body trains at a tenth of the rate; and a new head trains alone in the
     first epoch, since what it asks of the body before it knows anything spoils the body (arXiv
-    2202.10054).
+    2202.10054). In batches below 32 images such a body keeps its batch norms: their statistics
+    are known better than so few images tell.
 
     Args:
         num_train: images of the training split.
@@ -362,8 +364,13 @@ def resolve(
     chosen |= {key: value for key, value in suits.items() if key not in ("optimizer", "lr")}
     if "lr" in suits and optimizer == suits.get("optimizer"):
         chosen["lr"] = float(f"{suits['lr'] * (batch / 16) ** 0.5:.3g}")
+    body_lr = chosen["body_lr"] if config.body_lr is None else config.body_lr
+    chosen["freeze_norm"] = bool(config.from_) and batch < _FEW and body_lr <= _GENTLE
     missing = {k: v for k, v in chosen.items() if getattr(config, k) is None}
     return check(dataclasses.replace(config, **missing))
+
+
+_FEW, _GENTLE = 32, 0.1  # images of a batch; rate of a body that frozen norms do not blow up
 
 
 def default_epochs(num_train: int) -> int:

@@ -108,7 +108,7 @@ def freeze(model: nn.Module, choice: str, *, norms: bool = False) -> list[str]:
     Args:
         choice: `none`, `backbone` (all but the classifier) or `until:LAYER` (the layers in
             forward order up to and with LAYER).
-        norms: all batch norms too.
+        norms: all batch norms of the body too.
 
     Raises:
         ConfigError: LAYER is not one of the model's, or nothing is left to train.
@@ -124,13 +124,22 @@ def freeze(model: nn.Module, choice: str, *, norms: bool = False) -> list[str]:
     else:
         frozen = _layers_until(model, choice.removeprefix("until:"))
     if norms:
-        kinds = nn.modules.batchnorm._BatchNorm
-        frozen += [name for name, part in model.named_modules() if isinstance(part, kinds)]
+        frozen += _body_norms(model)
     for name in frozen:
         _part(model, name).requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(f"--freeze {choice}: leaves no parameter to train")
     return frozen
+
+
+def _body_norms(model: nn.Module) -> list[str]:
+    """Return the batch norms outside the head, whose own have no statistics to keep."""
+    heads = {id(part) for name in classifier_of(model) for part in _part(model, name).modules()}
+    return [
+        name
+        for name, part in model.named_modules()
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and id(part) not in heads
+    ]
 
 
 def _part(model: nn.Module, name: str) -> nn.Module:

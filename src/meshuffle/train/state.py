@@ -112,7 +112,7 @@ class TrainState:
 
     def _train_everything(self) -> None:
         self.step.parallel.close()
-        norms = self.config.freeze_norm
+        norms = bool(self.config.freeze_norm)
         if self.step.ranks is None:
             self.frozen = optim.freeze(self.model, "none", norms=norms)
         else:  # the code of a split model depends on what is trained
@@ -263,7 +263,7 @@ def build_model(
         model.load_state_dict(weights.read_weights(start)[0])
     elif config.from_:
         lines = begin.start_from(model, config.from_, card)
-    frozen = optim.freeze(model, config.freeze or "none", norms=config.freeze_norm)
+    frozen = optim.freeze(model, config.freeze or "none", norms=bool(config.freeze_norm))
     return model, frozen, lines
 
 
