@@ -19,7 +19,10 @@ from meshuffle.train import api
 
 from .conftest import FAST, Fails, make_photos
 
-VERBS = ("doctor", "models", "data", "data check", "verify", "train", "eval", "predict", "export")
+VERBS = (
+    *("doctor", "models", "data", "data check", "verify", "train", "eval", "predict", "export"),
+    "serve",
+)
 
 
 @pytest.fixture(autouse=True)

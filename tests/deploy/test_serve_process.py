@@ -64,6 +64,7 @@ def head_of(port: int, data: bytes, *, parts: int = 1, pause_s: float = 0.0) -> 
 def test_it_tells_what_it_serves_and_spreads_the_load(service: Served) -> None:
     assert service.told["backend"] == "torch" and service.told["replicas"] == 2
     assert service.told["limits"]["body_bytes"] == 1_000_000
+    assert service.told["layouts"] == {"2 × 1 thread": 0.0}  # given, and so not measured
     clients = [httpx.Client(base_url=service.url) for _ in range(8)]
     for client in clients:
         assert client.post("/predict", content=red()).status_code == 200

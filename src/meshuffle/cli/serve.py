@@ -95,17 +95,20 @@ def _print(told: dict[str, Any], options: Any, as_json: bool) -> None:
 
 
 def _lines(told: dict[str, Any], options: Any) -> list[str]:
-    speeds = ", ".join(f"{name} {speed:.0f}" for name, speed in told["images_per_s"].items())
-    tried = ", ".join(f"{name} {speed:.0f}" for name, speed in told["layouts"].items() if speed)
-    lines = [
+    alone, together = _speeds(told["images_per_s"]), _speeds(told["layouts"])
+    threads = "thread" if told["threads"] == 1 else "threads"
+    return [
         f"{told['url']}  the page; /docs the API, /metrics for Prometheus",
         f"model    {told['model']}, {told['task']}, {told['classes']} classes",
-        f"backend  {told['backend']}"
-        + (f" (images/s alone: {speeds})" if any(told["images_per_s"].values()) else ""),
-        f"replicas {told['replicas']} × {told['threads']} threads"
-        + (f" (images/s together: {tried})" if tried else ""),
+        f"backend  {told['backend']}{alone and f' (images/s alone: {alone})'}",
+        f"replicas {told['replicas']} × {told['threads']} {threads}"
+        f"{together and f' (images/s together: {together})'}",
         f"batches  at most {told['batch']} images, window {told['window_ms']:g} ms",
         f"limits   {options.limits}",
         f"token    {'needed' if told['token'] else 'none: whoever reaches the port may ask'}",
     ]
-    return lines
+
+
+def _speeds(found: dict[str, float]) -> str:
+    """Return what was measured, in words; empty where nothing was."""
+    return ", ".join(f"{name} {speed:.0f}" for name, speed in found.items() if speed)

@@ -50,7 +50,9 @@ class Backend:
             return find_format(self.name).open(Path(self.source), threads=threads)
         torch.set_num_threads(threads)
         network, _ = load_model(Path(self.source), self.model)
-        device = torch.device(self.device, index) if self.device == "cuda" else torch.device("cpu")
+        device = torch.device(self.device)
+        if device.type == "cuda":
+            device = torch.device("cuda", index % torch.cuda.device_count())
         return _torch_run(network, device)
 
     def __str__(self) -> str:

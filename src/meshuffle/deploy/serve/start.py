@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from meshuffle.deploy.serve.backends import Backend, candidates, prepare
+from meshuffle.deploy.serve.backends import TORCH, Backend, candidates, prepare
 from meshuffle.deploy.serve.forking import start_fork_server
 from meshuffle.deploy.serve.limits import Limits
 from meshuffle.deploy.serve.measure import (
@@ -102,6 +102,7 @@ def serve(
         raise ConfigError(f"{target}: a run of generate makes images; it answers nothing of one")
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     names = candidates(options.backend, num_gpus)
+    num_gpus = num_gpus if names == [TORCH] else 0  # the files run on the CPU
     with (
         bound(options.host, options.port) as listener,
         tempfile.TemporaryDirectory(prefix="meshuffle-serve-") as scratch,

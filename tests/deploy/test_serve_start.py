@@ -1,0 +1,128 @@
+"""What a service chooses at its start: backend, batch, layout, and where its files are."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from meshuffle.deploy.serve import backends, start
+from meshuffle.deploy.serve.backends import Backend, candidates, prepare
+from meshuffle.deploy.serve.measure import Layout, best_batch, best_layout, layouts
+from meshuffle.errors import ConfigError, ParityError
+from meshuffle.train.weights import open_weights
+
+from .serving import make_weights
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_weights(tmp_path_factory.mktemp("start") / "w.safetensors")
+
+
+def test_nearly_as_fast_is_good_enough() -> None:
+    assert best_batch({1: 50.0, 4: 97.0, 16: 100.0}) == 4
+    assert best_batch({1: 99.0, 4: 97.0, 16: 100.0}) == 1
+    found = [Layout(4, 1, 96.0), Layout(2, 2, 100.0), Layout(1, 4, 50.0)]
+    assert best_layout(found).replicas == 4
+    assert best_layout([Layout(2, 1, 10.0), Layout(1, 2, 100.0)]).replicas == 1
+
+
+def test_layouts_use_all_cores_or_a_gpu_each() -> None:
+    assert [(one.replicas, one.threads) for one in layouts(6, 0)] == [(6, 1), (3, 2), (1, 4)]
+    assert [(one.replicas, one.threads) for one in layouts(1, 0)] == [(1, 1)]
+    assert [(one.replicas, one.threads) for one in layouts(8, 2)] == [(2, 4)]
+
+
+def test_candidates() -> None:
+    assert candidates("torch", 0) == ["torch"]
+    assert {"torch", "onnx"} <= set(candidates("auto", 0))
+    assert candidates("auto", 1) == ["torch"]
+    with pytest.raises(ConfigError, match="did you mean 'torch'"):
+        candidates("troch", 0)
+
+
+def test_a_file_is_written_once_and_again_for_other_weights(weights: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    copy = tmp_path / "w.safetensors"
+    copy.write_bytes(weights.read_bytes())
+    one = prepare("onnx", copy, None, tmp_path / "scratch", said.append)
+    again = prepare("onnx", copy, None, tmp_path / "scratch", said.append)
+    assert one == again and len(said) == 1
+    assert Path(one.source).parent == tmp_path / "export" / "serve"
+    x = np.random.default_rng(0).random((2, 3, 64, 64), np.float32)
+    expected = Backend("torch", str(copy)).open(1)(x)
+    np.testing.assert_allclose(one.open(1)(x), expected, rtol=1e-3, atol=1e-3)
+    digest = backends._digest(copy)
+    copy.write_bytes(copy.read_bytes() + b" ")
+    assert backends._digest(copy) != digest
+
+
+def test_a_folder_that_cannot_be_written_is_left_alone(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "_is_writable", lambda folder: False)
+    monkeypatch.setattr(backends, "write_file", lambda *_, **__: None)
+    made = prepare("onnx", weights, None, tmp_path, lambda line: None)
+    assert Path(made.source).parent == tmp_path
+    assert not (weights.parent / "export" / "serve").exists()
+
+
+def test_a_backend_that_fails_is_left_out(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeds = {"torch": 10.0, "onnx": 30.0}
+    said: list[str] = []
+
+    def fake_prepare(name: str, *_: object) -> Backend:
+        if name == "openvino":
+            raise ParityError("it computes something else")
+        return Backend(name, "file")
+
+    def fake_measured(
+        backend: Backend, layout: Layout, batches: Sequence[int], *_: object
+    ) -> dict[int, float]:
+        return dict.fromkeys(batches, speeds[backend.name] * layout.replicas)
+
+    monkeypatch.setattr(start, "prepare", fake_prepare)
+    monkeypatch.setattr(start, "measured", fake_measured)
+    monkeypatch.setattr(start, "num_cores", lambda: 4)
+    card = open_weights(weights)[1]
+    arguments = (weights, card, start.Options(), tmp_path, 0, said.append)
+    choice = start.choose(["torch", "onnx", "openvino"], *arguments)
+    assert (choice.backend.name, choice.batch) == ("onnx", 1)
+    assert (choice.layout.replicas, choice.layout.images_per_s) == (4, 120.0)
+    assert choice.speeds == speeds
+    assert "without openvino: it computes something else" in said
+    with pytest.raises(ParityError):
+        start.choose(["openvino"], *arguments)
+
+
+def test_where_the_token_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(start.TOKEN_VARIABLE, raising=False)
+    assert start.read_token(None) is None
+    monkeypatch.setenv(start.TOKEN_VARIABLE, "from-environment")
+    assert start.read_token(None) == "from-environment"
+    (tmp_path / "token").write_text("from-file\n")
+    assert start.read_token(tmp_path / "token") == "from-file"
+    assert "from-file" not in repr(start.Options(token="from-file"))
+    monkeypatch.setenv(start.TOKEN_VARIABLE, "")
+    with pytest.raises(ConfigError, match="one word"):
+        start.read_token(None)
+
+
+@pytest.mark.slow
+def test_a_start_with_everything_measured(weights: Path) -> None:
+    command = [sys.executable, "-m", "meshuffle", "serve", str(weights), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines = [process.stdout.readline() for _ in range(7)]
+    process.terminate()
+    out, said = process.communicate(timeout=60)
+    assert process.returncode == 0 and not out
+    assert lines[0].startswith("http://127.0.0.1:") and "torch" in lines[2]
+    assert "measuring onnx" in said and lines[6].startswith("token")
