@@ -44,7 +44,10 @@ class Detect(Task):
         Metric("map75", "mAP at IoU 0.75"),
     )
     dense = True
-    suits: ClassVar[Mapping[str, Any]] = {"body_lr": 1.0}
+    suits: ClassVar[Mapping[str, Any]] = {
+        "body_lr": 1.0,
+        "crop_scale": 1.0,  # smaller views cost 3 to 6 points of mAP where epochs are few
+    }
     outputs = "boxes"
 
     @classmethod
