@@ -20,12 +20,22 @@ from meshuffle.dist.launch import be_a_good_neighbour
 from meshuffle.errors import Interrupted, in_words
 from meshuffle.train.files import finite
 
-_VERBS = ("doctor", "models", "data", "verify", "train", "evaluate", "predict", "export", "serve")
+_VERBS = (
+    "doctor",
+    "models",
+    "data",
+    "verify",
+    "train",
+    "evaluate",
+    "predict",
+    "export",
+    "bench",
+    "serve",
+)
 _LATER = {
     "profile": "the planner",
     "plan": "the planner",
     "simulate": "the planner",
-    "bench": "serving",
 }
 
 

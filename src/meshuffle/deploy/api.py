@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from meshuffle.data import open_data
 from meshuffle.deploy import find_format
-from meshuffle.deploy.format import Format
+from meshuffle.deploy.format import Calibration, Format
 from meshuffle.deploy.int8 import Int8
 from meshuffle.deploy.parity import TOLERANCE, Parity, check_images, check_parity
 from meshuffle.deploy.preprocessed import with_preprocessing
@@ -117,16 +117,7 @@ def write(
         MeshuffleError: the disk does not take it.
     """
     with disk_errors(path.parent), replaced_files(path) as temporary:
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # toolchains tell of their progress
-                if int8 is None:
-                    form.write(subject, temporary)
-                else:
-                    form.write_int8(subject, temporary, int8)
-        except (MeshuffleError, OSError):
-            raise
-        except Exception as error:  # a toolchain raises what it likes
-            raise subject.refusal(error, f" to {form.name}") from error
+        write_unchecked(form, subject, temporary, int8)
         run = form.open(temporary)
         parity = check_parity(
             subject.module,
@@ -143,6 +134,26 @@ def write(
             found = [run(x.numpy()) for x in subject.batches]
             parity = check_images(parity, *subject.plain, found)
         return parity if int8 is None else replace(parity, change=int8.judge(run, form.name))
+
+
+def write_unchecked(
+    form: Format, subject: Subject, path: Path, calibration: Calibration | None = None
+) -> None:
+    """Write a file, with eight bits where it is calibrated, whatever it computes.
+
+    Raises:
+        ModelError: the model cannot be exported; MeshuffleError: the disk does not take it.
+    """
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # toolchains tell of their progress
+            if calibration is None:
+                form.write(subject, path)
+            else:
+                form.write_int8(subject, path, calibration)
+    except (MeshuffleError, OSError):
+        raise
+    except Exception as error:  # a toolchain raises what it likes
+        raise subject.refusal(error, f" to {form.name}") from error
 
 
 def _check_options(int8: bool, max_drop: float | None, preprocessing: bool) -> None:

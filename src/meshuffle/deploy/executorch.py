@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from meshuffle.deploy.format import Format, Precision, Run
+from meshuffle.deploy.format import Calibration, Format, Precision, Run
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.fx import Node
 
-    from meshuffle.deploy.int8 import Int8
     from meshuffle.deploy.subject import Subject
 
 _PREFIX = "meshuffle_"
@@ -39,7 +38,7 @@ class ExecuTorch(Format):
         """Lower the captured program to XNNPACK where that knows the op."""
         path.write_bytes(_lowered(subject.program(self.max_batch), subject.metadata))
 
-    def write_int8(self, subject: Subject, path: Path, int8: Int8) -> None:
+    def write_int8(self, subject: Subject, path: Path, calibration: Calibration) -> None:
         """Quantise with torchao for XNNPACK: weights per channel, activations per tensor."""
         import torch
         from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
@@ -53,7 +52,7 @@ class ExecuTorch(Format):
         )
         module = prepare_pt2e(subject.program(self.max_batch).module(), quantizer)
         with torch.inference_mode():
-            for x in int8.inputs(self.max_batch):
+            for x in calibration.inputs(self.max_batch):
                 module(torch.from_numpy(x))
         program = subject.captured(convert_pt2e(module), self.max_batch)
         path.write_bytes(_lowered(program, subject.metadata))

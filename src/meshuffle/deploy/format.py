@@ -6,10 +6,10 @@ Nothing here imports torch: a process that only opens a file needs the file's ru
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from meshuffle.errors import ConfigError
 
 if TYPE_CHECKING:
-    from meshuffle.deploy.int8 import Int8
     from meshuffle.deploy.subject import Subject
 
 Run = Callable[[NDArray[Any]], NDArray[np.float32]]
@@ -28,6 +27,13 @@ The inputs are float32 [N, 3, H, W], normalised; or, of a file with its preproce
 """
 
 Precision = Literal["float32", "bfloat16"]
+
+
+class Calibration(Protocol):
+    """Real inputs, from which an eight-bit file learns the range of each tensor."""
+
+    def inputs(self, batch: int = 1) -> Iterator[NDArray[np.float32]]:
+        """Yield them, `batch` images at a time."""
 
 
 class Format(ABC):
@@ -57,8 +63,8 @@ class Format(ABC):
     def write(self, subject: Subject, path: Path) -> None:
         """Write the model to `path`, and what belongs to it beside, in a folder of its own."""
 
-    def write_int8(self, subject: Subject, path: Path, int8: Int8) -> None:
-        """Write the model with eight-bit weights and activations, calibrated on `int8.inputs`."""
+    def write_int8(self, subject: Subject, path: Path, calibration: Calibration) -> None:
+        """Write the model with eight-bit weights and activations."""
         raise NotImplementedError
 
     @abstractmethod

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from meshuffle.deploy.format import Format, Precision, Run
+from meshuffle.deploy.format import Calibration, Format, Precision, Run
 
 if TYPE_CHECKING:
     import onnx
 
-    from meshuffle.deploy.int8 import Int8
     from meshuffle.deploy.subject import Subject
 
 _LOG_ERRORS = 3  # ONNX Runtime's severity: below it are notes on the host's devices
@@ -35,7 +34,7 @@ class Onnx(Format):
         _describe(program, subject.metadata)
         path.write_bytes(program.SerializeToString())
 
-    def write_int8(self, subject: Subject, path: Path, int8: Int8) -> None:
+    def write_int8(self, subject: Subject, path: Path, calibration: Calibration) -> None:
         """Quantise with ONNX Runtime, each output channel of a weight with a scale of its own.
 
         Weights have seven bits: with eight, processors without VNNI instructions overflow (here
@@ -54,7 +53,7 @@ class Onnx(Format):
             quantize_static(
                 folded,
                 path,
-                _Reader(INPUT, int8),
+                _Reader(INPUT, calibration),
                 quant_format=QuantFormat.QDQ,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
@@ -97,8 +96,8 @@ class Onnx(Format):
 class _Reader:
     """The calibration images as ONNX Runtime asks for them."""
 
-    def __init__(self, name: str, int8: Int8) -> None:
-        self._name, self._inputs = name, int8.inputs()
+    def __init__(self, name: str, calibration: Calibration) -> None:
+        self._name, self._inputs = name, calibration.inputs()
 
     def get_next(self) -> dict[str, NDArray[np.float32]] | None:
         """Return the next image, or None."""

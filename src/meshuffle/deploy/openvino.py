@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from meshuffle.deploy.format import Format, Precision, Run
+from meshuffle.deploy.format import Calibration, Format, Precision, Run
 from meshuffle.train.files import disk_errors
 
 if TYPE_CHECKING:
-    from meshuffle.deploy.int8 import Int8
     from meshuffle.deploy.subject import Subject
 
 _SECTION = "meshuffle"
@@ -38,11 +37,11 @@ class OpenVino(Format):
         """Convert the captured program, name its input and output, and fix the other sizes."""
         _save(_converted(subject), subject, path)
 
-    def write_int8(self, subject: Subject, path: Path, int8: Int8) -> None:
+    def write_int8(self, subject: Subject, path: Path, calibration: Calibration) -> None:
         """Quantise with NNCF."""
         import nncf
 
-        inputs = list(int8.inputs())
+        inputs = list(calibration.inputs())
         nncf.set_log_level(logging.ERROR)
         data = nncf.Dataset(inputs)
         model = nncf.quantize(_converted(subject), data, subset_size=len(inputs))

@@ -32,10 +32,11 @@ The noise of float32 is near 1e-6, and up to 3e-5 in deep untrained networks, wh
 from their own float64 result.
 """
 
-IMAGE_TOLERANCE = 0.1
-"""The same from an image's pixels on, of which up to a thousandth are one level from Pillow's.
+IMAGE_TOLERANCE = 0.3
+"""The same from an image's pixels on.
 
-Measured 1e-5 to 3e-2 on 40 photos and a network with random weights, which is all noise.
+Measured 2e-5 at most on 40 photos, whose levels are Pillow's; and 0.13 where Pillow 13 resamples
+the heights first, so that a fifth of all levels are off by one, and the weights are random.
 """
 
 

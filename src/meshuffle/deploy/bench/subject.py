@@ -1,0 +1,136 @@
+"""What is benchmarked: a network, real images for it, and what is known of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from meshuffle.data import ImageSource, Preprocess, eval_loader, open_data, subset
+from meshuffle.deploy.int8 import NUM_IMAGES
+from meshuffle.errors import ConfigError, DataError
+from meshuffle.train.evaluate import joined
+from meshuffle.train.split import open_split
+from meshuffle.train.tasks import make_task
+from meshuffle.train.weights import Card, build_model, load_model
+
+_BATCH = 32
+_SIZE = 224
+_AGREES = 0.01
+"""Of other answers than classes: the largest ‖a − b‖ / ‖b‖ of an image that counts as agreement."""
+
+
+@dataclass(frozen=True)
+class BenchSubject:
+    """A network and the images that all backends get.
+
+    Attributes:
+        network: in eval mode on the CPU; with random weights where only a model was named.
+        card: what it is.
+        what: the images, in words.
+        x_NCHW: float32, normalised; `views_NCHW`: the same, uint8.
+        calibration_NCHW: training images for eight-bit files, uint8; of a bare model the same ones.
+        targets: of the images, one tensor a batch; None where nothing is known of them.
+    """
+
+    network: nn.Module
+    card: Card
+    what: str
+    x_NCHW: NDArray[np.float32]
+    views_NCHW: Tensor
+    calibration_NCHW: Tensor
+    targets: list[Tensor] | None
+
+    @property
+    def metric(self) -> str:
+        """What `accuracy` is, for people."""
+        return make_task(self.card).metrics[0].label
+
+    def inputs(self, batch: int = 1) -> Iterator[NDArray[np.float32]]:
+        """Yield the images to calibrate on; see `Calibration`."""
+        for images_NCHW in self.calibration_NCHW.split(batch):
+            yield self.card.preprocess.normalise(images_NCHW).contiguous().numpy()
+
+    def accuracy(self, outputs: NDArray[np.float32]) -> float | None:
+        """Return the task's first metric of the outputs for all images, where it is known."""
+        if self.targets is None:
+            return None
+        task = make_task(self.card)
+        parts = torch.from_numpy(outputs).split([len(t) for t in self.targets])
+        judged = [task.judge(x, t) for x, t in zip(parts, self.targets, strict=True)]
+        rows = joined([{k: v.numpy() for k, v in part.items()} for part in judged])
+        return task.conclude(rows)[task.metrics[0].key]
+
+    def agreement(self, outputs: NDArray[Any], reference: NDArray[Any]) -> float:
+        """Return in percent how often the answer is the reference's, image by image.
+
+        For classes (of images or of pixels) the answer is the most likely one; other outputs agree
+        where they are within 1 % of the reference's norm.
+        """
+        if make_task(self.card).argmax:
+            return 100 * float((outputs.argmax(1) == reference.argmax(1)).mean())
+        a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (outputs, reference))
+        apart = np.linalg.norm(a - b, axis=1)
+        return 100 * float((apart <= _AGREES * np.linalg.norm(b, axis=1)).mean())
+
+
+def open_subject(
+    target: str, *, num: int, data: str | None, model: str | None, input_size: int | None
+) -> BenchSubject:
+    """Return what `target` means: weights where such a path exists, else a model's name.
+
+    Args:
+        num: images, ≥ 1, spread evenly over the split.
+        data: DATA of the images; None is what the weights know, and digits for a bare model.
+        model: see `load_model`.
+        input_size: of a bare model, pixels; None is 224.
+
+    Raises:
+        ModelError: there is no such model; ConfigError: an input size for weights, which have one;
+            DataError: no image can be read.
+    """
+    path = Path(target)
+    if path.exists():
+        if input_size is not None:
+            raise ConfigError(f"--input-size {input_size}: {target} brings its own; leave it out")
+        network, card = load_model(path, model)
+        make_task(card).require()
+        source, what, card = open_split(data, None, card)
+    else:
+        preprocess = Preprocess.imagenet(input_size or _SIZE)
+        card = Card(target, tuple(map(str, range(1000))), preprocess, source="random weights")
+        network = build_model(card, target)
+        splits = open_data(data or "digits", need=()).splits
+        source, what = list(splits.values())[-1], f"{data or 'digits'}, random weights"
+    views_NCHW, targets = _images(source, card, num)
+    calibration_NCHW = views_NCHW
+    if path.exists():
+        calibration_NCHW, _ = _images(open_split(data, "train", card)[0], card, NUM_IMAGES)
+    return BenchSubject(
+        network=network.eval(),
+        card=card,
+        what=f"{len(views_NCHW)} images of {what}",
+        x_NCHW=card.preprocess.normalise(views_NCHW).contiguous().numpy(),
+        views_NCHW=views_NCHW,
+        calibration_NCHW=calibration_NCHW,
+        targets=targets if path.exists() else None,
+    )
+
+
+def _images(source: ImageSource, card: Card, num: int) -> tuple[Tensor, list[Tensor]]:
+    """Return up to `num` readable images, spread evenly, and their targets by batches."""
+    picks = np.linspace(0, len(source) - 1, min(num, len(source))).round().astype(np.int64)
+    dense = make_task(card).dense
+    batches = list(
+        eval_loader(subset(source, picks), card.preprocess, batch_size=_BATCH, dense=dense)
+    )
+    read = [batch for batch in batches if len(batch)]
+    if not read:
+        raise DataError(f"none of {len(picks)} images can be read; give --data DATA")
+    return torch.cat([batch.images for batch in read]), [batch.targets for batch in read]
