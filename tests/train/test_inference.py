@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 
-from meshuffle.data import Batch, Preprocess
+from meshuffle.data import Batch, Preprocess, decode_image
 from meshuffle.dist.group import RankEnv
 from meshuffle.errors import PlanError
 from meshuffle.models import create_model
@@ -19,7 +20,7 @@ from meshuffle.train.evaluate import Evaluation
 from meshuffle.train.inference import Question, evaluate, judge_rank, predict
 from meshuffle.train.place import place_of
 from meshuffle.train.shared import replica_group, shared
-from meshuffle.train.weights import Card, save_weights
+from meshuffle.train.weights import Card, build_model, save_weights
 from tests.ranks import run_ranks
 from tests.train.conftest import SMALL
 
@@ -68,6 +69,37 @@ def test_every_rank_finds_what_one_device_finds(
     for rank in run_ranks(judge, world, str(weights), files, texts):
         for found in rank:
             assert_same(found, expected)
+
+
+def one_image(group: dist.ProcessGroup, weights: str, file: str) -> Evaluation:
+    env = RankEnv(dist.get_rank(group), 2, dist.get_rank(group), 2)
+    question = Question(weights, None, 1, files=[file])
+    return judge_rank(question, parse_plan("tp=2:spatial"), env)[0]
+
+
+def test_one_large_image_is_shared_by_its_rows(tmp_path: Path) -> None:
+    path, file = tmp_path / "w.safetensors", tmp_path / "x.png"
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(noise).resize((300, 300)).save(file)
+    card = Card(
+        *("shufflenet_v2_x0_5", ("a", "b", "c"), Preprocess(crop=256, resize=None, fit="stretch")),
+        task="segment",
+        settings={"head": "lraspp"},
+    )
+    model = build_model(card).train()
+    last = [part for part in model.modules() if getattr(part, "out_channels", 0) == 3][-1]
+    with torch.no_grad():
+        model(torch.rand(4, 3, 64, 64))
+        view = card.preprocess.to_uint8(decode_image(str(file)))
+        last.bias -= model.eval()(card.preprocess.normalise(view[None])).mean((0, 2, 3))
+    save_weights(path, model.state_dict(), card)
+    expected, _ = judge_rank(
+        Question(str(path), None, 1, files=[str(file)]), parse_plan(""), RankEnv()
+    )
+    assert len(np.unique(expected.rows["mask"])) > 1
+    for found in run_ranks(one_image, 2, str(path), str(file)):
+        different = found.rows["mask"] != expected.rows["mask"]
+        assert different.shape == (1, 256, 256) and different.mean() < 1e-3
 
 
 def assert_same(found: Evaluation, expected: Evaluation) -> None:

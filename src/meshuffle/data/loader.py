@@ -30,7 +30,7 @@ from meshuffle.data.base import ImageSource
 from meshuffle.data.dense import build_eval_transform
 from meshuffle.data.preprocess import Preprocess
 from meshuffle.data.sampler import EpochSampler, SampleKey
-from meshuffle.dist.device import num_cores
+from meshuffle.dist.device import num_cores, return_freed_blocks
 from meshuffle.errors import ImageError, MeshuffleError
 
 _MAX_WORKERS = 8  # per rank; beyond it the decoding of a rank rarely limits
@@ -249,6 +249,7 @@ def _init_worker(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    return_freed_blocks()
     threading.Thread(target=_end_with_the_rank, daemon=True).start()
 
 

@@ -220,7 +220,8 @@ def judge_rank(question: Question, plan: Plan, env: RankEnv) -> tuple[Evaluation
             dense=task.dense and not question.files,
         )
         batches = shared(read, replica_group(place))
-        example = torch.empty(-(-question.batch // plan.dp), *_input_size(card), device="meta")
+        num = max(2, -(-question.batch // plan.dp))  # a captured batch of 1 would stay 1
+        example = torch.empty(num, *_input_size(card), device="meta")
         judged = own_part(network, example, plan, env, device)
         found = evaluation.evaluate(
             judged,
