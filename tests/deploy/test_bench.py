@@ -128,7 +128,7 @@ def test_agreement_is_per_image() -> None:
         card = Card("shufflenet_v2_x0_5", ("a", "b"), Preprocess(crop=32, resize=32), task)
         x = np.zeros((4, 3, 32, 32), np.float32)
         views = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
-        return BenchSubject(torch.nn.Identity(), card, "", x, views, views, None)
+        return BenchSubject(torch.nn.Identity(), card, "", x, views, None, None)
 
     reference = np.array([[1, 0], [0, 1], [2, 1], [5, 0]], np.float32)
     other = reference.copy()

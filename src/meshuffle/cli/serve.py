@@ -50,12 +50,12 @@ def serve(
     target
         A run folder, a weights file, or torchvision:NAME for what torchvision publishes.
     """
-    from meshuffle.deploy.serve import require
+    from meshuffle.deploy.serve import REPLICA, require
 
     require()
-    from meshuffle.deploy.serve.forking import start_fork_server
+    from meshuffle.dist.forking import fork_server
 
-    start_fork_server()
+    fork_server(REPLICA)
     from meshuffle.deploy.serve import start
     from meshuffle.deploy.serve.limits import Limits
 

@@ -18,7 +18,6 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing import forkserver, resource_tracker
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +30,7 @@ from meshuffle.data.dense import build_eval_transform
 from meshuffle.data.preprocess import Preprocess
 from meshuffle.data.sampler import EpochSampler, SampleKey
 from meshuffle.dist.device import num_cores, return_freed_blocks
+from meshuffle.dist.forking import fork_server
 from meshuffle.errors import ImageError, MeshuffleError
 
 _MAX_WORKERS = 8  # per rank; beyond it the decoding of a rank rarely limits
@@ -227,18 +227,10 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _fork_server() -> multiprocessing.context.BaseContext:
-    """Start the server with Ctrl-C blocked, which it and its workers inherit from birth."""
+    """Return what workers come from; see the top of this file."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")  # Windows
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["meshuffle.data.loader"])
-    resource_tracker.ensure_running()  # its own start would unblock the signal again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return context
+    return fork_server(__name__)
 
 
 def _init_worker(worker: int) -> None:

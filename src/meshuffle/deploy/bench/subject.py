@@ -35,7 +35,7 @@ class BenchSubject:
         card: what it is.
         what: the images, in words.
         x_NCHW: float32, normalised; `views_NCHW`: the same, uint8.
-        calibration_NCHW: training images for eight-bit files, uint8; of a bare model the same ones.
+        train: images to calibrate eight-bit files on; None takes the same ones.
         targets: of the images, one tensor a batch; None where nothing is known of them.
     """
 
@@ -44,7 +44,7 @@ class BenchSubject:
     what: str
     x_NCHW: NDArray[np.float32]
     views_NCHW: Tensor
-    calibration_NCHW: Tensor
+    train: ImageSource | None
     targets: list[Tensor] | None
 
     @property
@@ -54,7 +54,10 @@ class BenchSubject:
 
     def inputs(self, batch: int = 1) -> Iterator[NDArray[np.float32]]:
         """Yield the images to calibrate on; see `Calibration`."""
-        for images_NCHW in self.calibration_NCHW.split(batch):
+        views_NCHW = self.views_NCHW
+        if self.train is not None:
+            views_NCHW, _ = _images(self.train, self.card, NUM_IMAGES)
+        for images_NCHW in views_NCHW.split(batch):
             yield self.card.preprocess.normalise(images_NCHW).contiguous().numpy()
 
     def accuracy(self, outputs: NDArray[np.float32]) -> float | None:
@@ -109,18 +112,23 @@ def open_subject(
         splits = open_data(data or "digits", need=()).splits
         source, what = list(splits.values())[-1], f"{data or 'digits'}, random weights"
     views_NCHW, targets = _images(source, card, num)
-    calibration_NCHW = views_NCHW
-    if path.exists():
-        calibration_NCHW, _ = _images(open_split(data, "train", card)[0], card, NUM_IMAGES)
     return BenchSubject(
         network=network.eval(),
         card=card,
         what=f"{len(views_NCHW)} images of {what}",
         x_NCHW=card.preprocess.normalise(views_NCHW).contiguous().numpy(),
         views_NCHW=views_NCHW,
-        calibration_NCHW=calibration_NCHW,
+        train=_train(data, card) if path.exists() else None,
         targets=targets if path.exists() else None,
     )
+
+
+def _train(data: str | None, card: Card) -> ImageSource | None:
+    """Return the training images; None for data of which there is a test split alone."""
+    try:
+        return open_split(data, "train", card)[0]
+    except DataError:
+        return None
 
 
 def _images(source: ImageSource, card: Card, num: int) -> tuple[Tensor, list[Tensor]]:

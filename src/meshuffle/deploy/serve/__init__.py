@@ -14,6 +14,9 @@ from importlib.util import find_spec
 
 from meshuffle.errors import ConfigError
 
+REPLICA = "meshuffle.deploy.serve.replica"
+"""The module of the processes that answer."""
+
 _PACKAGES = {
     "fastapi": "fastapi",
     "uvicorn": "uvicorn[standard]",

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from meshuffle.deploy.serve import REPLICA
 from meshuffle.deploy.serve.backends import TORCH, Backend, candidates, prepare
-from meshuffle.deploy.serve.forking import start_fork_server
 from meshuffle.deploy.serve.limits import Limits
 from meshuffle.deploy.serve.measure import (
     BATCHES,
@@ -29,6 +29,7 @@ from meshuffle.deploy.serve.measure import (
 from meshuffle.deploy.serve.replica import Recipe
 from meshuffle.deploy.serve.supervisor import Supervisor
 from meshuffle.dist.device import num_cores
+from meshuffle.dist.forking import fork_server
 from meshuffle.errors import ConfigError, MeshuffleError
 from meshuffle.train.weights import Card, open_weights, require_repeated
 
@@ -107,7 +108,7 @@ def serve(
         bound(options.host, options.port) as listener,
         tempfile.TemporaryDirectory(prefix="meshuffle-serve-") as scratch,
     ):
-        start_fork_server()
+        fork_server(REPLICA)
         choice = choose(names, target, card, options, Path(scratch), num_gpus, say)
         metrics = Path(scratch) / "metrics"
         metrics.mkdir()
