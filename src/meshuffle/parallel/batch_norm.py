@@ -266,13 +266,16 @@ def local_norm(
 ) -> Tensor:
     """Return `x` (N, C, …) normalised with its own statistics, and update the running ones.
 
-    Of one value per channel torch's running variance would be 0 / 0.
+    Of one value per channel torch's running variance would be 0 / 0: it is given twice. (The
+    running ones are left to torch, whose update is not a change in autograd's eyes: the backward of
+    an earlier micro-batch has saved them.)
     """
-    several_values = x.numel() > x.shape[1]
-    if not several_values and running_mean is not None and running_var is not None and x.numel():
-        mean_C, one = x.detach().reshape(-1), x.new_ones(())
-        update_running(running_mean, running_var, mean_C, torch.zeros_like(mean_C), one, momentum)
-    running = (running_mean, running_var) if several_values else (None, None)
+    running = (running_mean, running_var)
+    if x.numel() == x.shape[1]:
+        twice = torch.cat([x, x])
+        return torch.batch_norm(twice, weight, bias, *running, True, momentum, eps, cudnn)[:1]
+    if not x.numel():
+        running = (None, None)
     return torch.batch_norm(x, weight, bias, *running, True, momentum, eps, cudnn)
 
 
