@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from meshuffle.dist.exchange import Exchange
-from meshuffle.parallel.batch_norm import BatchNorm, global_statistics, synchronise_batch_norm
+from meshuffle.parallel.batch_norm import (
+    BatchNorm,
+    global_statistics,
+    local_norm,
+    synchronise_batch_norm,
+)
 
 KINDS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
@@ -143,3 +148,18 @@ def moments(part: Tensor) -> Tensor:
     var, mean = torch.var_mean(part, dim=(0, 2), correction=0)
     count = torch.tensor([part.numel() / 2], dtype=torch.float64)
     return torch.cat((mean, var, count))
+
+
+def test_one_value_between_a_forward_and_its_backward() -> None:
+    """As in a pipeline whose last micro-batch has one image where a channel is 1 × 1."""
+    mean, var = torch.full((3,), 2.0), torch.full((3,), 4.0)
+    several, one = torch.randn(4, 3, 1, 1, requires_grad=True), torch.full((1, 3, 1, 1), 7.0)
+    first = local_norm(several, None, None, mean, var, 0.1, 1e-5, False)
+    before = mean.clone(), var.clone()
+    alone = local_norm(one.requires_grad_(), None, None, mean, var, 0.1, 1e-5, False)
+    torch.testing.assert_close(mean, 0.9 * before[0] + 0.1 * 7)
+    torch.testing.assert_close(var, 0.9 * before[1])
+    (first.square().sum() + alone.sum()).backward()
+    torch.testing.assert_close(alone, torch.zeros_like(one), rtol=0, atol=1e-3)
+    assert one.grad is not None and several.grad is not None
+    torch.testing.assert_close(one.grad, torch.zeros_like(one), rtol=0, atol=1e-3)
