@@ -153,10 +153,21 @@ class Served:
 
     def replicas(self) -> list[int]:
         """Return the replicas' process ids: the children of our child, the fork server."""
+        return self.descendants(2)
+
+    def ranks(self) -> list[int]:
+        """Return the process ids of ranks but the first: of each replica's fork server."""
+        return self.descendants(4)
+
+    def descendants(self, generation: int) -> list[int]:
+        """Return the process ids of children (1), grandchildren (2), …"""
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
+            pid = int(entry.name)
             with contextlib.suppress(OSError):
-                if parent_of(parent_of(int(entry.name))) == self.process.pid:
+                for _ in range(generation):
+                    pid = parent_of(pid)
+                if pid == self.process.pid:
                     found.append(int(entry.name))
         return sorted(found)
 

@@ -30,6 +30,10 @@ def serve(
     window_ms: Annotated[
         float, Parameter(help="How long an image may wait for others that are being decoded.")
     ] = 2.0,
+    plan: Annotated[
+        str | None,
+        Parameter(help="Splits the network over ranks: tp=2, pp=2; for what no device holds."),
+    ] = None,
     token_file: Annotated[
         Path | None,
         Parameter(help="Holds the bearer token that clients must send; or set MESHUFFLE_TOKEN."),
@@ -58,6 +62,7 @@ def serve(
     fork_server(REPLICA)
     from meshuffle.deploy.serve import start
     from meshuffle.deploy.serve.limits import Limits
+    from meshuffle.planner.plan import parse_plan
 
     options = start.Options(
         host=host,
@@ -76,6 +81,7 @@ def serve(
         ),
         token=start.read_token(token_file),
         model=model,
+        plan=parse_plan(plan or "dp=1"),
     )
     start.serve(target, options, say=_say, ready=lambda told: _print(told, options, json))
 
@@ -97,11 +103,12 @@ def _print(told: dict[str, Any], options: Any, as_json: bool) -> None:
 def _lines(told: dict[str, Any], options: Any) -> list[str]:
     alone, together = _speeds(told["images_per_s"]), _speeds(told["layouts"])
     threads = "thread" if told["threads"] == 1 else "threads"
+    ranks = f"{told['ranks']} ranks × " if told["ranks"] > 1 else ""
     return [
         f"{told['url']}  the page; /docs the API, /metrics for Prometheus",
         f"model    {told['model']}, {told['task']}, {told['classes']} classes",
         f"backend  {told['backend']}{alone and f' (images/s alone: {alone})'}",
-        f"replicas {told['replicas']} × {told['threads']} {threads}"
+        f"replicas {told['replicas']} × {ranks}{told['threads']} {threads}"
         f"{together and f' (images/s together: {together})'}",
         f"batches  at most {told['batch']} images, window {told['window_ms']:g} ms",
         f"limits   {options.limits}",

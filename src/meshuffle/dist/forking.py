@@ -8,10 +8,10 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from multiprocessing import forkserver, resource_tracker
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkServerContext
 
 
-def fork_server(module: str) -> BaseContext:
+def fork_server(module: str) -> ForkServerContext:
     """Start it, where there is none yet, and return the context that forks from it.
 
     Ctrl-C is blocked in it, and so in those that it forks, from birth: who started it decides.

@@ -19,6 +19,7 @@ from meshuffle import __version__
 from meshuffle.deploy import FORMATS, find_format
 from meshuffle.deploy.api import write_file
 from meshuffle.deploy.format import Run
+from meshuffle.deploy.serve.split import SplitNetwork, members_of
 from meshuffle.errors import ConfigError, did_you_mean
 from meshuffle.train.weights import Card, find_weights, load_model
 
@@ -35,28 +36,33 @@ class Backend:
         name: `torch`, or of a format.
         source: the weights' path for torch, else the file.
         model: repeats the name of a `package.module:function` model.
-        device: `cpu`, or `cuda`: a GPU of its own for each replica.
+        device: `cpu`, or `cuda`: a GPU of its own for each rank.
+        plan: how the ranks of a replica compute together; of torch alone.
     """
 
     name: str
     source: str
     model: str | None = None
     device: str = "cpu"
+    plan: str = "dp=1"
 
     def open(self, threads: int, index: int = 0) -> Run:
         """Return what executes it, in this process; `index`: of the replica."""
         if self.name != TORCH:
             torch.set_num_threads(1)  # what is left to torch is small
             return find_format(self.name).open(Path(self.source), threads=threads)
+        num_gpus = torch.cuda.device_count() if self.device == "cuda" else 0
+        given = (self.source, self.model, self.plan)
+        members = members_of(*given, threads=threads, index=index, num_gpus=num_gpus)
+        if len(members) > 1:
+            return SplitNetwork(members, _torch_run)
         torch.set_num_threads(threads)
         network, _ = load_model(Path(self.source), self.model)
-        device = torch.device(self.device)
-        if device.type == "cuda":
-            device = torch.device("cuda", index % torch.cuda.device_count())
-        return _torch_run(network, device)
+        return _torch_run(network, torch.device(members[0].device))
 
     def __str__(self) -> str:
-        return self.name if self.device == "cpu" else f"{self.name} on {self.device}"
+        split = "" if self.plan == "dp=1" else f", {self.plan}"
+        return (self.name if self.device == "cpu" else f"{self.name} on {self.device}") + split
 
 
 def _torch_run(network: nn.Module, device: torch.device) -> Run:

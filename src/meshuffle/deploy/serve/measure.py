@@ -28,15 +28,20 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Layout:
-    """Replicas, with so many threads each. `images_per_s`: together; 0 is not measured."""
+    """Replicas, of so many ranks with so many threads each.
+
+    `images_per_s`: of all together; 0 is not measured.
+    """
 
     replicas: int
     threads: int
     images_per_s: float = 0.0
+    ranks: int = 1
 
     def __str__(self) -> str:
         threads = "thread" if self.threads == 1 else "threads"
-        return f"{self.replicas} × {self.threads} {threads}"
+        ranks = f"{self.ranks} ranks × " if self.ranks > 1 else ""
+        return f"{self.replicas} × {ranks}{self.threads} {threads}"
 
 
 def images_per_s(run: Run, batch: int, size: Size, seconds: float) -> float:
@@ -56,12 +61,13 @@ def best_batch(found: dict[int, float]) -> int:
     return min(batch for batch, speed in found.items() if speed >= _NEARLY * most)
 
 
-def layouts(cores: int, num_gpus: int) -> list[Layout]:
-    """Return the layouts worth measuring: a replica per GPU, or groups of 1, 2, 4 … cores."""
+def layouts(cores: int, num_gpus: int, ranks: int = 1) -> list[Layout]:
+    """Return the layouts worth measuring: a GPU per rank, or groups of 1, 2, 4 … cores."""
     if num_gpus:
-        return [Layout(num_gpus, max(1, cores // num_gpus))]
-    threads = [1 << i for i in range(cores.bit_length()) if 1 << i <= cores]
-    return [Layout(cores // t, t) for t in threads]
+        return [Layout(max(1, num_gpus // ranks), max(1, cores // num_gpus), ranks=ranks)]
+    groups = max(1, cores // ranks)  # with fewer cores than ranks, these share them
+    threads = [1 << i for i in range(groups.bit_length()) if 1 << i <= groups]
+    return [Layout(groups // t, t, ranks=ranks) for t in threads]
 
 
 def best_layout(found: list[Layout]) -> Layout:
@@ -88,7 +94,7 @@ def measured(
         for i in range(layout.replicas):
             end, child = context.Pipe()
             arguments = (child, backend, layout.threads, i, tuple(batches), size, seconds)
-            worker = context.Process(target=_work, args=arguments, daemon=True)
+            worker = context.Process(target=_work, args=arguments)
             worker.start()
             child.close()
             ends.append(end)

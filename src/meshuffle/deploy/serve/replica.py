@@ -73,15 +73,20 @@ def main(recipe: Recipe, index: int, channel: socket.socket) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the supervisor decides
     os.environ[METRICS_FOLDER] = recipe.metrics
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
-    with contextlib.suppress(ValueError, OSError):
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    allow_handles()
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(Replica(recipe, index, channel).run())
     except Exception as error:  # noqa: BLE001  # one line; the supervisor acts on the exit
         print(f"replica {index + 1}: {in_words(error)}", file=sys.stderr)  # noqa: T201
         sys.exit(1)
+
+
+def allow_handles() -> None:
+    """Let this process open as many files and sockets as the system lets it."""
+    with contextlib.suppress(ValueError, OSError):
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

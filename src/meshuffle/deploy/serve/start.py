@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 import os
 import socket
@@ -28,9 +29,13 @@ from meshuffle.deploy.serve.measure import (
 )
 from meshuffle.deploy.serve.replica import Recipe
 from meshuffle.deploy.serve.supervisor import Supervisor
-from meshuffle.dist.device import num_cores
+from meshuffle.dist.device import check_device, num_cores
 from meshuffle.dist.forking import fork_server
-from meshuffle.errors import ConfigError, MeshuffleError
+from meshuffle.errors import ConfigError, MeshuffleError, PlanError
+from meshuffle.planner.plan import Plan
+from meshuffle.planner.schedules import make_schedule
+from meshuffle.train.run import check_splits
+from meshuffle.train.tasks import make_task
 from meshuffle.train.weights import Card, open_weights, require_repeated
 
 TOKEN_VARIABLE = "MESHUFFLE_TOKEN"
@@ -45,6 +50,7 @@ class Options:
         port: 0 is a free one.
         replicas, threads: processes, and threads of each.
         batch: the largest; `window_ms`: see `Batcher`.
+        plan: splits the network over the ranks of a replica: tp and pp.
         token: that clients must send; None lets all in.
         model: repeats the name of a `package.module:function` model.
     """
@@ -59,6 +65,7 @@ class Options:
     limits: Limits = field(default_factory=Limits)
     token: str | None = field(default=None, repr=False)
     model: str | None = None
+    plan: Plan = Plan()  # noqa: RUF009  # frozen
 
     def __post_init__(self) -> None:
         for name in ("replicas", "threads", "batch"):
@@ -102,7 +109,7 @@ def serve(
     if card.task == "generate":
         raise ConfigError(f"{target}: a run of generate makes images; it answers nothing of one")
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    names = candidates(options.backend, num_gpus)
+    names = _names(options, card, num_gpus)
     num_gpus = num_gpus if names == [TORCH] else 0  # the files run on the CPU
     with (
         bound(options.host, options.port) as listener,
@@ -121,6 +128,25 @@ def serve(
             ready=lambda: ready(told),
         )
         asyncio.run(supervisor.run())
+
+
+def _names(options: Options, card: Card, num_gpus: int) -> list[str]:
+    """Return the backends to choose from.
+
+    Raises:
+        ConfigError: none is possible; PlanError: nor is the plan.
+    """
+    plan = options.plan
+    if plan.num_ranks == 1:
+        return candidates(options.backend, num_gpus)
+    if plan.dp > 1 or plan.threads:
+        raise PlanError(f"plan {plan}: give --replicas and --threads instead of dp and threads")
+    if options.backend not in ("auto", TORCH):
+        raise ConfigError(f"--backend {options.backend} computes on one device; leave out --plan")
+    check_splits(plan, make_task(card))
+    make_schedule(plan.pp_kind, plan.pp, plan.num_micro_batches)
+    check_device("auto", plan.num_ranks)
+    return [TORCH]
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -186,8 +212,8 @@ def choose(
     Raises:
         MeshuffleError: no backend works; of several, the first reason.
     """
-    alone = layouts(num_cores(), num_gpus)[0]
-    alone = Layout(1, alone.threads)
+    ranks = options.plan.num_ranks
+    alone = dataclasses.replace(layouts(num_cores(), num_gpus, ranks)[0], replicas=1)
     batches = (options.batch,) if options.batch else GPU_BATCHES if num_gpus else BATCHES
     is_given = bool(options.batch and (options.replicas or options.threads))
     found: dict[str, tuple[Backend, dict[int, float]]] = {}
@@ -195,6 +221,7 @@ def choose(
     for name in names:
         try:
             backend = prepare(name, target, options.model, scratch, say)
+            backend = dataclasses.replace(backend, plan=str(options.plan))
             speeds = {batches[0]: 0.0}
             if len(names) > 1 or not is_given:
                 say(f"measuring {name}")
@@ -215,18 +242,19 @@ def choose(
 def _tried_layouts(
     backend: Backend, batch: int, card: Card, options: Options, num_gpus: int, say: Say
 ) -> list[Layout]:
-    cores = num_cores()
+    ranks = options.plan.num_ranks
+    cores = max(1, num_cores() // ranks)
     if options.replicas or options.threads:
         replicas = options.replicas or max(1, cores // (options.threads or 1))
-        return [Layout(replicas, options.threads or max(1, cores // replicas))]
-    possible = layouts(cores, num_gpus)
+        return [Layout(replicas, options.threads or max(1, cores // replicas), ranks=ranks)]
+    possible = layouts(num_cores(), num_gpus, ranks)
     if len(possible) == 1:
         return possible
     tried = []
     for one in possible:
         say(f"measuring {one}")
         speed = measured(backend, one, (batch,), card.preprocess.size)[batch]
-        tried.append(Layout(one.replicas, one.threads, speed))
+        tried.append(dataclasses.replace(one, images_per_s=speed))
     return tried
 
 
@@ -260,6 +288,7 @@ def describe(
         "backend": str(choice.backend),
         "images_per_s": {name: round(speed, 1) for name, speed in choice.speeds.items()},
         "replicas": choice.layout.replicas,
+        "ranks": choice.layout.ranks,
         "threads": choice.layout.threads,
         "layouts": {str(one): round(one.images_per_s, 1) for one in choice.layouts},
         "batch": choice.batch,

@@ -77,6 +77,7 @@ class Supervisor:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._loop.add_signal_handler(number, self._asked_to_stop)
         self._listener.setblocking(False)
+        child.allow_handles()  # of its own, connections that no replica has taken yet
         try:
             for index in range(self._num_replicas):
                 self._start(index)

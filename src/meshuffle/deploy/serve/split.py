@@ -1,0 +1,148 @@
+"""A network that several processes compute together: a replica of more than one rank.
+
+    the replica, rank 0 ──images, over a pipe──▶ the other ranks
+    all: their parts of the network, talking to each other ──▶ rank 0: the outputs
+
+The images come over a pipe, not by a broadcast: ranks may wait for hours until somebody asks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing.connection
+import multiprocessing.util
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from meshuffle.deploy.format import Run
+from meshuffle.dist.forking import fork_server
+from meshuffle.dist.group import RankEnv, process_group
+from meshuffle.errors import MeshuffleError, in_words
+from meshuffle.planner.plan import parse_plan
+from meshuffle.train.inference import own_part
+from meshuffle.train.weights import load_model
+
+ToRun = Callable[[nn.Module, torch.device], Run]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One rank of a replica; plain data.
+
+    Attributes:
+        source, model, plan: see `Backend`.
+        device: `cpu` or `cuda:INDEX`.
+        port: at which rank 0 waits for the others.
+    """
+
+    source: str
+    model: str | None
+    plan: str
+    rank: int
+    device: str
+    threads: int
+    port: int
+
+    def join(self, to_run: ToRun, stack: contextlib.ExitStack) -> Run:
+        """Return what computes this rank's part, once all have joined; `stack` leaves them."""
+        torch.set_num_threads(self.threads)
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port)}
+        plan, device = parse_plan(self.plan), torch.device(self.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        world = plan.num_ranks
+        env = RankEnv(self.rank, world, self.rank, world)
+        network, card = load_model(Path(self.source), self.model)
+        stack.enter_context(process_group(env, device))
+        example = torch.empty(2, 3, *card.preprocess.size, device="meta")
+        return to_run(own_part(network, example, plan, env, device), device)
+
+
+class SplitNetwork:
+    """Executes the network with further ranks, which it starts; this process is rank 0.
+
+    Where one of them ends, this process ends too: alone it cannot answer.
+
+    Raises:
+        MeshuffleError: a rank could not start.
+    """
+
+    def __init__(self, members: list[Member], to_run: ToRun) -> None:
+        context = fork_server(__name__)  # this process is a fork: it has none yet
+        self._ends: list[Connection] = []
+        others: list[BaseProcess] = []
+        for member in members[1:]:
+            end, child = context.Pipe()
+            other = context.Process(target=_follow, args=(child, member, to_run), daemon=True)
+            other.start()
+            child.close()
+            self._ends.append(end)
+            others.append(other)
+        leaving = threading.Event()
+        multiprocessing.util.Finalize(None, leaving.set, exitpriority=0)  # it then ends the others
+        threading.Thread(target=_end_with, args=(others, leaving), daemon=True).start()
+        self._joined = contextlib.ExitStack()
+        self._run = members[0].join(to_run, self._joined)
+        for rank, end in enumerate(self._ends, 1):
+            if answer := end.recv():
+                raise MeshuffleError(f"rank {rank}: {answer}")
+
+    def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the outputs; see `Run`."""
+        for end in self._ends:
+            end.send(x)
+        return self._run(x)
+
+
+def _end_with(others: list[BaseProcess], leaving: threading.Event) -> None:
+    """Wait until one of them ends, and end."""
+    multiprocessing.connection.wait([other.sentinel for other in others])
+    if leaving.is_set():
+        return
+    rank, code = next((i, o.exitcode) for i, o in enumerate(others, 1) if o.exitcode is not None)
+    print(f"rank {rank} of a replica ended with exit code {code}", file=sys.stderr)  # noqa: T201
+    os._exit(1)
+
+
+def _follow(end: Connection, member: Member, to_run: ToRun) -> None:
+    """Compute with rank 0 until it is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.ExitStack() as stack:
+        try:
+            run = member.join(to_run, stack)
+        except Exception as error:  # noqa: BLE001  # rank 0 says it
+            end.send(in_words(error))
+            return
+        end.send("")
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                run(end.recv())
+
+
+def members_of(
+    source: str, model: str | None, plan: str, *, threads: int, index: int, num_gpus: int
+) -> list[Member]:
+    """Return the ranks of replica `index`; `num_gpus`: 0 is the CPU."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    world = parse_plan(plan).num_ranks
+    gpus = [(index * world + rank) % num_gpus if num_gpus else None for rank in range(world)]
+    devices = ["cpu" if gpu is None else f"cuda:{gpu}" for gpu in gpus]
+    return [
+        Member(source, model, plan, rank, device, threads, port)
+        for rank, device in enumerate(devices)
+    ]
