@@ -6,6 +6,7 @@ python benchmarks/servers/litserve_plain.py PORT [WORKERS [BATCH]]
 from __future__ import annotations
 
 import io
+import os
 import sys
 from typing import Any
 
@@ -18,6 +19,8 @@ from torchvision import transforms
 
 class Classifier(litserve.LitAPI):
     def setup(self, device: str) -> None:
+        if workers > 1:  # or each takes all cores
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
         self.model = torchvision.models.shufflenet_v2_x1_0().eval().to(device)
         self.transform = transforms.Compose(
             [
@@ -47,8 +50,9 @@ class Classifier(litserve.LitAPI):
         return {"classes": top.indices.tolist(), "probabilities": top.values.tolist()}
 
 
+port, workers, batch = (int(v) for v in (*sys.argv[1:], 1, 1)[:3])
+
 if __name__ == "__main__":
-    port, workers, batch = (int(v) for v in (*sys.argv[1:], 1, 1)[:3])
     api = Classifier(max_batch_size=batch, batch_timeout=0.002 if batch > 1 else 0.0)
     server = litserve.LitServer(api, accelerator="cpu", workers_per_device=workers)
     server.run(port=port, generate_client_file=False, log_level="warning")
