@@ -1,14 +1,16 @@
 # A service that answers for the run folder mounted at /run-folder:
 #   docker build -t meshuffle .
 #   docker run --rm -p 8000:8000 -v "$PWD/runs/demo:/run-folder:ro" meshuffle
-# CPU only; for GPUs leave out the second index and run with --gpus all.
+# PyTorch as pip finds it brings CUDA: run with --gpus all. For an image of a tenth of the size, CPU
+# only, name the index of PyTorch's CPU wheels, which its installation page gives:
+#   docker build --build-arg TORCH_INDEX=… -t meshuffle .
 FROM python:3.11-slim AS build
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
+ARG TORCH_INDEX=
 RUN python -m venv /venv \
- && /venv/bin/pip install --no-cache-dir torch torchvision \
-      --index-url https://download.pytorch.org/whl/cpu \
+ && /venv/bin/pip install --no-cache-dir torch torchvision ${TORCH_INDEX:+--index-url $TORCH_INDEX} \
  && /venv/bin/pip install --no-cache-dir '.[serve,openvino]'
 
 FROM python:3.11-slim
