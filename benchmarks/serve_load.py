@@ -265,6 +265,7 @@ def main() -> None:
     parser.add_argument("--only", default="limit,fastapi,litserve", help="besides ours")
     parser.add_argument("--dry", action="store_true", help="append nothing to results/")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and so end what was started
     with tempfile.TemporaryDirectory() as name:
         rows = measure(options, Path(name))
     top = next((r["images_per_s"] for r in rows if r["server"] == "limit"), float("nan"))
