@@ -100,6 +100,7 @@ def test_plans_that_cannot_be_served(tmp_path: Path, capsys: pytest.CaptureFixtu
         return line
 
     assert "--replicas and --threads instead of dp" in fails("--plan", "dp=2,tp=2")
+    assert "--replicas and --threads instead of dp" in fails("--plan", "threads=2")
     assert "leave out --plan" in fails("--plan", "tp=2", "--backend", "onnx")
     assert "tp" in fails("--plan", "tp=x")
 

@@ -30,7 +30,7 @@ from torch import nn
 from meshuffle.deploy.format import Run
 from meshuffle.dist.forking import fork_server
 from meshuffle.dist.group import RankEnv, process_group
-from meshuffle.errors import MeshuffleError, in_words
+from meshuffle.errors import in_words
 from meshuffle.planner.plan import parse_plan
 from meshuffle.train.inference import own_part
 from meshuffle.train.weights import load_model
@@ -77,7 +77,7 @@ class SplitNetwork:
     Where one of them ends, this process ends too: alone it cannot answer.
 
     Raises:
-        MeshuffleError: a rank could not start.
+        MeshuffleError: this rank could not start.
     """
 
     def __init__(self, members: list[Member], to_run: ToRun) -> None:
@@ -95,10 +95,13 @@ class SplitNetwork:
         multiprocessing.util.Finalize(None, leaving.set, exitpriority=0)  # it then ends the others
         threading.Thread(target=_end_with, args=(others, leaving), daemon=True).start()
         self._joined = contextlib.ExitStack()
-        self._run = members[0].join(to_run, self._joined)
-        for rank, end in enumerate(self._ends, 1):
-            if answer := end.recv():
-                raise MeshuffleError(f"rank {rank}: {answer}")
+        try:
+            self._run = members[0].join(to_run, self._joined)
+        except BaseException:
+            leaving.set()
+            for one in others:
+                one.terminate()
+            raise
 
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the outputs; see `Run`."""
@@ -123,10 +126,9 @@ def _follow(end: Connection, member: Member, to_run: ToRun) -> None:
     with contextlib.ExitStack() as stack:
         try:
             run = member.join(to_run, stack)
-        except Exception as error:  # noqa: BLE001  # rank 0 says it
-            end.send(in_words(error))
-            return
-        end.send("")
+        except Exception as error:  # noqa: BLE001  # one line; rank 0 acts on the exit
+            print(f"rank {member.rank}: {in_words(error)}", file=sys.stderr)  # noqa: T201
+            sys.exit(1)
         with contextlib.suppress(EOFError, OSError):
             while True:
                 run(end.recv())

@@ -137,10 +137,10 @@ def _names(options: Options, card: Card, num_gpus: int) -> list[str]:
         ConfigError: none is possible; PlanError: nor is the plan.
     """
     plan = options.plan
+    if plan.dp > 1 or plan.dp_kind or plan.threads:
+        raise PlanError(f"plan {plan}: give --replicas and --threads instead of dp and threads")
     if plan.num_ranks == 1:
         return candidates(options.backend, num_gpus)
-    if plan.dp > 1 or plan.threads:
-        raise PlanError(f"plan {plan}: give --replicas and --threads instead of dp and threads")
     if options.backend not in ("auto", TORCH):
         raise ConfigError(f"--backend {options.backend} computes on one device; leave out --plan")
     check_splits(plan, make_task(card))
