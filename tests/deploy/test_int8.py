@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from meshuffle.deploy import find_format
 from meshuffle.deploy.api import export, write
 from meshuffle.deploy.format import Format, Precision, Run
 from meshuffle.deploy.int8 import Int8, points_lost
+from meshuffle.deploy.preprocessed import Preprocessed, with_preprocessing
 from meshuffle.deploy.subject import Subject
 from meshuffle.errors import ConfigError, ParityError
 from meshuffle.models import create_model
@@ -109,6 +111,37 @@ def test_a_file_that_loses_too_much_is_not_written(
     )
     assert path.read_bytes() == b"the old file"
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_preprocessing_goes_in_front_of_eight_bits(tmp_path: Path, int8: Int8, name: str) -> None:
+    form, whole = find_format(name), make_whole(find_format(name))
+    path = tmp_path / f"model.int8{form.suffix}"
+    parity = write(form, whole, path, int8=int8)
+    assert parity.input.startswith("uint8 [batch, ")
+    assert parity.change is not None and parity.change.points <= 5
+    assert parity.max_relative_error > 1e-4  # the network has eight bits
+    assert parity.image_relative_error is not None and parity.image_relative_error < 1e-4
+    assert form.metadata(path)["input"] == whole.input
+
+
+def make_whole(form: Format) -> Subject:
+    source = open_data("digits").splits["test"]
+    images = [source.image(i).resize((40 + i, 32)) for i in range(5)]
+    return with_preprocessing(make_subject(), images, any_size=form.any_size)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_other_preprocessing_in_front_of_eight_bits_is_refused(
+    tmp_path: Path, int8: Int8, name: str
+) -> None:
+    form = find_format(name)
+    whole, path = make_whole(form), tmp_path / f"model.int8{form.suffix}"
+    wrong = dataclasses.replace(PREPROCESS, mean=(2.0, 2.0, 2.0))
+    whole._preprocessed = lambda network: Preprocessed(network, wrong)
+    with pytest.raises(ParityError, match="preprocessing disagrees with Pillow"):
+        write(form, whole, path, int8=int8)
+    assert not list(tmp_path.iterdir())
 
 
 def test_calibration_images_come_from_the_whole_training_split(int8: Int8) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from meshuffle.data import Preprocess
 from meshuffle.deploy import find_format
 from meshuffle.deploy import preprocessed as module
-from meshuffle.deploy.api import export, write
+from meshuffle.deploy.api import write
 from meshuffle.deploy.onnx import Onnx
 from meshuffle.deploy.preprocessed import Preprocessed, own_size, with_preprocessing
 from meshuffle.deploy.subject import Subject
@@ -127,8 +127,3 @@ def test_other_preprocessing_in_the_graph_is_noticed(
     with pytest.raises(ParityError, match="the file's preprocessing disagrees with Pillow's"):
         write(Onnx(), make_subject(), tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_int8_with_preprocessing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="do not go together yet"):
-        export(tmp_path, int8=True, preprocessing=True)

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from meshuffle.cli import Answer
-from meshuffle.cli.options import Debug, Json, Model
+from meshuffle.cli.options import Debug, Json, Model, say
 
 
 def register(app: App) -> None:
@@ -46,7 +46,6 @@ def bench(
     target
         A run folder, a weights file, or the name of a model, which gets random weights.
     """
-    import sys
     from dataclasses import asdict
 
     from meshuffle.deploy.bench import show
@@ -61,7 +60,7 @@ def bench(
         data=data,
         model=model,
         input_size=input_size,
-        say=lambda text: print(text, file=sys.stderr, flush=True),  # noqa: T201
+        say=say,
     )
     path = Path(target)
     home = path if path.is_dir() else path.parent if path.exists() else Path()

@@ -1,7 +1,8 @@
-"""Options that several verbs share."""
+"""What several verbs share: options, and how they tell of their progress."""
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -25,3 +26,8 @@ Spread = Annotated[
         name="--plan", help="How to spread it over ranks, for example dp=2, tp=2:spatial or pp=2."
     ),
 ]
+
+
+def say(line: str) -> None:
+    """Print a line on what is going on."""
+    print(line, file=sys.stderr, flush=True)  # noqa: T201

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from meshuffle.cli import Answer, from_main
-from meshuffle.cli.options import Debug, Json, Model, Spread
+from meshuffle.cli.options import Debug, Json, Model, say
 from meshuffle.errors import ConfigError
 
 
@@ -32,7 +32,13 @@ def predict(
         Path | None, Parameter(help="A folder: show its five images nearest to each, by features.")
     ] = None,
     batch: Annotated[int, Parameter(help="Images at a time.")] = 64,
-    plan: Spread = "dp=1",
+    plan: Annotated[
+        str,
+        Parameter(
+            help="How to spread it over ranks, for example dp=2, tp=2:spatial or pp=2; auto "
+            "measures, where there are thousands of images."
+        ),
+    ] = "auto",
     model: Model = None,
     json: Json = False,
     debug: Debug = False,
@@ -50,12 +56,23 @@ def predict(
         return _by_features(target, images, features, nearest, batch, model, plan)
     from meshuffle.train.inference import predict as run_prediction
 
+    if plan == "auto":
+        plan = _fastest_plan(target, images, batch, model)
     values = run_prediction(target, images, batch=batch, model=model, plan=plan, pictures=out)
     broken = [value for value in values if "error" in value]
     lines = [f"{value['file']}: {value.get('error') or value.pop('text')}" for value in values]
     if broken:
         lines.append(f"{len(broken)} of {len(values)} images could not be read")
     return from_main(Answer(values, "\n".join(lines), exit_code=2 if broken else 0))
+
+
+def _fastest_plan(target: Path, images: list[Path], batch: int, model: str | None) -> str:
+    from meshuffle.deploy.spread import spread_over
+    from meshuffle.train.inference import expanded
+    from meshuffle.train.weights import find_weights
+
+    find_weights(target)  # the run first, if both are wrong
+    return str(spread_over(target, model, len(expanded(images)), batch, say))
 
 
 def _by_features(
@@ -76,7 +93,7 @@ def _by_features(
 
     if file and folder:
         raise ConfigError("--features and --nearest: give one of them")
-    if plan != "dp=1" or rank_env() is not None:
+    if plan not in ("auto", "dp=1") or rank_env() is not None:
         raise ConfigError(f"--plan {plan}: features are computed by one process; leave it out")
     if folder:
         rows, skipped = retrieval.nearest(target, images, folder, batch=batch, model=model)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from meshuffle.cli.options import Debug, Json, Model
+from meshuffle.cli.options import Debug, Json, Model, say
 
 
 def register(app: App) -> None:
@@ -83,13 +83,7 @@ def serve(
         model=model,
         plan=parse_plan(plan or "dp=1"),
     )
-    start.serve(target, options, say=_say, ready=lambda told: _print(told, options, json))
-
-
-def _say(line: str) -> None:
-    import sys
-
-    print(line, file=sys.stderr, flush=True)  # noqa: T201
+    start.serve(target, options, say=say, ready=lambda told: _print(told, options, json))
 
 
 def _print(told: dict[str, Any], options: Any, as_json: bool) -> None:

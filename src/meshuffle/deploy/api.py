@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 
 from meshuffle.data import open_data
 from meshuffle.deploy import find_format
-from meshuffle.deploy.format import Calibration, Format
-from meshuffle.deploy.int8 import Int8
+from meshuffle.deploy.format import Calibration, Format, Run
+from meshuffle.deploy.int8 import Int8, module_run
 from meshuffle.deploy.parity import TOLERANCE, Parity, check_images, check_parity
 from meshuffle.deploy.preprocessed import with_preprocessing
 from meshuffle.deploy.subject import Subject
@@ -58,7 +59,8 @@ def export(
     found = [find_format(name.strip()) for name in formats]
     for one in found:
         one.require(int8)
-    _check_options(int8, max_drop, preprocessing)
+    if max_drop is not None and not int8:
+        raise ConfigError(f"--max-drop {max_drop:g} is of --int8, which is not given")
     network, card = load_model(target, model)
     images = some_images(card.data_or(data), card)
     views_NCHW = torch.stack([card.preprocess.to_uint8(image) for image in images])
@@ -130,10 +132,23 @@ def write(
         )
         size = sum(file.stat().st_size for file in temporary.parent.iterdir())
         parity = replace(parity, file_bytes=size, input=subject.input)
-        if subject.plain is not None:
+        if subject.plain is None:
+            alone = run
+        else:
+            alone = _network_alone(form, subject.plain, int8)
             found = [run(x.numpy()) for x in subject.batches]
-            parity = check_images(parity, *subject.plain, found)
-        return parity if int8 is None else replace(parity, change=int8.judge(run, form.name))
+            parity = check_images(parity, alone, subject.views, found)
+        return parity if int8 is None else replace(parity, change=int8.judge(alone, form.name))
+
+
+def _network_alone(form: Format, plain: Subject, int8: Int8 | None) -> Run:
+    """Return what the network of a file with preprocessing computes by itself."""
+    if int8 is None:
+        return module_run(plain.module)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"model{form.suffix}")
+        write_unchecked(form, plain, path, int8)
+        return form.open(path)
 
 
 def write_unchecked(
@@ -154,13 +169,6 @@ def write_unchecked(
         raise
     except Exception as error:  # a toolchain raises what it likes
         raise subject.refusal(error, f" to {form.name}") from error
-
-
-def _check_options(int8: bool, max_drop: float | None, preprocessing: bool) -> None:
-    if max_drop is not None and not int8:
-        raise ConfigError(f"--max-drop {max_drop:g} is of --int8, which is not given")
-    if int8 and preprocessing:
-        raise ConfigError("--int8 and --with-preprocessing do not go together yet; give one")
 
 
 def some_images(spec: str, card: Card) -> list[Image.Image]:

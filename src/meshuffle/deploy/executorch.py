@@ -50,11 +50,13 @@ class ExecuTorch(Format):
         quantizer = XNNPACKQuantizer().set_global(
             get_symmetric_quantization_config(is_per_channel=True)
         )
-        module = prepare_pt2e(subject.program(self.max_batch).module(), quantizer)
+        network = subject.plain or subject
+        module = prepare_pt2e(network.program(self.max_batch).module(), quantizer)
         with torch.inference_mode():
             for x in calibration.inputs(self.max_batch):
                 module(torch.from_numpy(x))
-        program = subject.captured(convert_pt2e(module), self.max_batch)
+        quantised = subject.preprocessed(convert_pt2e(module))
+        program = subject.captured(quantised, self.max_batch)
         path.write_bytes(_lowered(program, subject.metadata))
 
     def load(self, path: Path, threads: int, precision: Precision) -> Run:

@@ -64,7 +64,12 @@ class Format(ABC):
         """Write the model to `path`, and what belongs to it beside, in a folder of its own."""
 
     def write_int8(self, subject: Subject, path: Path, calibration: Calibration) -> None:
-        """Write the model with eight-bit weights and activations."""
+        """Write the model with eight-bit weights and activations.
+
+        Args:
+            calibration: inputs of the network, `subject.plain` where there is preprocessing, which
+                stays as it is.
+        """
         raise NotImplementedError
 
     @abstractmethod

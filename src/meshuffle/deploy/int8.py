@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from meshuffle.data import ImageSource, auto_workers, eval_loader
 from meshuffle.deploy.format import Run
@@ -88,14 +88,7 @@ class Int8:
     @cached_property
     def before(self) -> float:
         """The metric of the model."""
-        module = self.subject.module
-
-        @torch.inference_mode()
-        def run(x: NDArray[Any]) -> NDArray[np.float32]:
-            outputs: NDArray[np.float32] = module(torch.from_numpy(x)).numpy()
-            return outputs
-
-        return self._metric(run)
+        return self._metric(module_run(self.subject.module))
 
     def judge(self, run: Run, name: str) -> Change:
         """Return what the file that `run` executes has lost.
@@ -125,6 +118,17 @@ class Int8:
         if not pieces:
             raise DataError(f"{self.what}: no readable image to judge int8 on")
         return self.task.conclude(joined(pieces))[self.task.metrics[0].key]
+
+
+def module_run(module: nn.Module) -> Run:
+    """Return what executes a module, in PyTorch."""
+
+    @torch.inference_mode()
+    def run(x: NDArray[Any]) -> NDArray[np.float32]:
+        outputs: NDArray[np.float32] = module(torch.from_numpy(x)).numpy()
+        return outputs
+
+    return run
 
 
 def points_lost(metric: Metric, before: float, after: float) -> float:

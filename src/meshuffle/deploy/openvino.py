@@ -17,6 +17,8 @@ from meshuffle.deploy.format import Calibration, Format, Precision, Run
 from meshuffle.train.files import disk_errors
 
 if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
     from meshuffle.deploy.subject import Subject
 
 _SECTION = "meshuffle"
@@ -35,16 +37,21 @@ class OpenVino(Format):
 
     def write(self, subject: Subject, path: Path) -> None:
         """Convert the captured program, name its input and output, and fix the other sizes."""
-        _save(_converted(subject), subject, path)
+        _save(_converted(subject, subject.program()), subject, path)
 
     def write_int8(self, subject: Subject, path: Path, calibration: Calibration) -> None:
         """Quantise with NNCF."""
         import nncf
+        from torch import nn
 
         inputs = list(calibration.inputs())
         nncf.set_log_level(logging.ERROR)
         data = nncf.Dataset(inputs)
-        model = nncf.quantize(_converted(subject), data, subset_size=len(inputs))
+        network = subject.plain or subject
+        model = nncf.quantize(_converted(network, network.program()), data, subset_size=len(inputs))
+        if subject.plain is not None:
+            front = subject.captured(subject.preprocessed(nn.Identity()))
+            model = _joined(_converted(subject, front), model)
         _save(model, subject, path)
 
     def load(self, path: Path, threads: int, precision: Precision) -> Run:
@@ -80,16 +87,25 @@ class OpenVino(Format):
         return f"OpenVINO {openvino.__version__.partition('-')[0]}"
 
 
-def _converted(subject: Subject) -> Any:
+def _converted(subject: Subject, program: ExportedProgram) -> Any:
     import openvino
 
     from meshuffle.deploy.subject import INPUT
 
-    model = openvino.convert_model(subject.program())
+    model = openvino.convert_model(program)
     model.inputs[0].get_tensor().set_names({INPUT})
     model.outputs[0].get_tensor().set_names({subject.outputs})
     model.reshape({INPUT: [-1 if n is None else n for n in subject.shape]})
     return model
+
+
+def _joined(front: Any, back: Any) -> Any:
+    """Return the model that hands the output of `front` to `back`."""
+    import openvino
+
+    (result,), (entry,) = front.get_results(), back.get_parameters()
+    entry.output(0).replace(result.input_value(0))
+    return openvino.Model(back.get_results(), front.get_parameters())
 
 
 def _save(model: Any, subject: Subject, path: Path) -> None:

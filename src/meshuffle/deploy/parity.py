@@ -170,14 +170,17 @@ def compare(
 
 @torch.inference_mode()
 def check_images(
-    parity: Parity, plain: nn.Module, views: list[Tensor], found: list[NDArray[np.float32]]
+    parity: Parity, plain: Run, views: list[Tensor], found: list[NDArray[np.float32]]
 ) -> Parity:
     """Return `parity` with what the way from the image through Pillow and `plain` says.
+
+    Args:
+        plain: the network without preprocessing; of an eight-bit file, with eight bits too.
 
     Raises:
         ParityError: an error above `IMAGE_TOLERANCE`.
     """
-    expected = [plain(x_NCHW).numpy() for x_NCHW in views]
+    expected = [plain(x_NCHW.numpy()) for x_NCHW in views]
     _, relative, agreement = compare(expected, found, parity.top1_agreement is not None)
     parity = replace(parity, image_relative_error=relative, image_agreement=agreement)
     if not relative <= IMAGE_TOLERANCE:

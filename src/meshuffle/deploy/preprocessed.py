@@ -12,6 +12,7 @@ Shape suffixes: N batch, H and W of the image, h and w of the network's input.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ def with_preprocessing(
         ConfigError: preprocessing that has no graph.
     """
     preprocess = subject.card.preprocess
-    module = Preprocessed(subject.module, preprocess)
+    preprocessed = partial(Preprocessed, preprocess=preprocess)
     if not any_size:
         images = [image.resize(own_size(preprocess)[::-1]) for image in images]
     batches, views = [], []
@@ -45,7 +46,7 @@ def with_preprocessing(
         shifted = _shifted(images[i % len(images)], num)
         batches.append(torch.stack([to_tensor(image).permute(1, 2, 0) for image in shifted]))
         views.append(preprocess.normalise(torch.stack(list(map(preprocess.to_uint8, shifted)))))
-    return subject.with_preprocessing(module, batches, views, any_size=any_size)
+    return subject.with_preprocessing(preprocessed, batches, views, any_size=any_size)
 
 
 def own_size(preprocess: Preprocess) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ class Subject:
         module: what the file is to compute, on the CPU, in float32 and eval mode.
         batches: its inputs for the comparison, 1, 2 and 5 images.
         sides: names of the dims 1, 2, … of the inputs whose size is open.
-        plain: of a module with preprocessing, that without it, and its inputs of the same images.
+        plain: of a module with preprocessing, the subject without it; `views` are the inputs of
+            that one, of the same images.
         outputs: name of the outputs in the file; `argmax`: the largest along dim 1 is the answer.
 
     Raises:
@@ -50,7 +52,9 @@ class Subject:
         height, width = card.preprocess.size
         self.input = f"float32 [batch, 3, {height}, {width}], normalised"
         self.sides: tuple[str, ...] = ()
-        self.plain: tuple[nn.Module, list[Tensor]] | None = None
+        self.plain: Subject | None = None
+        self.views: list[Tensor] = []
+        self._preprocessed: Callable[[nn.Module], nn.Module] | None = None
         self._programs: dict[int | None, ExportedProgram] = {}
 
     @property
@@ -59,16 +63,23 @@ class Subject:
         return self.batches[1]
 
     def with_preprocessing(
-        self, module: nn.Module, batches: list[Tensor], views: list[Tensor], *, any_size: bool
+        self,
+        preprocessed: Callable[[nn.Module], nn.Module],
+        batches: list[Tensor],
+        views: list[Tensor],
+        *,
+        any_size: bool,
     ) -> Subject:
-        """Return the same with `module`, which takes images, uint8 [N, H, W, 3].
+        """Return the same for images, uint8 [N, H, W, 3].
 
         Args:
-            batches: its inputs, 1, 2 and 5 images; views: those of the plain module.
+            preprocessed: puts the preprocessing in front of a network.
+            batches: images, 1, 2 and 5; views: the inputs of the plain module of the same ones.
             any_size: H and W are open.
         """
         made = copy.copy(self)
-        made.module, made.batches, made.plain = module.eval(), batches, (self.module, views)
+        made.module, made.batches = preprocessed(self.module).eval(), batches
+        made.plain, made.views, made._preprocessed = self, views, preprocessed
         made.sides = ("height", "width") if any_size else ()
         sizes = "height, width" if any_size else ", ".join(map(str, batches[0].shape[1:3]))
         made.input, made._programs = f"uint8 [batch, {sizes}, 3], RGB", {}
@@ -104,7 +115,11 @@ class Subject:
             self._programs[max_batch] = self.captured(self.module, max_batch)
         return self._programs[max_batch]
 
-    def captured(self, module: nn.Module, max_batch: int | None) -> ExportedProgram:
+    def preprocessed(self, network: nn.Module) -> nn.Module:
+        """Return `network` behind the subject's preprocessing, where it has one."""
+        return network if self._preprocessed is None else self._preprocessed(network)
+
+    def captured(self, module: nn.Module, max_batch: int | None = None) -> ExportedProgram:
         """Return the program of `module`, which takes what the subject's own takes."""
         example = self.example
         if max_batch:

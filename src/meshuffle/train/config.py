@@ -89,7 +89,9 @@ class TrainConfig:
         int, _option("Stop after so many epochs without a better one; 0 is off.", "Optimiser")
     ] = 0
 
-    label_smoothing: Annotated[float, _option("0 … 1.", "Regularisation")] = 0.1
+    label_smoothing: Annotated[
+        float | None, _option("0 … 1; 0.1 where there are classes.", "Regularisation")
+    ] = None
     class_weights: Annotated[
         Literal["none", "balanced"],
         _option("balanced: rare classes count more in the loss.", "Regularisation"),
@@ -359,6 +361,7 @@ def resolve(
         "weight_decay": decays[optimizer],
         "warmup_epochs": round(min(5.0, 0.1 * epochs), 2),
         "clip_norm": 0.0,
+        "label_smoothing": 0.1,
         **augment,
     }
     chosen |= {key: value for key, value in suits.items() if key not in ("optimizer", "lr")}

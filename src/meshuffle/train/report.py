@@ -12,11 +12,8 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 
-from PIL import Image
-
 from meshuffle.data import ImageSource
 from meshuffle.train import page
-from meshuffle.train.confusion import confusion_section
 from meshuffle.train.diagram import timeline_section
 from meshuffle.train.evaluate import Evaluation
 from meshuffle.train.files import write_bytes
@@ -98,26 +95,20 @@ def _compared(record: Record, task: Task) -> str:
 
 
 def _details(evaluation: Evaluation, task: Task, folder: Path, split: str) -> str:
-    """Return what the task has to say beyond its first metrics."""
-    if task.name == "classify":
-        names = tuple(task.card.titles.get(name, name) for name in evaluation.classes)
-        found = confusion_section(evaluation, names, folder)
-        return section(f"Confusion{_on(split)}", found)
-    made = ""
-    if task.name == "generate" and evaluation.num_samples:
-        drawn = task.picture(Image.new("RGB", (1, 1)), evaluation.rows, 0)
-        sheet = f'<div class="made"><img src="{page.thumbnail(drawn, 640)}" alt=""></div>'
-        made = section("Generated images", sheet)
-    rows = [(text(key), f"{value:.5g}") for key, value in evaluation.metrics.items()]
-    table = page.table(("metric", "value"), rows, 1) if rows else ""
-    return made + section(f"Metrics{_on(split)}", table)
+    """Return what the task has to say beyond the metrics of the headline."""
+    found = task.sections(evaluation, folder, _on(split))
+    shown = [section(title, html) for title, html in found]
+    if evaluation.metrics.keys() - {"loss", *(metric.key for metric in task.metrics)}:
+        rows = [(text(key), f"{value:.5g}") for key, value in evaluation.metrics.items()]
+        shown.append(section(f"Metrics{_on(split)}", page.table(("metric", "value"), rows, 1)))
+    return "".join(shown)
 
 
 def _headline(record: Record, evaluation: Evaluation, task: Task, split: str) -> str:
     card = task.card
     data = f" <span>on</span> {text(card.data)}" if card.data else ""
-    kinds = "targets" if task.name == "regress" else "classes"
-    size = f"{len(card.classes)} {kinds} · {evaluation.num_samples:,} images evaluated{_on(split)}"
+    evaluated = f"{evaluation.num_samples:,} images evaluated{_on(split)}"
+    size = f"{len(card.classes)} {task.answers} · {evaluated}"
     return (
         f"<header><h1>{text(card.model)}{data}</h1>"
         f'<p class="note">{text(record.name)} · {text(size)}</p>'

@@ -141,6 +141,8 @@ def resolve_for(config: TrainConfig, data: Data) -> TrainConfig:
         raise ConfigError(f"--mixup and --cutmix: {config.task} has no labels to mix")
     if config.class_weights != "none" and not task.weighs_classes:
         raise ConfigError(f"--class-weights {config.class_weights}: {config.task} has none")
+    if config.label_smoothing and not task.smooths:
+        raise ConfigError(f"--label-smoothing {config.label_smoothing:g}: {config.task} has none")
     new_head = bool(config.from_) and has_new_head(config, data)
     num_train = len(data.splits["train"])
     return resolve(config, num_train, data.input_size, augment, suits=task.suits, new_head=new_head)

@@ -301,7 +301,7 @@ def build_state(
         one_host = env.local_world >= env.world
         synchronise_batch_norm(model, make_exchange(group, device, one_host))
         key_dropout(model, draw_state)
-    task = make_task(card, label_smoothing=config.label_smoothing)
+    task = make_task(card, label_smoothing=config.label_smoothing or 0.0)
     step = task.step_type(
         model=model,
         forward=model,

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -26,6 +27,7 @@ from meshuffle.errors import ConfigError
 if TYPE_CHECKING:
     from meshuffle.data import Data
     from meshuffle.train.config import TrainConfig
+    from meshuffle.train.evaluate import Evaluation
     from meshuffle.train.step import Step
     from meshuffle.train.weights import Card
 
@@ -64,9 +66,11 @@ class Task:
         metrics: those that are shown; by the first one the best epoch is chosen.
         running: what is shown while an epoch trains, from `score_sum`; None is the loss alone.
         dense: a target has places in it, which move with the pixels.
-        mixes: mixup and cutmix make sense; `weighs_classes`: so do weights of classes.
+        mixes: mixup and cutmix make sense; `weighs_classes`: so do weights of classes;
+            `smooths`: so does label smoothing.
         splits: the plans it knows besides dp.
         suits: settings to begin from, where none are given and it is not what fits a classifier.
+        answers: what the card's `classes` are, for people.
         outputs: name of the outputs in an exported file; `argmax`: the largest along dim 1 is the
             answer.
         label_smoothing: see `Classify`.
@@ -79,8 +83,10 @@ class Task:
     dense: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
     weighs_classes: ClassVar[bool] = False
+    smooths: ClassVar[bool] = False
     splits: ClassVar[tuple[str, ...]] = ("tp", "pp")
     suits: ClassVar[Mapping[str, Any]] = {}
+    answers: ClassVar[str] = "classes"
     outputs: ClassVar[str] = "logits"
     argmax: ClassVar[bool] = False
 
@@ -188,6 +194,17 @@ class Task:
     def truth(self, rows: Rows, i: int) -> str:
         """Return what is true of sample i in a line; empty where a line cannot say it."""
         return ""
+
+    def sections(
+        self, evaluation: Evaluation, folder: Path, where: str
+    ) -> Iterator[tuple[str, str]]:
+        """Yield (title, HTML) of what the report shows of this task alone.
+
+        Args:
+            folder: of the report's pictures as files.
+            where: for example ` on the test split`, for a title.
+        """
+        yield from ()
 
     def picture(self, image: Image.Image, rows: Rows, i: int, truth: Any = None) -> Image.Image:
         """Return the image with the prediction of sample i drawn, and the truth where known."""

@@ -161,6 +161,11 @@ def test_a_classifier_becomes_a_detector_and_the_report_compares(
 def test_what_makes_no_sense_is_said(made: dict[str, str], tmp_path: Path) -> None:
     cases = [
         (settings("detect", made["detect"], tmp_path, mixup=0.2), ConfigError, "no labels to mix"),
+        (
+            settings("detect", made["detect"], tmp_path, label_smoothing=0.1),
+            ConfigError,
+            "--label-smoothing 0.1: detect has none",
+        ),
         (settings("regress", made["regress"], tmp_path, head="fpn"), ConfigError, "no choice"),
         (settings("detect", made["detect"], tmp_path, head="yolo"), ConfigError, "yolo"),
         (settings("detect", made["regress"], tmp_path), DataError, "nothing for --task detect"),

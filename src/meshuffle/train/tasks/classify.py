@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from meshuffle.train.task import Metric, Rows, Task
 if TYPE_CHECKING:
     from meshuffle.data import Data
     from meshuffle.train.config import TrainConfig
+    from meshuffle.train.evaluate import Evaluation
 
 TOP = 5
 
@@ -33,7 +35,7 @@ class Classify(Task):
     name = "classify"
     metrics = (Metric("top1", "top-1"), Metric("top5", "top-5"))
     running = Metric("top1", "top-1")
-    mixes = weighs_classes = True
+    mixes = weighs_classes = smooths = True
     argmax = True
 
     @classmethod
@@ -128,6 +130,15 @@ class Classify(Task):
     def sentence(self, prediction: Mapping[str, Any]) -> str:
         """Return for example `bee (97.1 %)`."""
         return f"{prediction['label']} ({100 * prediction['probability']:.1f} %)"
+
+    def sections(
+        self, evaluation: Evaluation, folder: Path, where: str
+    ) -> Iterator[tuple[str, str]]:
+        """Yield which classes are taken for which."""
+        from meshuffle.train.confusion import confusion_section
+
+        names = tuple(self.card.titles.get(name, name) for name in evaluation.classes)
+        yield f"Confusion{where}", confusion_section(evaluation, names, folder)
 
 
 def confusion(rows: Rows, num_classes: int) -> NDArray[np.int64]:

@@ -33,8 +33,7 @@ class Detect(Task):
     """A class and a box for each object; COCO's mAP.
 
     The network gives for each of A anchors K logits and 4 deltas, (N, A, K + 4);
-    `detections` turns them into boxes, and `train/box_loss.py` has
-    the losses. `label_smoothing` has no part in them.
+    `detections` turns them into boxes, and `train/box_loss.py` has the losses.
     """
 
     name = "detect"
@@ -45,6 +44,7 @@ class Detect(Task):
     )
     dense = True
     suits: ClassVar[Mapping[str, Any]] = {
+        "label_smoothing": 0.0,
         "body_lr": 1.0,
         "crop_scale": 1.0,  # smaller views cost 3 to 6 points of mAP where epochs are few
     }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -24,6 +25,7 @@ from meshuffle.train.task import Metric, Rows, Task
 if TYPE_CHECKING:
     from meshuffle.data import Data
     from meshuffle.train.config import TrainConfig
+    from meshuffle.train.evaluate import Evaluation
     from meshuffle.train.step import Step
 
 KEPT_SIDE = 32
@@ -40,7 +42,7 @@ class Generate(Task):
     fixed random weights (see `train/fid.py`). The lower the better; with fewer images it is
     larger. `told_apart` is the share of pairs, a real image and a made one, in which the
     discriminator prefers the real one: at 50 it guesses. The knobs `width` and `noise` are those
-    of `Generator`. `label_smoothing` has no part in it.
+    of `Generator`.
 
     Shape suffixes: N images, F features, C channels, H height, W width.
     """
@@ -50,6 +52,7 @@ class Generate(Task):
     running = Metric("told_apart", "told apart")
     splits = ()
     suits: ClassVar[Mapping[str, Any]] = {
+        "label_smoothing": 0.0,
         "optimizer": "adam",
         "lr": 0.0007,
         "body_lr": 1.0,
@@ -156,6 +159,17 @@ class Generate(Task):
         """Return a sheet of 16 generated images, from that of sample i on."""
         order = (np.arange(min(_SHOWN, len(rows["samples"]))) + i) % len(rows["samples"])
         return sheet(rows["samples"][order])
+
+    def sections(
+        self, evaluation: Evaluation, folder: Path, where: str
+    ) -> Iterator[tuple[str, str]]:
+        """Yield a sheet of images that it made."""
+        from meshuffle.train.page import thumbnail
+
+        if evaluation.num_samples:
+            drawn = sheet(evaluation.rows["samples"][:_SHOWN])
+            picture = f'<div class="made"><img src="{thumbnail(drawn, 640)}" alt=""></div>'
+            yield "Generated images", picture
 
     def sample(self, model: nn.Module, num: int, seed: int = 0) -> Image.Image:
         """Return a sheet of `num` generated images; the same seed gives the same ones."""

@@ -31,7 +31,7 @@ class MultiLabel(Task):
     name = "multilabel"
     metrics = (Metric("map", "mAP"), Metric("f1", "F1"))
     running = Metric("accuracy", "accuracy")
-    mixes = True
+    mixes = smooths = True
 
     def network(self, seed: int) -> nn.Module:
         """Return the card's model with an output per class."""

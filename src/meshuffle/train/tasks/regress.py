@@ -28,8 +28,9 @@ class Regress(Task):
 
     name = "regress"
     metrics = (Metric("r2", "R²", "", 4), Metric("mae", "mean error", "", 4, lower=True))
+    answers = "targets"
     outputs = "values"
-    suits: ClassVar[Mapping[str, Any]] = {"optimizer": "adamw", "lr": 0.001}
+    suits: ClassVar[Mapping[str, Any]] = {"optimizer": "adamw", "lr": 0.001, "label_smoothing": 0.0}
     """At a classifier's rate SGD diverges: a squared error has no bound on its gradient."""
 
     @classmethod

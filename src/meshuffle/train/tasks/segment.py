@@ -39,7 +39,7 @@ class Segment(Task):
     name = "segment"
     metrics = (Metric("miou", "mIoU"), Metric("pixel_accuracy", "pixel accuracy"))
     running = Metric("pixel_accuracy", "pixel accuracy")
-    dense = True
+    dense = smooths = True
     argmax = True
     suits: ClassVar[Mapping[str, Any]] = {"optimizer": "adamw", "lr": 0.002, "body_lr": 1.0}
 

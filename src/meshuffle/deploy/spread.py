@@ -1,0 +1,66 @@
+"""`predict --plan auto`: replicas that see different images, as many as are fastest here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from meshuffle.deploy.serve.backends import TORCH, Backend
+from meshuffle.deploy.serve.measure import Layout, layouts, measured
+from meshuffle.dist.device import num_cores
+from meshuffle.dist.forking import fork_server
+from meshuffle.dist.group import rank_env
+from meshuffle.planner.plan import Plan
+from meshuffle.train.weights import open_weights, require_repeated
+
+WORTH_IMAGES = 2000
+"""With fewer, to measure and to start ranks takes longer than it can save."""
+
+_BATCH = 16
+_AS_GOOD = 1.05
+
+
+def spread_over(
+    target: Path, model: str | None, num_images: int, batch: int, say: Callable[[str], None]
+) -> Plan:
+    """Return the fastest plan for many images: a replica per GPU, or as measured on the CPU.
+
+    Args:
+        target, model: see `load_model`.
+        batch: images at a time, over all replicas.
+        say: called with a line that says what was measured.
+
+    Raises:
+        RunError, ModelError: there are no such weights.
+    """
+    env = rank_env()
+    if env is not None:
+        return Plan(dp=env.world)
+    if num_images < WORTH_IMAGES:
+        return Plan()
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    possible = [one for one in layouts(num_cores(), num_gpus) if one.replicas <= batch]
+    if num_gpus or len(possible) < 2:
+        return Plan(dp=min(max(1, num_gpus), batch))
+    _, card = open_weights(target, model)
+    require_repeated(card.model, model)
+    say("measuring how many processes are fastest")
+    fork_server(measured.__module__)
+    backend = Backend(TORCH, str(target), model)
+    speeds = [measured(backend, one, (_BATCH,), card.preprocess.size)[_BATCH] for one in possible]
+    best = fewest_of_the_fastest(possible, speeds)
+    told = ", ".join(f"{one} {speed:.0f}" for one, speed in zip(possible, speeds, strict=True))
+    say(f"plan dp={best.replicas}, images/s without decoding: {told}")
+    return Plan(dp=best.replicas, threads=best.threads)
+
+
+def fewest_of_the_fastest(possible: Sequence[Layout], speeds: Sequence[float]) -> Layout:
+    """Return the layout with fewest replicas of those that are nearly as fast as the fastest.
+
+    Each replica has to start, and to load the weights.
+    """
+    most = max(speeds)
+    near = [one for one, speed in zip(possible, speeds, strict=True) if _AS_GOOD * speed >= most]
+    return min(near, key=lambda one: one.replicas)
