@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -46,16 +47,25 @@ def main() -> int:
         with (run / "metrics.csv").open(newline="") as file:
             epoch = next(csv.DictReader(file))
     tenth = max(1, len(samples) // 10)
-    first, last = (statistics.median(part) for part in (samples[:tenth], samples[-tenth:]))
+    first, last = middle(samples[:tenth]), middle(samples[-tenth:])
+    print("MB by process, in ten parts of the epoch:")
+    for i in range(10):
+        print(" ", [round(size / 1e6) for size in middle(samples[i * tenth :][:tenth])])
     row = {
         "images": asked.images, "model": asked.model, "size": asked.size, "plan": asked.plan,
         "images_per_s": epoch["images_per_s"], "data_wait": epoch["data_wait"],
-        "first_tenth_mb": round(first / 1e6), "last_tenth_mb": round(last / 1e6),
-        "ratio": round(last / first, 4), "seconds": epoch["seconds"], "torch": torch.__version__,
+        "first_tenth_mb": round(sum(first) / 1e6), "last_tenth_mb": round(sum(last) / 1e6),
+        "ratio": round(sum(last) / sum(first), 4),
+        "seconds": epoch["seconds"], "torch": torch.__version__,
     }  # fmt: skip
     print(row)
     append("data_epoch", [row])
     return 0
+
+
+def middle(samples: list[list[int]]) -> list[float]:
+    """Return the median of each process, the main one first."""
+    return [statistics.median(column) for column in zip_longest(*samples, fillvalue=0)]
 
 
 def make_images(root: Path, num: int) -> None:
@@ -79,22 +89,25 @@ def make_images(root: Path, num: int) -> None:
             pass
 
 
-def train(data: Path, run: Path, asked: argparse.Namespace) -> list[int]:
-    """Train one epoch; returns the bytes of all its processes, every two seconds of the steps."""
+def train(data: Path, run: Path, asked: argparse.Namespace) -> list[list[int]]:
+    """Train one epoch; returns the bytes of each of its processes, every two seconds of the steps.
+
+    Memory is the proportional share (PSS) of what a process holds.
+    """
     command = [
         sys.executable, "-m", "meshuffle", "train", str(data), "--model", asked.model,
         "--epochs", "1", "--input-size", str(asked.size), "--plan", asked.plan,
         "--compile", "off", "--out", str(run),
     ]  # fmt: skip
     process = subprocess.Popen(command)
-    samples: list[int] = []
+    samples: list[list[int]] = []
     done = threading.Event()
 
     def watch() -> None:
         log = run / "log.jsonl"
         while not done.wait(_EVERY_S):
-            if log.exists() and '"kind": "step"' in log.read_text()[-2000:]:
-                samples.append(memory_of(process.pid))
+            if log.exists() and '"kind": "step"' in log.read_text().rstrip().rpartition("\n")[2]:
+                samples.append([memory_of(pid) for pid in (process.pid, *descendants(process.pid))])
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -107,17 +120,11 @@ def train(data: Path, run: Path, asked: argparse.Namespace) -> list[int]:
 
 
 def memory_of(pid: int) -> int:
-    """Return the proportional memory (PSS) of a process and all its descendants, in bytes."""
-    total = 0
-    for each in (pid, *descendants(pid)):
-        try:
-            rollup = Path(f"/proc/{each}/smaps_rollup").read_text()
-        except (OSError, ProcessLookupError):
-            continue
-        total += sum(
-            1024 * int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")
-        )
-    return total
+    try:
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except (OSError, ProcessLookupError):
+        return 0
+    return next(1024 * int(line.split()[1]) for line in rollup.splitlines() if line[:4] == "Pss:")
 
 
 def descendants(pid: int) -> list[int]:

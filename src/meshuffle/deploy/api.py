@@ -65,6 +65,9 @@ def export(
     images = some_images(card.data_or(data), card)
     views_NCHW = torch.stack([card.preprocess.to_uint8(image) for image in images])
     subject = Subject(network, card, views_NCHW)
+    if (int8 or preprocessing) and not subject.takes_images:
+        option = "--int8" if int8 else "--with-preprocessing"
+        raise ConfigError(f"{option}: what {card.task} exports takes no images; leave it out")
     subjects = {True: subject, False: subject}  # by `any_size`
     if preprocessing:
         for size in {one.any_size for one in found}:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from meshuffle.deploy.subject import Subject
 
-_VIEW, _FRONT = "view", "preprocess/"  # what preprocessing makes; before the names in its graph
+_VIEW, _FRONT = "preprocess/view", "preprocess/"  # what it makes; before the names in its graph
 _LOG_ERRORS = 3  # ONNX Runtime's severity: below it are notes on the host's devices
 
 

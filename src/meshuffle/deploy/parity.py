@@ -86,8 +86,8 @@ class Parity:
 
 
 def on_cpu(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` on the CPU in float32 and eval mode; the original stays as it is."""
-    return copy.deepcopy(model).to("cpu", torch.float32).eval()
+    """Return a copy on the CPU, in float32, eval mode and without gradients."""
+    return copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
 
 
 def parity_batches(images_NCHW: Tensor, preprocess: Preprocess) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from meshuffle.deploy.parity import on_cpu, parity_batches
+from meshuffle.deploy.parity import BATCH_SIZES, on_cpu, parity_batches
 from meshuffle.errors import ModelError
 from meshuffle.train.tasks import make_task
 from meshuffle.train.weights import Card
@@ -30,7 +30,8 @@ class Subject:
 
     Attributes:
         module: what the file is to compute, on the CPU, in float32 and eval mode.
-        batches: its inputs for the comparison, 1, 2 and 5 images.
+        batches: its inputs for the comparison, 1, 2 and 5 images, or what the task takes instead;
+            `takes_images` says which.
         sides: names of the dims 1, 2, … of the inputs whose size is open.
         plain: of a module with preprocessing, the subject without it; `views` are the inputs of
             that one, of the same images.
@@ -48,9 +49,14 @@ class Subject:
         self.module = on_cpu(task.deployed(network) if decoded else network)
         self.outputs = task.outputs if decoded else "outputs"
         self.argmax = task.argmax
-        self.batches = parity_batches(images_NCHW, card.preprocess)
-        height, width = card.preprocess.size
-        self.input = f"float32 [batch, 3, {height}, {width}], normalised"
+        given = [task.deployed_inputs(num) for num in BATCH_SIZES] if decoded else []
+        self.batches = [x for x in given if x is not None]
+        self.takes_images = not self.batches
+        if self.takes_images:
+            self.batches = parity_batches(images_NCHW, card.preprocess)
+        shape = ", ".join(map(str, self.batches[0].shape[1:]))
+        kind = "normalised" if self.takes_images else "of a normal distribution"
+        self.input = f"float32 [batch, {shape}], {kind}"
         self.sides: tuple[str, ...] = ()
         self.plain: Subject | None = None
         self.views: list[Tensor] = []

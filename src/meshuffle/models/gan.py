@@ -169,3 +169,20 @@ def _channels(size: int, width: int) -> list[int]:
             f"`size` (={size}) must be 8, 16, 32, 64, … pixels: the map doubles from 4"
         )
     return [width << i for i in range(num + 1)]
+
+
+class Made(nn.Module):
+    """A generator whose images are levels: RGB, 0 … 255, not rounded.
+
+    Args:
+        flips: it makes BGR.
+    """
+
+    def __init__(self, generator: Generator, flips: bool = False) -> None:
+        super().__init__()
+        self.generator, self.flips = generator, flips
+
+    def forward(self, z_NZ: Tensor) -> Tensor:
+        """Return images (N, 3, H, W) of noise."""
+        made_NCHW: Tensor = (self.generator(z_NZ) + 1) * 127.5
+        return made_NCHW.flip(1) if self.flips else made_NCHW

@@ -121,6 +121,10 @@ class Task:
         """Return what an exported file computes: the network, and what users need behind it."""
         return network
 
+    def deployed_inputs(self, num: int) -> Tensor | None:
+        """Return `num` inputs of the `deployed` network where they are no images, else None."""
+        return None
+
     def loss_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss summed over the N ≥ 1 samples, a scalar.
 

@@ -161,19 +161,6 @@ def test_metrics_are_scikit_learns(seed: int, num_classes: int) -> None:
     assert found["pixel_accuracy"] == pytest.approx(100 * accuracy_score(y, x))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_metrics_are_torchmetrics(seed: int) -> None:
-    classification = pytest.importorskip("torchmetrics.classification")
-    predicted, true = masks(seed, 5)
-    iou = classification.MulticlassJaccardIndex(5, ignore_index=VOID)
-    accuracy = classification.MulticlassAccuracy(5, average="micro", ignore_index=VOID)
-    found = concluded(predicted, true, 5)
-    assert found["miou"] == pytest.approx(100 * float(iou(predicted.long(), true.long())), rel=1e-5)
-    assert found["pixel_accuracy"] == pytest.approx(
-        100 * float(accuracy(predicted.long(), true.long())), rel=1e-5
-    )
-
-
 def test_metrics_by_hand() -> None:
     """Class 3 is nowhere and does not count; class 2 is only predicted, and does."""
     predicted = torch.tensor([[[0, 0, 1, 2]]], dtype=torch.uint8)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from meshuffle.data.preprocess import Preprocess
 from meshuffle.errors import ConfigError, ModelError, did_you_mean
-from meshuffle.models.gan import NOISE, WIDTH, Discriminator, Generator
+from meshuffle.models.gan import NOISE, WIDTH, Discriminator, Generator, Made
 from meshuffle.parallel.draws import draw_key
 from meshuffle.train.box_picture import enlarged
 from meshuffle.train.fid import critic_settings, frechet_distance, make_critic
@@ -48,6 +48,7 @@ class Generate(Task):
     """
 
     name = "generate"
+    outputs = "images"
     metrics = (Metric("fid", "FID", "", 2, lower=True), Metric("told_apart", "told apart"))
     running = Metric("told_apart", "told apart")
     splits = ()
@@ -105,12 +106,14 @@ class Generate(Task):
         return Gan(generator, discriminator, critic, card.preprocess)
 
     def deployed(self, network: nn.Module) -> nn.Module:
-        """Refuse: what users need is the generator, whose input is noise and not an image.
+        """Return the generator: noise (N, Z) → images (N, 3, h, w), RGB, 0 … 255, not rounded."""
+        assert isinstance(network, Gan)
+        return Made(network.generator, network.flips)
 
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError("export: a run of generate has no file format yet; use Generate.sample")
+    def deployed_inputs(self, num: int) -> Tensor:
+        """Return noise, (num, Z) normal numbers."""
+        generator = torch.Generator().manual_seed(num)
+        return torch.randn((num, self.card.knobs.get("noise", NOISE)), generator=generator)
 
     def loss_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the discriminator's loss of real images, summed; a step has others besides."""
