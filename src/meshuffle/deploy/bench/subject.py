@@ -103,7 +103,10 @@ def open_subject(
         if input_size is not None:
             raise ConfigError(f"--input-size {input_size}: {target} brings its own; leave it out")
         network, card = load_model(path, model)
-        make_task(card).require()
+        task = make_task(card)
+        task.require()
+        if task.deployed_inputs(1) is not None:
+            raise ConfigError(f"{target}: what {card.task} makes takes no images; there is no bench")
         source, what, card = open_split(data, None, card)
     else:
         preprocess = Preprocess.imagenet(input_size or _SIZE)
