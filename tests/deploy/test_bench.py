@@ -19,6 +19,7 @@ from meshuffle.deploy.bench.worker import Worker
 from meshuffle.errors import ConfigError, MeshuffleError, ModelError
 from meshuffle.models import create_model
 from meshuffle.train.inference import evaluate
+from meshuffle.train.tasks import make_task
 from meshuffle.train.weights import Card, save_weights
 
 
@@ -150,3 +151,12 @@ def test_wrong_options_are_one_line(home: Path) -> None:
         bench(weights, input_size=64)
     with pytest.raises(ModelError, match="shufflenet_v9"):
         bench("shufflenet_v9")
+
+
+def test_a_gan_has_no_bench(tmp_path: Path) -> None:
+    preprocess, knobs = Preprocess(crop=8, resize=8), {"width": 8, "noise": 4}
+    card = Card("shufflenet_v2_x0_5", ("a",), preprocess, task="generate", knobs=knobs)
+    weights = tmp_path / "best.safetensors"
+    save_weights(weights, make_task(card).network(0).state_dict(), card)
+    with pytest.raises(ConfigError, match="what generate makes needs no images: no bench"):
+        bench(str(weights))

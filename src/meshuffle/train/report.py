@@ -64,7 +64,9 @@ def write_report(
             f"<footer>Written by Meshuffle, {datetime.now():%Y-%m-%d %H:%M}.</footer>",
         )
     )
-    path, title = run / "report.html", " on ".join(filter(None, (card.model, card.data)))
+    path, title = run / "report.html", task.built or card.model
+    if card.data:
+        title += f" on {card.data}"
     write_bytes(path, page.page(title, body).encode())
     return path
 
@@ -110,7 +112,7 @@ def _headline(record: Record, evaluation: Evaluation, task: Task, split: str) ->
     evaluated = f"{evaluation.num_samples:,} images evaluated{_on(split)}"
     size = f"{len(card.classes)} {task.answers} · {evaluated}"
     return (
-        f"<header><h1>{text(card.model)}{data}</h1>"
+        f"<header><h1>{text(task.built or card.model)}{data}</h1>"
         f'<p class="note">{text(record.name)} · {text(size)}</p>'
         f'<dl class="big">{"".join(_accuracies(record, evaluation, task, split))}'
         f"{''.join(_efforts(record, card))}</dl></header>"

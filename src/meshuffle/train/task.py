@@ -70,6 +70,7 @@ class Task:
             `smooths`: so does label smoothing.
         splits: the plans it knows besides dp.
         suits: settings to begin from, where none are given and it is not what fits a classifier.
+        built: what the network is, for people, where it is not the card's model alone.
         answers: what the card's `classes` are, for people.
         outputs: name of the outputs in an exported file; `argmax`: the largest along dim 1 is the
             answer.
@@ -86,6 +87,7 @@ class Task:
     smooths: ClassVar[bool] = False
     splits: ClassVar[tuple[str, ...]] = ("tp", "pp")
     suits: ClassVar[Mapping[str, Any]] = {}
+    built: ClassVar[str] = ""
     answers: ClassVar[str] = "classes"
     outputs: ClassVar[str] = "logits"
     argmax: ClassVar[bool] = False

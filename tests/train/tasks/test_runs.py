@@ -197,7 +197,8 @@ def test_images_are_generated(photos: Path, tmp_path: Path) -> None:
     run = Path(train(config)["run"])
     assert 'optimizer = "adam"  # chosen' in (run / "config.toml").read_text()
     assert float(read_record(run).epochs[-1]["val_fid"]) > 0
-    assert "Generated images" in (run / "report.html").read_text()
+    page = (run / "report.html").read_text()
+    assert "Generated images" in page and "GAN of ShuffleNet V2 units" in page
     (said,) = predict(run, [photos / "val" / "red" / "0.png"])
     assert "realness" in said
     with pytest.raises(PlanError, match="generate knows dp, not tp"):

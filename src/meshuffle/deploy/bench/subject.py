@@ -106,7 +106,7 @@ def open_subject(
         task = make_task(card)
         task.require()
         if task.deployed_inputs(1) is not None:
-            raise ConfigError(f"{target}: what {card.task} makes takes no images; there is no bench")
+            raise ConfigError(f"{target}: what {card.task} makes needs no images: no bench")
         source, what, card = open_split(data, None, card)
     else:
         preprocess = Preprocess.imagenet(input_size or _SIZE)

@@ -48,6 +48,7 @@ class Generate(Task):
     """
 
     name = "generate"
+    built = "GAN of ShuffleNet V2 units"
     outputs = "images"
     metrics = (Metric("fid", "FID", "", 2, lower=True), Metric("told_apart", "told apart"))
     running = Metric("told_apart", "told apart")
