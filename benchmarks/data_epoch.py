@@ -92,7 +92,8 @@ def make_images(root: Path, num: int) -> None:
 def train(data: Path, run: Path, asked: argparse.Namespace) -> list[list[int]]:
     """Train one epoch; returns the bytes of each of its processes, every two seconds of the steps.
 
-    Memory is the proportional share (PSS) of what a process holds.
+    Memory is the proportional share (PSS) of what a process holds, without the pages of files: that
+    share grows when another process, which has loaded the same libraries, ends.
     """
     command = [
         sys.executable, "-m", "meshuffle", "train", str(data), "--model", asked.model,
@@ -124,7 +125,8 @@ def memory_of(pid: int) -> int:
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except (OSError, ProcessLookupError):
         return 0
-    return next(1024 * int(line.split()[1]) for line in rollup.splitlines() if line[:4] == "Pss:")
+    sizes = dict(line.split(":") for line in rollup.splitlines()[1:])
+    return 1024 * sum(int(sizes[kind].split()[0]) for kind in ("Pss_Anon", "Pss_Shmem"))
 
 
 def descendants(pid: int) -> list[int]:
