@@ -38,7 +38,11 @@ def close(one: Any, other: Any) -> bool:
 
 @pytest.mark.parametrize(
     ("task", "plan"),
-    [("classify", "tp=2:channel"), ("classify", "pp=2"), ("segment", "tp=2:spatial")],
+    [
+        ("classify", "tp=2:channel"),
+        pytest.param("classify", "pp=2", marks=pytest.mark.slow),
+        pytest.param("segment", "tp=2:spatial", marks=pytest.mark.slow),
+    ],
 )
 def test_the_answers_are_those_of_one_process(task: str, plan: str, tmp_path: Path) -> None:
     weights = make_weights(tmp_path / "w.safetensors", task)
