@@ -38,7 +38,7 @@ class Subject:
         outputs: name of the outputs in the file; `argmax`: the largest along dim 1 is the answer.
 
     Raises:
-        ConfigError: models of this task have no file; DataError: unfit images.
+        DataError: unfit images.
     """
 
     def __init__(
