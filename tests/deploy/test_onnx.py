@@ -13,13 +13,13 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from meshuffle.data import Preprocess
 from meshuffle.deploy import onnx as onnx_export
 from meshuffle.deploy.api import write_file
 from meshuffle.deploy.onnx import Onnx
 from meshuffle.deploy.parity import Parity, parity_batches
-from meshuffle.deploy.subject import Subject
 from meshuffle.errors import DataError, ModelError, ParityError
 from meshuffle.models import create_model
 from meshuffle.train.weights import Card
@@ -180,8 +180,8 @@ def test_a_file_that_differs_never_replaces_a_good_one(
     path.write_bytes(b"the old file")
     translate = onnx_export._translate
 
-    def faulty(subject: Subject) -> onnx.ModelProto:
-        program = translate(subject)
+    def faulty(captured: ExportedProgram, outputs: str) -> onnx.ModelProto:
+        program = translate(captured, outputs)
         fault(program)
         fired.append(fault)
         return program
