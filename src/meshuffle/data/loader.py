@@ -12,6 +12,7 @@ A broken image leaves its batch and is named in `Batch.skipped`.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -256,6 +257,7 @@ def _init_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     return_freed_blocks()
+    gc.freeze()  # or the collector writes to what is shared with the server: 90 MB become two copies
     threading.Thread(target=_end_with_the_rank, daemon=True).start()
 
 

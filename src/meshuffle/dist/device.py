@@ -21,6 +21,8 @@ Precision = Literal["float32", "bf16"]
 
 # mallopt(3): the numbers of its parameters, from <malloc.h>.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
+_ROOM = {2 << 10: 512, 16 << 10: 256, 120 << 10: 128}  # bytes of a block: how many, 20 MB in all
+_BETWEEN = 1100  # above 1032 bytes a freed block joins its neighbours at once
 
 
 def num_accelerators() -> int:
@@ -143,6 +145,29 @@ def keep_freed_pages() -> bool:
         and libc.mallopt(_M_TRIM_THRESHOLD, never_trim)
         and libc.mallopt(_M_TOP_PAD, pad_bytes)
     )
+
+
+def set_room_apart() -> bool:
+    """Give glibc's heap room of its own for small blocks; True where it worked.
+
+    Where pages stay (`keep_freed_pages`), a small block that outlives a step in the middle of a big
+    one that a step has freed makes it useless for the next step, and the heap grows. glibc takes the
+    smallest free block that is enough: so some of each size are freed here, with a block between
+    any two that stays, or they would become one.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
+    room = []
+    for size, count in _ROOM.items():
+        for _ in range(count):
+            room.append(libc.malloc(size))
+            libc.malloc(_BETWEEN)
+    for block in room:
+        libc.free(block)
+    return True
 
 
 def return_freed_blocks() -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from meshuffle.data import Data, auto_workers, open_data, prepare_workers, relabel
-from meshuffle.dist.device import keep_freed_pages, pick_device
+from meshuffle.dist.device import keep_freed_pages, pick_device, set_room_apart
 from meshuffle.dist.exchange import make_exchange
 from meshuffle.dist.group import RankEnv, new_group, process_group, rank_env, set_patience
 from meshuffle.dist.launch import end_with_parent, report_failure
@@ -83,6 +83,7 @@ def train_rank(run: Path) -> dict[str, Any]:
             watch.event(line)
         loop = Loop(run, state, data, env, control, exchange, watch, stop, workers)
         set_patience(config.timeout)
+        set_room_apart()
         with told_when_lost(run / "lost", env.rank, env.world, lambda: state.progress.step + 1):
             with traced(loop):
                 loop.fit()
