@@ -257,7 +257,7 @@ def _init_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     return_freed_blocks()
-    gc.freeze()  # or the collector writes to what is shared with the server: 90 MB become two copies
+    gc.freeze()  # or the collector copies 90 MB that are shared with the server, by writing there
     threading.Thread(target=_end_with_the_rank, daemon=True).start()
 
 
