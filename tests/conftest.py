@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from meshuffle.dist.forking import fork_server
+
 # Tests never assert times, and these machines are shared.
 settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
@@ -16,6 +18,12 @@ settings.load_profile("no-deadline")
 def _one_thread() -> None:
     """Threads of several test processes on few cores only hinder each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _rank_server() -> None:
+    """See `tests/forked.py`; its imports go on beside the first tests."""
+    fork_server("tests.forked")
 
 
 @pytest.fixture

@@ -23,13 +23,16 @@ def free_port() -> int:
 
 
 def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
-    """Return what `function(group, *arguments)` returned on each rank; picklable values."""
+    """Return what `function(group, *arguments)` returned on each rank; picklable values.
+
+    The ranks are forked from a process that has loaded `tests/forked.py`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(
             _rank,
             (world, free_port(), folder, function, arguments),
             nprocs=world,
-            start_method="spawn",
+            start_method="forkserver",
         )
         return [
             torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)
