@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -120,8 +121,6 @@ def logits(home: Path, dtype: torch.dtype, plan: str, env: RankEnv) -> Tensor:
 
 
 def compare(rank: int, world: int, home: Path, dtype: torch.dtype, plan: str) -> None:
-    import os
-
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(PORT)}
     torch.set_num_threads(1)
     env = RankEnv(rank, world, rank, world)
