@@ -29,14 +29,16 @@ def deliver(values: list[list[int]], found: list[Route]) -> list[list[int]]:
     sent = [[part[i] for i in route.send_index] for part, route in zip(values, found, strict=True)]
     outputs = []
     for rank, route in enumerate(found):
-        arrived = list(sent[rank])
-        if route.moves:
-            arrived = []
-            for sender, other in enumerate(found):
-                start = sum(other.send_splits[:rank])
-                piece = sent[sender][start : start + other.send_splits[rank]]
-                assert len(piece) == route.receive_splits[sender]
-                arrived += piece
+        arrived = []
+        for sender, other in enumerate(found):
+            start = sum(other.send_splits[:rank])
+            piece = sent[sender][start : start + other.send_splits[rank]]
+            assert len(piece) == route.receive_splits[sender]
+            if sender == rank:
+                assert not piece and route.before == len(arrived)
+                piece = [values[rank][i] for i in route.kept_index]
+            arrived += piece
+        assert route.moves or len(arrived) == len(route.kept_index)
         outputs.append([arrived[i] for i in route.receive_index])
     return outputs
 

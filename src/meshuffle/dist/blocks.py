@@ -109,7 +109,22 @@ def unselect(grad: Tensor, dim: int, index: tuple[int, ...], size: int) -> Tenso
         return grad
     shape = list(grad.shape)
     shape[dim] = size
-    return grad.new_zeros(shape).index_add(dim, _tensor(index, grad), grad)
+    return added(grad.new_zeros(shape), dim, index, grad)
+
+
+def added(total: Tensor, dim: int, index: tuple[int, ...], x: Tensor) -> Tensor:
+    """Return `total` with the elements of `x` added at `index` of `dim`."""
+    return total.index_add(dim, _tensor(index, x), x) if index else total
+
+
+def inserted(own: Tensor, others: Tensor, dim: int, before: int) -> Tensor:
+    """Return `others` with `own` behind its first `before` elements of `dim`, laid out as `own`."""
+    if not others.shape[dim]:
+        return own
+    if own.ndim == 4 and own.is_contiguous(memory_format=torch.channels_last):
+        others = others.contiguous(memory_format=torch.channels_last)
+    first, last = others.split([before, others.shape[dim] - before], dim)
+    return torch.cat([first, own, last], dim)
 
 
 def _tensor(index: tuple[int, ...], x: Tensor) -> Tensor:

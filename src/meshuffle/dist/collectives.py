@@ -22,16 +22,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
 from meshuffle.dist.blocks import (
     Parts,
+    added,
     all_reduce,
     all_to_all,
     flat,
     in_order,
+    inserted,
     select,
     summed,
     swap,
@@ -43,20 +46,27 @@ from meshuffle.dist.blocks import (
 class Route:
     """One rank's part in an exchange along one dim; made by `layout.transfer.routes`.
 
+    What the rank holds itself is not sent; among what arrives it is in the ranks' order, behind
+    `before` elements of the ranks in front.
+
     Attributes:
         size: elements that the rank holds.
-        send_index: local positions that it sends, one receiver after the other.
-        send_splits: how many to each rank.
-        receive_splits: how many from each rank.
-        receive_index: output position j is the received element `receive_index[j]`.
+        kept_index: local positions of those that it needs itself.
+        send_index: local positions that it sends to others, one receiver after the other.
+        send_splits: how many to each rank, none to itself.
+        receive_splits: how many from each rank, none from itself.
+        before: how many from the ranks in front of it.
+        receive_index: output position j is the element `receive_index[j]` of what arrives.
         own_index: output positions of what the rank holds itself, in the order of its memory.
         moves: whether any rank sends anything to another; the same on all ranks.
     """
 
     size: int
+    kept_index: tuple[int, ...]
     send_index: tuple[int, ...]
     send_splits: tuple[int, ...]
     receive_splits: tuple[int, ...]
+    before: int
     receive_index: tuple[int, ...]
     own_index: tuple[int, ...]
     moves: bool
@@ -206,10 +216,16 @@ class _Exchange(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dim, route = ctx.dim, ctx.route
-        received = unselect(grad, dim, route.receive_index, len(route.receive_index))
+        num_kept, num_arrived = len(route.kept_index), len(route.receive_index)
+        arrived = unselect(grad, dim, route.receive_index, num_arrived)
+        sizes = [route.before, num_kept, num_arrived - route.before - num_kept]
+        before, kept, after = arrived.split(sizes, dim)
+        total = unselect(kept, dim, route.kept_index, route.size)
         if route.moves:
-            received = all_to_all(received, dim, route.receive_splits, route.send_splits, ctx.group)
-        return unselect(received, dim, route.send_index, route.size), None, None, None
+            others = torch.cat([before, after], dim)
+            back = all_to_all(others, dim, route.receive_splits, route.send_splits, ctx.group)
+            total = added(total, dim, route.send_index, back)
+        return total, None, None, None
 
 
 class _ScatterSum(Function):
@@ -257,10 +273,12 @@ class _Transpose(Function):
 
 def _send(x: Tensor, dim: int, route: Route, group: dist.ProcessGroup) -> Tensor:
     _require_size(x, dim, route.size)
-    sent = select(x, dim, route.send_index)
+    arrived = select(x, dim, route.kept_index)
     if route.moves:
-        sent = all_to_all(sent, dim, route.send_splits, route.receive_splits, group)
-    return select(sent, dim, route.receive_index)
+        sent = select(x, dim, route.send_index)
+        received = all_to_all(sent, dim, route.send_splits, route.receive_splits, group)
+        arrived = inserted(arrived, received, dim, route.before)
+    return select(arrived, dim, route.receive_index)
 
 
 def _require_size(x: Tensor, dim: int, size: int) -> None:

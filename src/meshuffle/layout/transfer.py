@@ -18,7 +18,7 @@ def routes(owners: Owners, needs: Sequence[Sequence[int]]) -> list[Route]:
     """Return each rank's part in an exchange.
 
     Every element that a rank needs and lacks is sent to it once, however often it is needed;
-    what a rank holds itself is copied.
+    what a rank holds itself stays where it is.
 
     Args:
         owners: indices along one dim that each rank holds; no index twice.
@@ -32,7 +32,8 @@ def routes(owners: Owners, needs: Sequence[Sequence[int]]) -> list[Route]:
     for rank, need in enumerate(needs):
         if len(set(need)) < len(need) or not place.keys() >= set(need):
             raise ValueError(f"rank {rank} needs {list(need)}; held are {sorted(place)}, once each")
-    # sent[sender][receiver]: global indices, in the order in which the receiver needs them.
+    # sent[sender][receiver]: global indices, in the order in which the receiver needs them; what a
+    # rank holds itself is among them.
     world = range(len(owners))
     sent = [[[i for i in needs[to] if place[i][0] == rank] for to in world] for rank in world]
     moves = any(sent[rank][to] for rank in world for to in world if rank != to)
@@ -57,12 +58,15 @@ def _route(
     arrivals = [index for row in sent for index in row[rank]]
     arrived = {index: i for i, index in enumerate(arrivals)}
     wanted = {index: j for j, index in enumerate(need)}
-    outgoing = sent[rank] if moves else [sent[rank][rank]]
+    outgoing = [part if to != rank else () for to, part in enumerate(sent[rank])]
+    incoming = [len(row[rank]) if frm != rank else 0 for frm, row in enumerate(sent)]
     return Route(
         size=len(owners[rank]),
+        kept_index=tuple(local[index] for index in sent[rank][rank]),
         send_index=tuple(local[index] for part in outgoing for index in part),
-        send_splits=tuple(len(part) for part in sent[rank]),
-        receive_splits=tuple(len(row[rank]) for row in sent),
+        send_splits=tuple(map(len, outgoing)),
+        receive_splits=tuple(incoming),
+        before=sum(incoming[:rank]),
         receive_index=tuple(arrived[index] for index in need),
         own_index=tuple(wanted[index] for index in owners[rank] if index in wanted),
         moves=moves,
@@ -72,9 +76,4 @@ def _route(
 def sent_elements(owners: Owners, needs: Sequence[Sequence[int]]) -> int:
     """Return how many elements along the dim cross between ranks, summed over ranks."""
     found = routes(owners, needs)
-    return sum(
-        count
-        for rank, route in enumerate(found)
-        for to, count in enumerate(route.send_splits)
-        if to != rank
-    )
+    return sum(sum(route.send_splits) for route in found)

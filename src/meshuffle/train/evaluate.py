@@ -24,9 +24,9 @@ class Evaluation:
         task: its name.
         classes: C names.
         indices: position in the source, int64 (N,).
-        rows: what the task keeps of each sample, N rows each; see `judge` of the task. Always
-            `losses`, float32; empty where nothing was read.
-        metrics: of the task, and the mean `loss`; empty where nothing was read.
+        rows: what the task keeps of each sample, N rows each: see its `judge`, whose `losses` are
+            float32; of samples without targets, its `answer`. Empty where nothing was read.
+        metrics: of the task, and the mean `loss`; empty where nothing was read or has targets.
         skipped: messages of the images that could not be read.
     """
 
@@ -56,9 +56,10 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
     task: Task,
-    preprocess: Preprocess,
+    preprocess: Preprocess | None,
     device: torch.device,
     *,
+    labelled: bool = True,
     group: dist.ProcessGroup | None = None,
     speaks: bool = True,
     channels_last: bool = True,
@@ -70,6 +71,8 @@ def evaluate(
 
     Args:
         batches: what `eval_loader` yields.
+        preprocess: how images are normalised; None where `model` takes them as they are, uint8.
+        labelled: False where the targets are nothing, and the task's answers are asked for.
         group: the ranks that share the split; None is this one alone.
         speaks: False where another rank has the same batches, and reports them.
         progress: called with the number of samples of each finished batch.
@@ -82,25 +85,30 @@ def evaluate(
         skipped += batch.skipped
         if len(batch):
             outputs = _outputs(model, batch.images, preprocess, device, channels_last)
-            pieces.append({"indices": batch.indices, **task.judge(outputs, batch.targets)})
+            if speaks:
+                rows = task.judge(outputs, batch.targets) if labelled else task.answer(outputs)
+                pieces.append({"indices": batch.indices, **rows})
         if progress:
             progress(len(batch))
     model.train(was_training)
-    return _gather(pieces if speaks else [], skipped, task, group)
+    return _gather(pieces, skipped, task, group)
 
 
 def _outputs(
     model: nn.Module,
     images: Tensor,
-    preprocess: Preprocess,
+    preprocess: Preprocess | None,
     device: torch.device,
     channels_last: bool,
 ) -> Tensor:
-    x_NCHW = preprocess.normalise(images.to(device, non_blocking=True))
+    """Return the outputs on the CPU, numbers as float32."""
+    x_NCHW = images.to(device, non_blocking=True)
+    if preprocess is not None:
+        x_NCHW = preprocess.normalise(x_NCHW)
     if channels_last:
         x_NCHW = x_NCHW.contiguous(memory_format=torch.channels_last)
     outputs: Tensor = model(x_NCHW)
-    return outputs.float().cpu()
+    return (outputs.float() if outputs.is_floating_point() else outputs).cpu()
 
 
 def _gather(
@@ -123,8 +131,9 @@ def _gather(
     order = np.argsort(rows["indices"], kind="stable")
     rows = {name: column[order] for name, column in rows.items()}
     indices = rows.pop("indices")
-    loss = float(rows["losses"].mean(dtype=np.float64))
-    metrics = {**task.conclude(rows), "loss": loss}
+    metrics: dict[str, float] = {}
+    if "losses" in rows:
+        metrics = {**task.conclude(rows), "loss": float(rows["losses"].mean(dtype=np.float64))}
     return Evaluation(task.name, classes, indices, rows, metrics, messages)
 
 

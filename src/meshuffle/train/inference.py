@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from meshuffle.data import (
     EvalTransform,
     ImageSource,
+    Preprocess,
     auto_workers,
     decode_image,
     eval_loader,
@@ -49,7 +50,7 @@ from meshuffle.train.split import open_split
 from meshuffle.train.task import Task
 from meshuffle.train.tasks import make_task
 from meshuffle.train.tasks.features import FeatureRows
-from meshuffle.train.weights import Card, find_weights, load_model
+from meshuffle.train.weights import Card, find_weights, load_model, open_weights
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
@@ -106,7 +107,7 @@ def predict(
     paths = [str(path) for path in expanded(images)]
     question = Question(str(target), model, batch, files=paths)
     found, _ = answer(question, parse_plan(plan))
-    task = make_task(load_model(target, model)[1])
+    task = make_task(open_weights(target, model)[1])
     rows = {int(index): row for row, index in enumerate(found.indices)}
     return [_prediction(task, path, rows.get(i), found, pictures) for i, path in enumerate(paths)]
 
@@ -198,8 +199,9 @@ def judge_rank(question: Question, plan: Plan, env: RankEnv) -> tuple[Evaluation
     task = make_task(card)
     if question.features:
         network, task = _without_head(network, task)
-    task.detailed = bool(question.files)
-    if not question.files:
+    if question.files:
+        network = task.answering(network)
+    else:
         task.require()
     check_splits(plan, task)
     with contextlib.ExitStack() as stack:
@@ -221,14 +223,15 @@ def judge_rank(question: Question, plan: Plan, env: RankEnv) -> tuple[Evaluation
         )
         batches = shared(read, replica_group(place))
         num = max(2, -(-question.batch // plan.dp))  # a captured batch of 1 would stay 1
-        example = torch.empty(num, *_input_size(card), device="meta")
-        judged = own_part(network, example, plan, env, device)
+        example = torch.empty(num, *_input_size(card), dtype=torch.uint8, device="meta")
+        judged = own_part(Normalised(network, card.preprocess), example, plan, env, device)
         found = evaluation.evaluate(
             judged,
             (batch for batch in batches if batch is not None),
             task,
-            card.preprocess,
+            None,
             device,
+            labelled=not question.files,
             group=control,
             speaks=place.speaks,
         )
@@ -240,6 +243,19 @@ def _without_head(network: nn.Module, task: Task) -> tuple[nn.Module, Task]:
     if task.dense or task.name == "generate":
         raise ConfigError(f"features: these weights {task.name}; their features are not pooled")
     return Pooled(network), FeatureRows(task.card)
+
+
+class Normalised(nn.Module):
+    """A network, and in front of it `Preprocess.normalise`, so that a rank does its part of it."""
+
+    def __init__(self, network: nn.Module, preprocess: Preprocess) -> None:
+        super().__init__()
+        self.network, self.preprocess = network, preprocess
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        """Return the outputs for uint8 RGB images (N, 3, h, w)."""
+        outputs: Tensor = self.network(self.preprocess.normalise(images_NCHW))
+        return outputs
 
 
 def own_part(
@@ -281,7 +297,7 @@ def _input_size(card: Card) -> tuple[int, int, int]:
 def _source(question: Question, card: Card) -> tuple[ImageSource, str, Card]:
     """Return the images to judge, what they are called, and the card with the classes' names."""
     if question.files:
-        return _Files(tuple(question.files), card.classes, make_task(card).blank()), "files", card
+        return _Files(tuple(question.files), card.classes), "files", card
     return open_split(question.data, question.split, card)
 
 
@@ -291,7 +307,6 @@ class _Files:
 
     paths: tuple[str, ...]
     classes: tuple[str, ...]
-    blank: NDArray[Any]
     in_memory: bool = False
 
     @property
@@ -305,7 +320,7 @@ class _Files:
         return decode_image(self.paths[index])
 
     def target(self, index: int) -> NDArray[Any]:
-        return self.blank
+        return np.zeros((), np.int64)
 
     def name(self, index: int) -> str:
         return self.paths[index]

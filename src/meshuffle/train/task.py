@@ -1,8 +1,8 @@
 """What a model learns: head, loss, metrics, words and picture. Each task is a file in `tasks/`.
 
-    card ──network──▶ module ──outputs [N, …]──▶ loss_sum           while it trains
-                                        └──▶ judge ──▶ rows of N samples ──▶ conclude: metrics
-                                                                        └──▶ prediction, picture
+    card ──network──▶ module ──outputs [N, …]──▶ loss_sum                 while it trains
+                                       ├──▶ judge ──▶ rows of N samples ──▶ conclude: metrics
+                                       └──▶ answer ─▶ rows of N samples ──▶ prediction, picture
 
 A target is one tensor per sample, whatever the task; see `meshuffle.data`.
 """
@@ -75,7 +75,6 @@ class Task:
         outputs: name of the outputs in an exported file; `argmax`: the largest along dim 1 is the
             answer.
         label_smoothing: see `Classify`.
-        detailed: rows keep all that a prediction shows, not only what metrics need.
     """
 
     name: ClassVar[str]
@@ -94,7 +93,6 @@ class Task:
 
     def __init__(self, card: Card, *, label_smoothing: float = 0.0) -> None:
         self.card, self.label_smoothing = card, label_smoothing
-        self.detailed = False
 
     @property
     def num_classes(self) -> int:
@@ -138,8 +136,22 @@ class Task:
         """Return the running metric summed over samples, as a share 0 … 1 where it has `%`."""
         return torch.zeros((), device=outputs.device)
 
+    def answering(self, network: nn.Module) -> nn.Module:
+        """Return a module that computes what `answer` needs: the network, or less than it says."""
+        return network
+
+    def answer(self, outputs: Tensor) -> dict[str, Tensor]:
+        """Return what a prediction is made from, N rows each.
+
+        Args:
+            outputs: of the network, float32 on the CPU, or of `answering` it.
+        """
+        raise NotImplementedError
+
     def judge(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return what evaluation keeps of each sample, N rows each: `losses` and others.
+
+        Among them are those of `answer`, of maps and images a coarse view.
 
         Args:
             outputs: float32 on the CPU. targets: of the same samples.
@@ -185,6 +197,7 @@ class Task:
         """Return what `predict --json` says of sample i.
 
         Args:
+            rows: of `answer` or `judge`.
             size: (width, height) of its image in pixels.
         """
         raise NotImplementedError

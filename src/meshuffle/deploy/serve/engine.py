@@ -60,8 +60,6 @@ class Engine:
     def __init__(self, card: Card, run: Run, *, max_batch: int, max_pixels: int) -> None:
         self.card, self._run, self._max_pixels = card, run, max_pixels
         self.task = make_task(card)
-        self.task.detailed = True  # so that masks are whole
-        self._blank = torch.as_tensor(self.task.blank())
         height, width = card.preprocess.size
         self._pixels_NHWC = torch.empty((max_batch, height, width, 3), dtype=torch.uint8)
 
@@ -90,8 +88,7 @@ class Engine:
             pixels_NHWC[row] = view.pixels_CHW.permute(1, 2, 0)
         x_NCHW = self.card.preprocess.normalise(pixels_NHWC.permute(0, 3, 1, 2))
         outputs = torch.from_numpy(self._run(x_NCHW.contiguous().numpy()))
-        blank = self._blank.expand(num, *self._blank.shape)
-        rows = {name: rows_N.numpy() for name, rows_N in self.task.judge(outputs, blank).items()}
+        rows = {name: rows_N.numpy() for name, rows_N in self.task.answer(outputs).items()}
         return [
             Told(finite(self.task.prediction(rows, i, view.size)), rows, i, view.size)
             for i, view in enumerate(views)

@@ -78,11 +78,16 @@ class Classify(Task):
         labels = targets.argmax(1) if targets.ndim == 2 else targets
         return (outputs.argmax(1) == labels).sum()
 
+    def answer(self, outputs: Tensor) -> dict[str, Tensor]:
+        """Return `top_classes` int64 (N, K), K = min(5, C), likeliest first; `top_probabilities`."""
+        probabilities, classes = outputs.softmax(1).topk(min(TOP, outputs.shape[1]))
+        return {"top_classes": classes, "top_probabilities": probabilities}
+
     def judge(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return `labels`, `losses`, `objectives`, and K = min(5, C) classes, the likeliest first.
+        """Return the rows of `answer`, `labels`, `losses` and `objectives`.
 
         `losses` are the cross-entropy in nats, `objectives` what training minimises, label
-        smoothing and class weights included; `top_classes` int64 (N, K), `top_probabilities`.
+        smoothing and class weights included.
         """
         losses = F.cross_entropy(outputs, targets, reduction="none")
         objectives = F.cross_entropy(
@@ -92,13 +97,11 @@ class Classify(Task):
             reduction="none",
             label_smoothing=self.label_smoothing,
         )
-        probabilities, classes = outputs.softmax(1).topk(min(TOP, outputs.shape[1]))
         return {
             "labels": targets,
             "losses": losses,
             "objectives": objectives,
-            "top_classes": classes,
-            "top_probabilities": probabilities,
+            **self.answer(outputs),
         }
 
     def conclude(self, rows: Rows) -> dict[str, float]:

@@ -98,13 +98,14 @@ class Detect(Task):
         """
         return self._losses(outputs, targets).sum()
 
+    def answer(self, outputs: Tensor) -> dict[str, Tensor]:
+        """Return `boxes` (N, D, 6); see `detections`."""
+        return {"boxes": detections(self.head, outputs, self._anchors)}
+
     def judge(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return `losses`, `boxes` (N, D, 6; see `detections`) and `truth`, the targets."""
-        return {
-            "losses": self._losses(outputs, targets).float(),
-            "boxes": detections(self.head, outputs, self._anchors),
-            "truth": targets.float(),
-        }
+        """Return `losses`, `boxes` as of `answer`, and `truth`, the targets."""
+        losses = self._losses(outputs, targets).float()
+        return {"losses": losses, **self.answer(outputs), "truth": targets.float()}
 
     def judge_deployed(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return `boxes` and `truth` as `judge` does, from boxes and scores (N, A, 4 + C)."""

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from meshuffle.train.task import Rows, Task
+from meshuffle.train.task import Task
 
 
 class FeatureRows(Task):
-    """Keeps the network's outputs; for evaluation alone."""
+    """Keeps the network's outputs; for answers alone."""
 
     name = "features"
 
-    def judge(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def answer(self, outputs: Tensor) -> dict[str, Tensor]:
         """Return `features` float32 (N, F)."""
-        return {"losses": outputs.new_zeros(len(outputs)), "features": outputs}
-
-    def conclude(self, rows: Rows) -> dict[str, float]:
-        """Return nothing."""
-        return {}
+        return {"features": outputs}

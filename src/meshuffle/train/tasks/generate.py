@@ -120,17 +120,21 @@ class Generate(Task):
         """Return the discriminator's loss of real images, summed; a step has others besides."""
         return torch.relu(1 - outputs[:, 0]).sum()
 
+    def answer(self, outputs: Tensor) -> dict[str, Tensor]:
+        """Return `real_logits` (N,) and `samples`, the made images, uint8 (N, 3, h, w)."""
+        parts = images_in(outputs, self.card.preprocess.size)
+        return {"real_logits": parts["real_logits"][:, 0], "samples": parts["samples"]}
+
     def judge(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return the discriminator's `losses`, and what is known of each image and its made one.
 
         `real_logits`, `made_logits` (N,), `real_features`, `made_features` (N, F) float32,
         `told_apart` (N,), and `samples`, the made images, uint8 (N, 3, h, w), of at most 32 × 32
-        pixels unless `detailed`.
+        pixels.
         """
         parts = images_in(outputs, self.card.preprocess.size)
         logits = parts.pop("real_logits"), parts.pop("made_logits")
-        side = parts["samples"].shape[2] if self.detailed else KEPT_SIDE
-        step = max(1, parts["samples"].shape[2] // side)
+        step = max(1, parts["samples"].shape[2] // KEPT_SIDE)
         parts["samples"] = parts["samples"][:, :, step // 2 :: step, step // 2 :: step]
         return {
             "losses": hinge(*logits),

@@ -53,13 +53,17 @@ class MultiLabel(Task):
         """Return the share of right decisions of each sample, summed."""
         return ((outputs > 0) == (targets > _LIKELY)).double().mean(1).sum()
 
+    def answer(self, outputs: Tensor) -> dict[str, Tensor]:
+        """Return `probabilities`, float32 (N, C)."""
+        return {"probabilities": outputs.sigmoid()}
+
     def judge(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return `losses`, `probabilities` float32 (N, C) and `targets` uint8 (N, C)."""
+        """Return `losses`, `objectives`, `probabilities` as of `answer`; `targets` uint8 (N, C)."""
         plain = F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(1)
         return {
             "losses": plain,
             "objectives": self._losses(outputs, targets),
-            "probabilities": outputs.sigmoid(),
+            **self.answer(outputs),
             "targets": targets.to(torch.uint8),
         }
 

@@ -68,15 +68,16 @@ class Regress(Task):
         """Return the loss summed over samples; `targets`: float (N, T), in their own units."""
         return self._losses(outputs, targets).sum()
 
-    def judge(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return `losses`, and `values` and `targets` float32 (N, T) in the targets' units."""
+    def answer(self, outputs: Tensor) -> dict[str, Tensor]:
+        """Return `values`, float32 (N, T) in the targets' units."""
         known = self.card.settings
         std, mean = outputs.new_tensor(known["std"]), outputs.new_tensor(known["mean"])
-        return {
-            "losses": self._losses(outputs, targets),
-            "values": outputs * std + mean,
-            "targets": targets.float(),
-        }
+        return {"values": outputs * std + mean}
+
+    def judge(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return `losses`, `values` as of `answer`, and `targets` like them."""
+        losses = self._losses(outputs, targets)
+        return {"losses": losses, **self.answer(outputs), "targets": targets.float()}
 
     def judge_deployed(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return what `judge` does, from values in the targets' units."""

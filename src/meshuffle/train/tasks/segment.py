@@ -71,25 +71,37 @@ class Segment(Task):
 
     def score_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the share of right pixels of each image, summed; 0 where none counts."""
-        right_N = (outputs.argmax(1) == targets).sum((1, 2))
+        right_N = (classes_in(outputs) == targets).sum((1, 2))
         return (right_N.double() / _num_counted(targets)).sum()
 
+    def answering(self, network: nn.Module) -> nn.Module:
+        """Return what says of each pixel its class alone: uint8 (N, h, w)."""
+        return Classes(network)
+
+    def answer(self, outputs: Tensor) -> dict[str, Tensor]:
+        """Return `mask` uint8 (N, h, w), and `shares` float32 (N, C), each class's of all pixels.
+
+        Args:
+            outputs: logits (N, C, h, w), or `mask` itself.
+        """
+        masks_NHW = outputs if outputs.ndim == 3 else classes_in(outputs)
+        counts_NC = count_classes(masks_NHW, self.num_classes)
+        return {"mask": masks_NHW, "shares": counts_NC.float() / masks_NHW[0].numel()}
+
     def judge(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return what metrics, words and pictures need.
+        """Return what metrics, words and pictures need: `shares` as of `answer`, and more.
 
         `losses` are the cross-entropy in nats, `objectives` the same with label smoothing;
         `areas` int64 (N, 3, C) the pixels of each class that are both predicted and true,
-        predicted, true; `shares` float32 (N, C) the predicted ones of all pixels; `mask` uint8
-        (N, h', w') the predicted classes, of at most 96 × 96 pixels unless `detailed`.
+        predicted, true; `mask` uint8 (N, h', w') is of at most 96 × 96 pixels.
         """
-        masks_NHW = outputs.argmax(1).to(torch.uint8)
-        num_classes, num_pixels = outputs.shape[1], masks_NHW[0].numel()
+        rows = self.answer(outputs)
         return {
             "losses": _losses(outputs, targets, 0.0),
             "objectives": _losses(outputs, targets, self.label_smoothing),
-            "areas": areas(masks_NHW, targets, num_classes),
-            "shares": count_classes(masks_NHW, num_classes).float() / num_pixels,
-            "mask": masks_NHW if self.detailed else reduced(masks_NHW, KEPT_SIDE),
+            "areas": areas(rows["mask"], targets, self.num_classes),
+            "shares": rows["shares"],
+            "mask": reduced(rows["mask"], KEPT_SIDE),
         }
 
     def conclude(self, rows: Rows) -> dict[str, float]:
@@ -134,7 +146,7 @@ class Segment(Task):
         """Return the predicted mask as an image of mode P; its pixel values are the classes.
 
         Args:
-            rows: of `judge`, with `detailed` set: otherwise it is coarse.
+            rows: of `answer`; that of `judge` is coarse.
             size: (width, height) of the image in pixels.
         """
         return mask_image(rows["mask"][i], size)
@@ -151,6 +163,23 @@ class Segment(Task):
     def _title(self, index: int) -> str:
         name = self.card.classes[index]
         return self.card.titles.get(name, name)
+
+
+class Classes(nn.Module):
+    """A network, and of its logits (N, C, h, w) the class of each pixel: uint8 (N, h, w)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Return the mask of each image (N, 3, h, w)."""
+        return classes_in(self.network(x_NCHW))
+
+
+def classes_in(logits_NCHW: Tensor) -> Tensor:
+    """Return the likeliest class of each pixel, uint8 (N, H, W)."""
+    return logits_NCHW.argmax(1).to(torch.uint8)
 
 
 def areas(masks_NHW: Tensor, targets_NHW: Tensor, num_classes: int) -> Tensor:
