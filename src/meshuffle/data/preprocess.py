@@ -134,6 +134,11 @@ class Preprocess:
             return image
         return F.center_crop(image, list(self.size))
 
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Return (factor, shift), float32 [3] each: what `normalise` does to a level."""
+        std, mean = torch.tensor(self.std), torch.tensor(self.mean)
+        return self.scale / std, -mean / std
+
     def normalise(self, images_NCHW: Tensor) -> Tensor:
         """Return uint8 RGB images as the network's float32 input, on the batch's device.
 
@@ -143,8 +148,7 @@ class Preprocess:
         if self.channels == "BGR":
             images_NCHW = images_NCHW.flip(1)
         x_NCHW = images_NCHW.to(torch.float32, copy=True)
-        std, mean = torch.tensor(self.std), torch.tensor(self.mean)
-        factor, shift = (self.scale / std).to(x_NCHW.device), (-mean / std).to(x_NCHW.device)
+        factor, shift = (values.to(x_NCHW.device) for values in self.affine())
         if x_NCHW.is_contiguous(memory_format=torch.channels_last):
             width = x_NCHW.shape[3]
             rows = x_NCHW.permute(0, 2, 3, 1).flatten(2)  # [N, H, W·3], the same memory

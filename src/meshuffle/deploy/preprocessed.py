@@ -87,9 +87,9 @@ class Preprocessed(nn.Module):
                 f"known are {', '.join(_FILTERS)}"
             )
         self.network, self.preprocess = network, preprocess
-        std, mean = torch.tensor(preprocess.std), torch.tensor(preprocess.mean)
-        self.register_buffer("factor", (preprocess.scale / std)[:, None, None])
-        self.register_buffer("shift", (-mean / std)[:, None, None])
+        factor, shift = preprocess.affine()
+        self.register_buffer("factor", factor[:, None, None])
+        self.register_buffer("shift", shift[:, None, None])
 
     def forward(self, images_NHW3: Tensor) -> Tensor:
         """Return the outputs for uint8 RGB images of one size, [N, H, W, 3]."""

@@ -1,5 +1,8 @@
 """A layout for every op: the assignment that sends the fewest bytes.
 
+To compute a large value whole on every rank, so as to send a small one, is no gain: its bytes count
+too, as a small share of sent ones.
+
 Walks over the program. From its end to its start: in which layouts would readers like each
 value (so that a convolution in front of a shuffle learns which groups come behind it). From start
 to end: which choices each op has, given those and what can arrive. Both once more: how one operand
@@ -25,10 +28,15 @@ from meshuffle.errors import PlanError
 from meshuffle.graph import Graph
 from meshuffle.layout.call import Call, Choice, Program, is_tensor, legal, replicated, unique
 from meshuffle.layout.convert import Value, steps
-from meshuffle.layout.layout import Layout, Replicate, Shard, Varying, even_size
+from meshuffle.layout.layout import Layout, Replicate, Shard, Varying, Window, even_size
 
 _MOST_WANTED, _MOST_POSSIBLE, _MOST_CHOICES, _BEAM = 6, 10, 24, 24
 _SMALL = 0.002  # of all FLOPs: such an op may run whole on every rank where that sends less
+_LARGE, _SENT = 1 << 20, 16
+"""Of a value of at least so many bytes that all ranks compute whole, how many are as one sent.
+
+About how much faster memory is than what links the ranks: cores and a network, or GPUs.
+"""
 
 Layouts = Layout | tuple[Layout, ...]
 
@@ -127,7 +135,10 @@ def assign(
 
 
 class _State:
-    """Costs so far, and the set of layouts that each live value exists in."""
+    """Costs so far, and the set of layouts that each live value exists in.
+
+    A cost is the bytes sent, · 16 and with the large whole ones; and the bytes of all whole ones.
+    """
 
     __slots__ = ("choice", "cost", "forms", "parent")
 
@@ -190,6 +201,8 @@ class _Search:
         for choice in legal(call, wanted, arriving):
             for source, layout in zip(call.inputs, choice.inputs, strict=True):
                 known = self.wanted.setdefault(source, [])
+                if isinstance(layout, Window):  # no value is made so: of its even parts, few move
+                    layout = call.even(layout.dim, call.shape(source)[layout.dim])
                 if isinstance(layout, Shard) and layout not in known and len(known) < _MOST_WANTED:
                     known.append(layout)
 
@@ -274,20 +287,22 @@ class _Search:
             return
         for choice in choices[node]:
             forms = list(state.forms)
-            sent, whole = state.cost
-            sent += choice.sent_bytes
+            cost, whole = state.cost
+            cost += _SENT * choice.sent_bytes
             if choice.split is None and is_tensor(node):
-                whole += self.values[node.name].num_bytes
+                num_bytes = self.values[node.name].num_bytes
+                cost += num_bytes if num_bytes >= _LARGE else 0
+                whole += num_bytes
             for source, layout in zip(call.inputs, choice.inputs, strict=True):
                 j = place.get(source)
                 way = self._way(source, None if j is None else forms[j], layout)
                 if way is None:
                     break
-                sent += way[0]
+                cost += _SENT * way[0]
                 if j is not None:
                     forms[j] = way[1]
             else:
-                yield (sent, whole), forms, choice.output, choice
+                yield (cost, whole), forms, choice.output, choice
 
     def _way(self, source: Node, forms: Any, layout: Layout) -> tuple[int, Any] | None:
         """Return the bytes of having a value in `layout`, and the layouts in which it then is."""
@@ -319,7 +334,7 @@ class _Search:
         return last | {node: end for node in self.program.outputs() if node.op == "call_function"}
 
     def _end(self, states: Sequence[_State], live: Sequence[Node]) -> _State:
-        """Return the state from which the outputs are made whole for the fewest bytes."""
+        """Return the state from which the outputs are made whole at the lowest cost."""
 
         def total(state: _State) -> tuple[int, int]:
             ways = [
@@ -328,7 +343,7 @@ class _Search:
                 if node in outputs
             ]
             sent = sum(way[0] if way else 1 << 60 for way in ways)
-            return state.cost[0] + sent, state.cost[1]
+            return state.cost[0] + _SENT * sent, state.cost[1]
 
         outputs = set(self.program.outputs())
         return min(states, key=total)

@@ -223,13 +223,15 @@ def judge_rank(question: Question, plan: Plan, env: RankEnv) -> tuple[Evaluation
         )
         batches = shared(read, replica_group(place))
         num = max(2, -(-question.batch // plan.dp))  # a captured batch of 1 would stay 1
-        example = torch.empty(num, *_input_size(card), dtype=torch.uint8, device="meta")
-        judged = own_part(Normalised(network, card.preprocess), example, plan, env, device)
+        example = torch.empty(num, *_input_size(card), device="meta")
+        if place.is_split:
+            network, example = Normalised(network, card.preprocess), example.to(torch.uint8)
+        judged = own_part(network, example, plan, env, device)
         found = evaluation.evaluate(
             judged,
             (batch for batch in batches if batch is not None),
             task,
-            None,
+            None if place.is_split else card.preprocess,
             device,
             labelled=not question.files,
             group=control,
@@ -246,15 +248,23 @@ def _without_head(network: nn.Module, task: Task) -> tuple[nn.Module, Task]:
 
 
 class Normalised(nn.Module):
-    """A network, and in front of it `Preprocess.normalise`, so that a rank does its part of it."""
+    """`Preprocess.normalise` in front of a network, so that each rank does its part of that."""
+
+    factor: Tensor
+    shift: Tensor
 
     def __init__(self, network: nn.Module, preprocess: Preprocess) -> None:
         super().__init__()
-        self.network, self.preprocess = network, preprocess
+        self.network, self.reverse = network, preprocess.channels == "BGR"
+        factor, shift = preprocess.affine()
+        self.register_buffer("factor", factor[:, None, None])
+        self.register_buffer("shift", shift[:, None, None])
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Return the outputs for uint8 RGB images (N, 3, h, w)."""
-        outputs: Tensor = self.network(self.preprocess.normalise(images_NCHW))
+        images_NCHW = images_NCHW.flip(1) if self.reverse else images_NCHW
+        x_NCHW = torch.addcmul(self.shift, images_NCHW.to(torch.float32), self.factor)
+        outputs: Tensor = self.network(x_NCHW)
         return outputs
 
 

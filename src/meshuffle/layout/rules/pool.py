@@ -180,5 +180,9 @@ def weighted(
 ) -> Tensor:
     """Return the sum of some indices of a dim, index[k][i] for result i, each with its weight."""
     places, factors = torch.tensor(index, device=x.device), x.new_tensor(weights)
-    rows = x.index_select(dim, places.flatten()).unflatten(dim, places.shape)
-    return (rows * factors.view(*places.shape, *[1] * (x.dim() - dim - 1))).sum(dim)
+    terms = zip(places, factors.view(*places.shape, *[1] * (x.dim() - dim - 1)), strict=True)
+    place, factor = next(terms)
+    total = x.index_select(dim, place).mul_(factor)
+    for place, factor in terms:
+        total.addcmul_(x.index_select(dim, place), factor)
+    return total

@@ -196,10 +196,8 @@ def areas(masks_NHW: Tensor, targets_NHW: Tensor, num_classes: int) -> Tensor:
 
 def count_classes(masks_NHW: Tensor, num_classes: int) -> Tensor:
     """Return the pixels of each class in each uint8 mask, int64 (N, C)."""
-    num = len(masks_NHW)
-    offsets = 256 * torch.arange(num, device=masks_NHW.device)
-    flat = (masks_NHW.flatten(1).long() + offsets[:, None]).flatten()
-    return flat.bincount(minlength=256 * num).view(num, 256)[:, :num_classes]
+    counts = [mask_HW.flatten().bincount(minlength=256) for mask_HW in masks_NHW]
+    return torch.stack(counts)[:, :num_classes]
 
 
 def reduced(masks_NHW: Tensor, side: int) -> Tensor:
