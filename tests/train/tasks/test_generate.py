@@ -89,15 +89,14 @@ def test_the_logits_of_an_average_are_as_large_as_ever(alone: None) -> None:
             assert 0.9 < float(largest.detach()) < 1.3
 
 
-def test_large_samples_are_kept_small_unless_asked_for() -> None:
+def test_large_samples_are_kept_small_and_those_of_an_answer_whole() -> None:
     preprocess = replace(PREPROCESS, crop=(64, 64))
     model = gan(preprocess=preprocess).eval()
     judge = task(preprocess=preprocess)
     with torch.no_grad():
         outputs = model(preprocess.normalise(photos(2, size=64)))
     small = judge.judge(outputs, torch.zeros(2))["samples"]
-    judge.detailed = True
-    whole = judge.judge(outputs, torch.zeros(2))["samples"]
+    whole = judge.answer(outputs)["samples"]
     assert small.shape == (2, 3, 32, 32) and whole.shape == (2, 3, 64, 64)
     assert torch.equal(small, whole[:, :, 1::2, 1::2])
 

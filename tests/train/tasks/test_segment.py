@@ -188,14 +188,22 @@ def test_the_task_decides_by_miou() -> None:
 # ---- rows, words and pictures -----------------------------------------------------------------
 
 
-def test_kept_masks_are_small_unless_asked_for() -> None:
+def test_kept_masks_are_small_and_those_of_an_answer_whole() -> None:
     logits = torch.randn(2, 3, 240, 320)
     targets = torch.zeros(2, 240, 320, dtype=torch.uint8)
-    judge = task(3)
-    assert judge.judge(logits, targets)["mask"].shape == (2, 72, 96)
-    judge.detailed = True
-    full = judge.judge(logits, targets)["mask"]
-    assert full.dtype == torch.uint8 and torch.equal(full.long(), logits.argmax(1))
+    judged, answer = task(3).judge(logits, targets), task(3).answer(logits)
+    assert judged["mask"].shape == (2, 72, 96)
+    assert answer["mask"].dtype == torch.uint8
+    assert torch.equal(answer["mask"].long(), logits.argmax(1))
+    assert torch.equal(answer["shares"], judged["shares"])
+
+
+def test_a_network_may_answer_with_masks() -> None:
+    logits = torch.randn(2, 3, 24, 32)
+    masks = task(3).answering(torch.nn.Identity())(logits)
+    found, expected = task(3).answer(masks), task(3).answer(logits)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in found)
 
 
 def test_reduced_masks_keep_the_middle_of_each_block() -> None:
@@ -230,12 +238,9 @@ def test_the_blank_target_fits_the_network() -> None:
 
 
 def test_the_mask_of_a_prediction_has_the_images_size_and_a_palette() -> None:
-    judge = task()
-    judge.detailed = True
     logits = torch.zeros(1, 4, 64, 64)
     logits[:, 2, :, 32:] = 1
-    rows = rows_of(judge.judge(logits, torch.full((1, 64, 64), VOID, dtype=torch.uint8)))
-    mask = judge.mask(rows, 0, (200, 100))
+    mask = task().mask(rows_of(task().answer(logits)), 0, (200, 100))
     assert mask.mode == "P" and mask.size == (200, 100)
     pixels = np.array(mask)
     assert (pixels[:, :100] == 0).all() and (pixels[:, 100:] == 2).all()
@@ -264,7 +269,7 @@ def test_a_picture_shows_both_masks_and_the_names(
     size: tuple[int, int], grown: tuple[int, int]
 ) -> None:
     image = Image.new("RGB", size, (10, 20, 30))
-    rows = rows_of(task().judge(torch.randn(1, 4, 64, 64), torch.zeros(1, 64, 64)))
+    rows = rows_of(task().answer(torch.randn(1, 4, 64, 64)))
     truth = np.full(size[::-1], VOID, np.uint8)
     shown = task().picture(image, rows, 0, truth)
     assert shown.width == grown[0] and grown[1] < shown.height < grown[1] + 120
