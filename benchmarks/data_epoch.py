@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from memory import descendants, memory_of
 from rows import append
 
 _CLASSES, _EVERY_S = 10, 2.0
@@ -90,11 +91,7 @@ def make_images(root: Path, num: int) -> None:
 
 
 def train(data: Path, run: Path, asked: argparse.Namespace) -> list[list[int]]:
-    """Train one epoch; returns the bytes of each of its processes, every two seconds of the steps.
-
-    Memory is the proportional share (PSS) of what a process holds, without the pages of files: that
-    share grows when another process, which has loaded the same libraries, ends.
-    """
+    """Train one epoch; returns the bytes of each process, every two seconds of the steps."""
     command = [
         sys.executable, "-m", "meshuffle", "train", str(data), "--model", asked.model,
         "--epochs", "1", "--input-size", str(asked.size), "--plan", asked.plan,
@@ -118,27 +115,6 @@ def train(data: Path, run: Path, asked: argparse.Namespace) -> list[list[int]]:
     if code:
         raise RuntimeError(f"train ended with {code}")
     return samples
-
-
-def memory_of(pid: int) -> int:
-    try:
-        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    except (OSError, ProcessLookupError):
-        return 0
-    sizes = dict(line.split(":") for line in rollup.splitlines()[1:])
-    return 1024 * sum(int(sizes[kind].split()[0]) for kind in ("Pss_Anon", "Pss_Shmem"))
-
-
-def descendants(pid: int) -> list[int]:
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = [int(word) for word in task.read_text().split()]
-        except OSError:
-            continue
-        for child in children:
-            found += [child, *descendants(child)]
-    return found
 
 
 if __name__ == "__main__":

@@ -97,10 +97,18 @@ def summed(blocks: list[Tensor], dim: int, needs: Parts, size: int) -> Tensor:
 def select(x: Tensor, dim: int, index: tuple[int, ...]) -> Tensor:
     """Return the elements at `index`; a view where it can be."""
     if index == tuple(range(x.shape[dim])):
-        return x.view_as(x)
+        return same(x)
     if _is_run(index):
         return x.narrow(dim, index[0], len(index))
     return x.index_select(dim, _tensor(index, x))
+
+
+def same(x: Tensor) -> Tensor:
+    """Return another tensor of the same memory, with the same strides.
+
+    A `view` of one image, N = 1, would have another stride of N, and is not taken for channels-last.
+    """
+    return torch.ops.aten.alias.default(x)  # type: ignore[no-any-return]
 
 
 def unselect(grad: Tensor, dim: int, index: tuple[int, ...], size: int) -> Tensor:
@@ -119,12 +127,15 @@ def added(total: Tensor, dim: int, index: tuple[int, ...], x: Tensor) -> Tensor:
 
 def inserted(own: Tensor, others: Tensor, dim: int, before: int) -> Tensor:
     """Return `others` with `own` behind its first `before` elements of `dim`, laid out as `own`."""
-    if not others.shape[dim]:
+    size = others.shape[dim]
+    if not size:
         return own
-    if own.ndim == 4 and own.is_contiguous(memory_format=torch.channels_last):
-        others = others.contiguous(memory_format=torch.channels_last)
-    first, last = others.split([before, others.shape[dim] - before], dim)
-    return torch.cat([first, own, last], dim)
+    shape = [*own.shape[:dim], own.shape[dim] + size, *own.shape[dim + 1 :]]
+    is_last = own.ndim == 4 and own.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if is_last else torch.contiguous_format
+    whole = torch.empty(shape, dtype=own.dtype, device=own.device, memory_format=layout)
+    first, last = others.split([before, size - before], dim)
+    return torch.cat([first, own, last], dim, out=whole)
 
 
 def _tensor(index: tuple[int, ...], x: Tensor) -> Tensor:

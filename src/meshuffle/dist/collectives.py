@@ -35,6 +35,7 @@ from meshuffle.dist.blocks import (
     flat,
     in_order,
     inserted,
+    same,
     select,
     summed,
     swap,
@@ -177,7 +178,7 @@ class _Pvary(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return x.view_as(x)
+        return same(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -194,7 +194,8 @@ def _check_plan(plan: Plan, question: Question, env: RankEnv | None) -> None:
 def judge_rank(question: Question, plan: Plan, env: RankEnv) -> tuple[Evaluation, str]:
     """Judge as one rank of `plan`; every rank returns the whole answer."""
     device = pick_device(local_rank=env.local_rank)
-    network, card = load_model(Path(question.target), question.model)
+    is_split = plan.tp * plan.pp > 1
+    network, card = load_model(Path(question.target), question.model, mapped=is_split)
     source, what, card = _source(question, card)
     task = make_task(card)
     if question.features:
@@ -224,14 +225,14 @@ def judge_rank(question: Question, plan: Plan, env: RankEnv) -> tuple[Evaluation
         batches = shared(read, replica_group(place))
         num = max(2, -(-question.batch // plan.dp))  # a captured batch of 1 would stay 1
         example = torch.empty(num, *_input_size(card), device="meta")
-        if place.is_split:
+        if is_split:
             network, example = Normalised(network, card.preprocess), example.to(torch.uint8)
         judged = own_part(network, example, plan, env, device)
         found = evaluation.evaluate(
             judged,
             (batch for batch in batches if batch is not None),
             task,
-            None if place.is_split else card.preprocess,
+            None if is_split else card.preprocess,
             device,
             labelled=not question.files,
             group=control,
@@ -294,6 +295,8 @@ def own_part(
         stages=schedule.stages_of(ranks.pp_rank),
         cuts=plan.cuts,
     )
+    for tensor in (*part.parameters(), *part.buffers()):
+        tensor.data = tensor.data.clone()  # out of the file, which may be written meanwhile
     part.bind(ranks)
     if plan.pp > 1:
         Pipeline(part, ranks, schedule)

@@ -7,10 +7,11 @@ code; a model named `package.module:function` is rebuilt only when the caller re
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from meshuffle.data import Preprocess
 from meshuffle.errors import ConfigError, DataError, ModelError, RunError, did_you_mean
 from meshuffle.models.published import recognise
+from meshuffle.models.unfilled import Unfilled
 from meshuffle.train.files import disk_errors, replaced
 from meshuffle.train.tasks import make_task
 
@@ -213,13 +215,17 @@ def open_weights(target: Path, model: str | None = None) -> tuple[dict[str, Tens
     )
 
 
-def load_model(target: Path, model: str | None = None) -> tuple[nn.Module, Card]:
+def load_model(
+    target: Path, model: str | None = None, *, mapped: bool = False
+) -> tuple[nn.Module, Card]:
     """Rebuild the model of a run folder or a weights file, in eval mode, with its card.
 
     Args:
         target: a run folder, a file of a run, or published weights (see `find_weights`).
         model: of plain weights, whose model is not seen from their keys; or repeats the name of a
             `package.module:function` model, to allow its import.
+        mapped: let parameters stay in the file, where it is safetensors, and take no memory until
+            they are read; for who keeps a part of them, and soon.
 
     Raises:
         RunError: the file is missing or broken.
@@ -227,14 +233,23 @@ def load_model(target: Path, model: str | None = None) -> tuple[nn.Module, Card]
     """
     path = find_weights(target)
     tensors, card = open_weights(target, model)
-    network = build_model(card, model)
-    missing, unexpected, reshaped = load_matching(network, tensors)
+    network = _to_load(card, model, tensors.keys())
+    missing, unexpected, reshaped = load_matching(network, tensors, assign=mapped)
     if missing or unexpected or reshaped:
         raise ModelError(
             f"{path} does not fit {card.model}: {_listed('missing', missing)}"
             f"{_listed('unexpected', unexpected)}{_listed('other shape', reshaped)}"
         )
     return network.eval(), card
+
+
+def _to_load(card: Card, model: str | None, names: Collection[str]) -> nn.Module:
+    """Build the card's model, its parameters not filled if `names` are all of them."""
+    with contextlib.suppress(Exception), Unfilled():  # of foreign code that computes with them
+        network = build_model(card, model)
+        if all(name in names for name, _ in network.named_parameters(remove_duplicate=False)):
+            return network
+    return build_model(card, model)
 
 
 def _listed(what: str, names: list[str]) -> str:
@@ -259,14 +274,18 @@ def require_repeated(stored: str, model: str | None) -> None:
 
 
 def load_matching(
-    model: nn.Module, tensors: Mapping[str, Tensor]
+    model: nn.Module, tensors: Mapping[str, Tensor], *, assign: bool = False
 ) -> tuple[list[str], list[str], list[str]]:
-    """Copy the tensors that fit into `model`; return the names (missing, unexpected, reshaped)."""
+    """Copy the tensors that fit into `model`; return the names (missing, unexpected, reshaped).
+
+    Args:
+        assign: make them its own instead, without a copy where they have its dtype.
+    """
     own = model.state_dict()
     missing = [name for name in own if name not in tensors]
     unexpected = [name for name in tensors if name not in own]
     shared = [name for name in tensors if name in own]
     reshaped = [name for name in shared if tensors[name].shape != own[name].shape]
-    fitting = {name: tensors[name] for name in shared if name not in reshaped}
-    model.load_state_dict(fitting, strict=False)
+    fitting = {n: tensors[n].to(own[n].dtype) for n in shared if n not in reshaped}
+    model.load_state_dict(fitting, strict=False, assign=assign)
     return missing, unexpected, reshaped

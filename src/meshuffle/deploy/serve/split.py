@@ -65,7 +65,7 @@ class Member:
             torch.cuda.set_device(device)
         world = plan.num_ranks
         env = RankEnv(self.rank, world, self.rank, world)
-        network, card = load_model(Path(self.source), self.model)
+        network, card = load_model(Path(self.source), self.model, mapped=True)
         stack.enter_context(process_group(env, device))
         example = torch.empty(2, 3, *card.preprocess.size, device="meta")
         return to_run(own_part(network, example, plan, env, device), device)
