@@ -79,7 +79,7 @@ class Classify(Task):
         return (outputs.argmax(1) == labels).sum()
 
     def answer(self, outputs: Tensor) -> dict[str, Tensor]:
-        """Return `top_classes` int64 (N, K), K = min(5, C), likeliest first; `top_probabilities`."""
+        """Return `top_classes` int64 (N, K), the likeliest K = min(5, C); `top_probabilities`."""
         probabilities, classes = outputs.softmax(1).topk(min(TOP, outputs.shape[1]))
         return {"top_classes": classes, "top_probabilities": probabilities}
 
