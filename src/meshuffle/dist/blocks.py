@@ -108,7 +108,7 @@ def same(x: Tensor) -> Tensor:
 
     A `view` of one image, N = 1, would have another stride of N, and is not taken for channels-last.
     """
-    return torch.ops.aten.alias.default(x)  # type: ignore[no-any-return]
+    return torch.ops.aten.alias.default(x)
 
 
 def unselect(grad: Tensor, dim: int, index: tuple[int, ...], size: int) -> Tensor:

@@ -1,7 +1,7 @@
 """A layout for every op: the assignment that sends the fewest bytes.
 
 To compute a large value whole on every rank, so as to send a small one, is no gain: its bytes count
-too, as a small share of sent ones.
+too, as the share of sent ones by which memory is faster than what links ranks.
 
 Walks over the program. From its end to its start: in which layouts would readers like each
 value (so that a convolution in front of a shuffle learns which groups come behind it). From start
@@ -32,11 +32,7 @@ from meshuffle.layout.layout import Layout, Replicate, Shard, Varying, Window, e
 
 _MOST_WANTED, _MOST_POSSIBLE, _MOST_CHOICES, _BEAM = 6, 10, 24, 24
 _SMALL = 0.002  # of all FLOPs: such an op may run whole on every rank where that sends less
-_LARGE, _SENT = 1 << 20, 16
-"""Of a value of at least so many bytes that all ranks compute whole, how many are as one sent.
-
-About how much faster memory is than what links the ranks: cores and a network, or GPUs.
-"""
+_LARGE, _SENT = 1 << 20, 16  # bytes of a large value; how many of one are as many as one sent
 
 Layouts = Layout | tuple[Layout, ...]
 
@@ -135,10 +131,7 @@ def assign(
 
 
 class _State:
-    """Costs so far, and the set of layouts that each live value exists in.
-
-    A cost is the bytes sent, · 16 and with the large whole ones; and the bytes of all whole ones.
-    """
+    """(Cost, bytes of whole values) so far, and the layouts in which each live value exists."""
 
     __slots__ = ("choice", "cost", "forms", "parent")
 
@@ -287,12 +280,10 @@ class _Search:
             return
         for choice in choices[node]:
             forms = list(state.forms)
-            cost, whole = state.cost
-            cost += _SENT * choice.sent_bytes
+            cost, whole = state.cost[0] + _SENT * choice.sent_bytes, state.cost[1]
             if choice.split is None and is_tensor(node):
                 num_bytes = self.values[node.name].num_bytes
-                cost += num_bytes if num_bytes >= _LARGE else 0
-                whole += num_bytes
+                cost, whole = cost + num_bytes // _LARGE * _LARGE, whole + num_bytes
             for source, layout in zip(call.inputs, choice.inputs, strict=True):
                 j = place.get(source)
                 way = self._way(source, None if j is None else forms[j], layout)
@@ -369,6 +360,3 @@ def _completed(wanted: Sequence[Mapping[int, Layout]], num: int) -> list[tuple[L
 def _num_results(node: Node) -> int:
     value = node.meta.get("val")
     return len(value) if isinstance(value, tuple | list) else 1
-
-
-__all__ = ["Assignment", "assign", "stored_bytes"]

@@ -32,8 +32,7 @@ def routes(owners: Owners, needs: Sequence[Sequence[int]]) -> list[Route]:
     for rank, need in enumerate(needs):
         if len(set(need)) < len(need) or not place.keys() >= set(need):
             raise ValueError(f"rank {rank} needs {list(need)}; held are {sorted(place)}, once each")
-    # sent[sender][receiver]: global indices, in the order in which the receiver needs them; what a
-    # rank holds itself is among them.
+    # sent[sender][receiver]: global indices in the order in which they are needed; own ones too.
     world = range(len(owners))
     sent = [[[i for i in needs[to] if place[i][0] == rank] for to in world] for rank in world]
     moves = any(sent[rank][to] for rank in world for to in world if rank != to)
@@ -75,5 +74,4 @@ def _route(
 
 def sent_elements(owners: Owners, needs: Sequence[Sequence[int]]) -> int:
     """Return how many elements along the dim cross between ranks, summed over ranks."""
-    found = routes(owners, needs)
-    return sum(sum(route.send_splits) for route in found)
+    return sum(sum(route.send_splits) for route in routes(owners, needs))

@@ -180,9 +180,8 @@ def weighted(
 ) -> Tensor:
     """Return the sum of some indices of a dim, index[k][i] for result i, each with its weight."""
     places, factors = torch.tensor(index, device=x.device), x.new_tensor(weights)
-    terms = zip(places, factors.view(*places.shape, *[1] * (x.dim() - dim - 1)), strict=True)
-    place, factor = next(terms)
-    total = x.index_select(dim, place).mul_(factor)
-    for place, factor in terms:
+    factors = factors.view(*places.shape, *[1] * (x.dim() - dim - 1))
+    total = x.index_select(dim, places[0]).mul_(factors[0])
+    for place, factor in zip(places[1:], factors[1:], strict=True):
         total.addcmul_(x.index_select(dim, place), factor)
     return total
