@@ -144,3 +144,21 @@ def compiled(group: dist.ProcessGroup) -> bool:
 
 def test_they_compile_into_one_graph() -> None:
     assert all(run_ranks(compiled, WORLD))
+
+
+def formats(group: dist.ProcessGroup) -> list[bool]:
+    """Return of two halos, of one image and of three, whether they stay channels-last."""
+    rank, owners = dist.get_rank(group), tuple(tuple(range(4 * r, 4 * r + 4)) for r in range(WORLD))
+    needs = [range(max(0, 4 * r - 1), min(4 * WORLD, 4 * r + 5)) for r in range(WORLD)]
+    route = routes(owners, [tuple(need) for need in needs])[rank]
+    found = []
+    for num in (1, 3):
+        x = torch.randn(num, 5, 4, 6).contiguous(memory_format=torch.channels_last)
+        halo = pvary(exchange(x, 2, route, group), group)
+        dense = torch.empty_like(halo, memory_format=torch.channels_last)
+        found.append(halo.stride() == dense.stride())
+    return found
+
+
+def test_what_is_received_lies_as_what_is_kept() -> None:
+    assert run_ranks(formats, WORLD) == [[True, True]] * WORLD

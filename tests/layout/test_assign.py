@@ -153,3 +153,36 @@ def test_shufflenet_v1_exchanges_the_bottleneck(tp: int) -> None:
     relayouts = [s for s in code.sent if s.name.startswith("exchange") and s.value[:3] == "cat"]
     # A unit adopts the groups that a concat leaves it with, where those are whole.
     assert len(relayouts) == {2: 1, 4: 2, 8: 3}[tp]
+
+
+class Upsampled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(self.conv(x), scale_factor=16, mode="bilinear").argmax(1).byte()
+
+
+@pytest.mark.parametrize(("size", "is_split"), [(64, True), (8, False)])
+def test_a_large_value_is_not_computed_whole_to_send_a_small_one(size: int, is_split: bool) -> None:
+    graph = capture(Upsampled(), torch.randn(2, 3, size, size))
+    found = assign(graph, 2, prefer="spatial").choices
+    (name,) = (name for name in found if name.startswith("upsample"))
+    assert (found[name].split is not None) == is_split
+
+
+class Normalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x * 2)
+
+
+def test_what_is_in_front_of_a_window_is_split_evenly() -> None:
+    graph = capture(Normalised(), torch.randn(2, 3, 512, 512))
+    found = assign(graph, 2, prefer="spatial").choices
+    (name,) = (name for name in found if name.startswith("mul"))
+    assert found[name].output == Shard.even(2, 512, 2)

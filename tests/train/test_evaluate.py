@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from meshuffle.data import ArraySource, Batch, Preprocess, eval_loader
 from meshuffle.train.evaluate import Evaluation, evaluate
@@ -103,3 +103,24 @@ def test_the_mode_of_the_model_comes_back() -> None:
     assert network.training
     assert seen == [3]
     assert network[1].running_mean.abs().sum() == 0  # type: ignore[index,union-attr]
+
+
+class Silent(Classify):
+    def judge(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        raise AssertionError("this rank's rows are another's")
+
+
+def test_a_rank_that_is_not_asked_does_not_judge() -> None:
+    batches = eval_loader(source(), PREPROCESS, batch_size=8)
+    device, task = torch.device("cpu"), Silent(TASK.card)
+    found = evaluate(model(), batches, task, PREPROCESS, device, speaks=False)
+    assert found.num_samples == 0 and found.metrics == {}
+
+
+def test_answers_need_no_targets() -> None:
+    batches = eval_loader(source(), PREPROCESS, batch_size=8)
+    device, task = torch.device("cpu"), Silent(TASK.card)
+    found, expected = evaluate(model(), batches, task, PREPROCESS, device, labelled=False), run()
+    assert found.metrics == {} and found.rows.keys() == {"top_classes", "top_probabilities"}
+    for name, rows in found.rows.items():
+        assert np.array_equal(rows, expected.rows[name])

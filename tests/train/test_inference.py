@@ -17,10 +17,17 @@ from meshuffle.errors import PlanError
 from meshuffle.models import create_model
 from meshuffle.planner.plan import parse_plan
 from meshuffle.train.evaluate import Evaluation
-from meshuffle.train.inference import Question, evaluate, judge_rank, predict
+from meshuffle.train.inference import (
+    Normalised,
+    Question,
+    evaluate,
+    judge_rank,
+    own_part,
+    predict,
+)
 from meshuffle.train.place import place_of
 from meshuffle.train.shared import replica_group, shared
-from meshuffle.train.weights import Card, build_model, save_weights
+from meshuffle.train.weights import Card, build_model, load_model, save_weights
 from tests.ranks import run_ranks
 from tests.train.conftest import SMALL
 
@@ -159,3 +166,39 @@ def test_ranks_of_a_replica_share_what_its_first_reads() -> None:
             for name, value in own.items():
                 assert torch.equal(got[name], value) if name != "skipped" else got[name] == value
         assert second[0]["images"].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("channels", ["RGB", "BGR"])
+def test_ranks_normalise_as_one_process_does(channels: str) -> None:
+    preprocess = Preprocess(crop=(5, 7), channels=channels)
+    images = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8)
+    found = Normalised(torch.nn.Identity(), preprocess)(images)
+    assert torch.equal(found, preprocess.normalise(images))
+    last = images.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(found, preprocess.normalise(last))
+
+
+def own_parameters(group: dist.ProcessGroup, path: str) -> int:
+    """Return how many parameters a rank has, after the file has been overwritten in place."""
+    rank = dist.get_rank(group)
+    network, _ = load_model(Path(path), mapped=True)
+    example = torch.empty(2, 3, 32, 32, device="meta")
+    device, env = torch.device("cpu"), RankEnv(rank, 2, rank, 2)
+    part = own_part(network, example, parse_plan("tp=2:channel"), env, device)
+    before = [parameter.clone() for parameter in part.parameters()]
+    dist.barrier(group)
+    if rank == 0:
+        content = Path(path).read_bytes()
+        with Path(path).open("r+b") as file:
+            file.write(bytes(len(content)))
+    dist.barrier(group)
+    assert all(map(torch.equal, before, part.parameters()))
+    return sum(parameter.numel() for parameter in before)
+
+
+def test_a_rank_keeps_its_part_and_no_hold_of_the_file(weights: Path, tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(weights.read_bytes())
+    whole = sum(parameter.numel() for parameter in load_model(path)[0].parameters())
+    for kept in run_ranks(own_parameters, 2, str(path)):
+        assert kept < 0.7 * whole

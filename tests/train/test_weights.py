@@ -6,14 +6,16 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from meshuffle.data import Preprocess
 from meshuffle.errors import ModelError, RunError
 from meshuffle.models import create_model
+from meshuffle.models.unfilled import Unfilled
 from meshuffle.train.api import resume
 from meshuffle.train.inference import evaluate
 from meshuffle.train.weights import (
@@ -224,3 +226,56 @@ def test_code_is_imported_only_when_its_name_is_repeated(tmp_path: Path, factory
     assert not factory.exists()
     load_model(path, model="own_code:tiny")
     assert factory.exists()
+
+
+def in_file(tensor: Tensor, path: Path) -> bool:
+    """Tell whether a tensor's memory is a mapping of the file."""
+    place = tensor.data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, _, last = line.split()[0].partition("-")
+        if int(first, 16) <= place < int(last, 16):
+            return line.endswith(str(path))
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_mapped_parameters_stay_in_the_file(path: Path) -> None:
+    (copied, _), (mapped, _) = load_model(path), load_model(path, mapped=True)
+    for own, other in zip(copied.parameters(), mapped.parameters(), strict=True):
+        assert torch.equal(own, other)
+        assert in_file(other, path) and not in_file(own, path)
+
+
+def test_what_is_loaded_is_not_filled_before() -> None:
+    fills = (nn.init.kaiming_normal_, nn.init.xavier_uniform_, nn.init.trunc_normal_, nn.init.ones_)
+    with Unfilled():
+        weight = nn.Conv2d(3, 3, 1).weight
+        with torch.no_grad():
+            weight.view(torch.int32)[:] = 1  # no parameter is filled, but a view of it is
+        for fill in fills:
+            assert fill(weight) is weight
+            assert (weight.view(torch.int32) == 1).all()
+        assert nn.init.ones_(torch.empty(2)).tolist() == [1, 1]
+
+
+class Odd(nn.Module):
+    """Has a parameter that no state dict has, and computes with others while it is built."""
+
+    def __init__(self, num_classes: int = 2) -> None:
+        super().__init__()
+        self.body = nn.Linear(3, num_classes)
+        self.body.weight.item() if self.body.weight.numel() == 1 else self.body.weight.sum().item()
+        self.hidden = nn.Parameter(torch.full((2,), 7.0))
+        nn.init.constant_(self.hidden, 5.0)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().state_dict(*args, **kwargs)
+        found.pop("hidden", None)
+        return found
+
+
+def test_a_parameter_that_is_in_no_file_has_its_own_values(tmp_path: Path) -> None:
+    card = dataclasses.replace(CARD, model=f"{__name__}:Odd", knobs={})
+    save_weights(tmp_path / "w.safetensors", Odd().state_dict(), card)
+    network, _ = load_model(tmp_path / "w.safetensors", card.model)
+    assert network.get_parameter("hidden").tolist() == [5, 5]
