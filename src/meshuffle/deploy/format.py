@@ -19,10 +19,10 @@ from meshuffle.errors import ConfigError
 if TYPE_CHECKING:
     from meshuffle.deploy.subject import Subject
 
-Run = Callable[[NDArray[Any]], NDArray[np.float32]]
-"""Inputs of N images to their outputs [N, …].
+Run = Callable[[NDArray[Any]], NDArray[Any]]
+"""Inputs of N images to their outputs [N, …], float32.
 
-The inputs are float32 [N, 3, H, W], normalised; or, of a file with its preprocessing, uint8 RGB
+The inputs are float32 [N, 3, H, W], normalised; or, with preprocessing inside, uint8 RGB
 [N, H, W, 3].
 """
 

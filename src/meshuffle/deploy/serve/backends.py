@@ -21,6 +21,7 @@ from meshuffle.deploy.api import write_file
 from meshuffle.deploy.format import Run
 from meshuffle.deploy.serve.split import SplitNetwork, members_of
 from meshuffle.errors import ConfigError, did_you_mean
+from meshuffle.planner.plan import parse_plan
 from meshuffle.train.weights import Card, find_weights, load_model
 
 TORCH = "torch"
@@ -46,6 +47,20 @@ class Backend:
     device: str = "cpu"
     plan: str = "dp=1"
 
+    @property
+    def takes_pixels(self) -> bool:
+        """Whether images go in as uint8 (N, h, w, 3), and what the task answers from comes out.
+
+        So it is where ranks share an image: each normalises its part, and masks come back.
+        """
+        return parse_plan(self.plan).num_ranks > 1
+
+    def blank(self, num: int, size: tuple[int, int]) -> NDArray[Any]:
+        """Return images (height, width) to try it with."""
+        if self.takes_pixels:
+            return np.zeros((num, *size, 3), np.uint8)
+        return np.zeros((num, 3, *size), np.float32)
+
     def open(self, threads: int, index: int = 0) -> Run:
         """Return what executes it, in this process; `index`: of the replica."""
         if self.name != TORCH:
@@ -70,10 +85,13 @@ def _torch_run(network: nn.Module, device: torch.device) -> Run:
     network = network.to(device).requires_grad_(False)
 
     @torch.inference_mode()
-    def run(x: NDArray[Any]) -> NDArray[np.float32]:
+    def run(x: NDArray[Any]) -> NDArray[Any]:
         x_NCHW = torch.from_numpy(x).to(device)
+        if x.dtype == np.uint8:
+            x_NCHW = x_NCHW.permute(0, 3, 1, 2)
         outputs = network(x_NCHW.contiguous(memory_format=torch.channels_last))
-        found: NDArray[np.float32] = outputs.float().cpu().numpy()
+        outputs = outputs.float() if outputs.is_floating_point() else outputs
+        found: NDArray[Any] = outputs.cpu().numpy()
         return found
 
     return run

@@ -53,12 +53,16 @@ class Engine:
     Args:
         card: of the weights.
         run: executes the network: float32 [N, 3, H, W], normalised, to its outputs [N, …].
+        takes_pixels: it does more; see `Backend`.
         max_batch: the largest N.
         max_pixels: see `Limits`.
     """
 
-    def __init__(self, card: Card, run: Run, *, max_batch: int, max_pixels: int) -> None:
+    def __init__(
+        self, card: Card, run: Run, *, max_batch: int, max_pixels: int, takes_pixels: bool = False
+    ) -> None:
         self.card, self._run, self._max_pixels = card, run, max_pixels
+        self._takes_pixels = takes_pixels
         self.task = make_task(card)
         height, width = card.preprocess.size
         self._pixels_NHWC = torch.empty((max_batch, height, width, 3), dtype=torch.uint8)
@@ -86,8 +90,11 @@ class Engine:
         pixels_NHWC = self._pixels_NHWC[:num]
         for row, view in enumerate(views):
             pixels_NHWC[row] = view.pixels_CHW.permute(1, 2, 0)
-        x_NCHW = self.card.preprocess.normalise(pixels_NHWC.permute(0, 3, 1, 2))
-        outputs = torch.from_numpy(self._run(x_NCHW.contiguous().numpy()))
+        if self._takes_pixels:
+            outputs = torch.from_numpy(self._run(pixels_NHWC.numpy()))
+        else:
+            x_NCHW = self.card.preprocess.normalise(pixels_NHWC.permute(0, 3, 1, 2))
+            outputs = torch.from_numpy(self._run(x_NCHW.contiguous().numpy()))
         rows = {name: rows_N.numpy() for name, rows_N in self.task.answer(outputs).items()}
         return [
             Told(finite(self.task.prediction(rows, i, view.size)), rows, i, view.size)

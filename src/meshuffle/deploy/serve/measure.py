@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 
 from meshuffle.deploy.format import Run
 from meshuffle.deploy.serve.backends import Backend
@@ -44,13 +45,12 @@ class Layout:
         return f"{self.replicas} × {ranks}{self.threads} {threads}"
 
 
-def images_per_s(run: Run, batch: int, size: Size, seconds: float) -> float:
-    """Return how many images of `size` (height, width) `run` computes in a second."""
-    x = np.zeros((batch, 3, *size), np.float32)
+def images_per_s(run: Run, x: NDArray[Any], seconds: float) -> float:
+    """Return how many images a second `run` computes, given a batch of them again and again."""
     started, num, elapsed = time.perf_counter(), 0, 0.0
     while elapsed < seconds or not num:
         run(x)
-        num += batch
+        num += len(x)
         elapsed = time.perf_counter() - started
     return num / elapsed
 
@@ -135,10 +135,11 @@ def _work(
     end_with_parent()
     try:
         run = backend.open(threads, index)
-        for batch in batches:
-            run(np.zeros((batch, 3, *size), np.float32))  # plans, allocates
+        inputs = {batch: backend.blank(batch, size) for batch in batches}
+        for x in inputs.values():
+            run(x)  # plans, allocates
         end.send({})
         end.recv()
-        end.send({batch: images_per_s(run, batch, size, seconds) for batch in batches})
+        end.send({batch: images_per_s(run, x, seconds) for batch, x in inputs.items()})
     except Exception as error:  # noqa: BLE001  # the parent says it
         end.send(in_words(error))

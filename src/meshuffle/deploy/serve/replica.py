@@ -145,8 +145,13 @@ class Replica:
 
     def _new_engine(self, card: Card) -> Engine:
         recipe = self._recipe
-        run = recipe.backend.open(recipe.threads, self._index)
-        engine = Engine(card, run, max_batch=recipe.max_batch, max_pixels=recipe.limits.pixels)
+        engine = Engine(
+            card,
+            recipe.backend.open(recipe.threads, self._index),
+            max_batch=recipe.max_batch,
+            max_pixels=recipe.limits.pixels,
+            takes_pixels=recipe.backend.takes_pixels,
+        )
         blank = View(torch.zeros((3, *card.preprocess.size), dtype=torch.uint8), (1, 1))
         for num in {1, recipe.max_batch}:
             engine.answer([blank] * num)  # plans, allocates

@@ -1,7 +1,7 @@
 """A network that several processes compute together: a replica of more than one rank.
 
-    the replica, rank 0 ──images, over a pipe──▶ the other ranks
-    all: their parts of the network, talking to each other ──▶ rank 0: the outputs
+    the replica, rank 0 ──images as uint8, over a pipe──▶ the other ranks
+    all: their parts of the network, talking to each other ──▶ rank 0: what the task answers from
 
 The images come over a pipe, not by a broadcast: ranks may wait for hours until somebody asks.
 """
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,8 @@ from meshuffle.dist.forking import fork_server
 from meshuffle.dist.group import RankEnv, process_group
 from meshuffle.errors import in_words
 from meshuffle.planner.plan import parse_plan
-from meshuffle.train.inference import own_part
+from meshuffle.train.inference import Normalised, own_part
+from meshuffle.train.tasks import make_task
 from meshuffle.train.weights import load_model
 
 ToRun = Callable[[nn.Module, torch.device], Run]
@@ -67,7 +69,8 @@ class Member:
         env = RankEnv(self.rank, world, self.rank, world)
         network, card = load_model(Path(self.source), self.model, mapped=True)
         stack.enter_context(process_group(env, device))
-        example = torch.empty(2, 3, *card.preprocess.size, device="meta")
+        network = Normalised(make_task(card).answering(network), card.preprocess)
+        example = torch.empty(2, 3, *card.preprocess.size, dtype=torch.uint8, device="meta")
         return to_run(own_part(network, example, plan, env, device), device)
 
 
@@ -103,8 +106,8 @@ class SplitNetwork:
                 one.terminate()
             raise
 
-    def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the outputs; see `Run`."""
+    def __call__(self, x: NDArray[np.uint8]) -> NDArray[Any]:
+        """Return what the task answers from, of images (N, h, w, 3)."""
         for end in self._ends:
             end.send(x)
         return self._run(x)
