@@ -1,9 +1,11 @@
-"""Which epoch is the best one."""
+"""Which epoch is the best one, and which loss is not to be believed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+
+_FAR = 100.0  # times training's loss
 
 
 def is_better(
@@ -42,3 +44,18 @@ def is_chance(top1: float, highest: float, num: int) -> bool:
     standard_error = 100 * math.sqrt(share * (1 - share) / max(1, num))
     one_image = 100.5 / max(1, num)  # and a little, for rounding
     return highest - top1 <= max(standard_error, one_image)
+
+
+def doubt(train_loss: float, val_loss: float, num_images: int) -> str | None:
+    """Return what to say of a validation loss that is no number, or far above training's.
+
+    Args:
+        num_images: that a batch norm sees at a time.
+    """
+    if val_loss <= _FAR * max(1.0, train_loss):  # not so of nan
+        return None
+    return (
+        f"the validation loss is {val_loss:.3g} where training's is {train_loss:.3g}: as a rule, "
+        f"running statistics of batch norms that come from too few values ({num_images} images at "
+        "a time); give more (--batch, a smaller mb=), or larger ones (--input-size)"
+    )

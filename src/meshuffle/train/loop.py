@@ -29,7 +29,7 @@ from meshuffle.dist.exchange import Exchange
 from meshuffle.dist.group import RankEnv
 from meshuffle.errors import Interrupted
 from meshuffle.parallel.draws import draw_key
-from meshuffle.train.best import is_better
+from meshuffle.train.best import doubt, is_better
 from meshuffle.train.compiling import CompileChoice
 from meshuffle.train.config import save_interval
 from meshuffle.train.consistency import Consistency
@@ -284,8 +284,12 @@ class Loop:
         row |= {f"train_{key}": value for key, value in means.items()}
         row |= {f"val_{key}": value for key, value in evaluation.metrics.items()}
         better = self._keep_best(evaluation)
+        num = (state.config.batch or 1) // state.step.num_micro_batches
+        said = doubt(means["loss"], evaluation.metrics.get("loss", 0.0), num)
         progress.sums, progress.epoch_step, progress.epoch_seconds = [0.0, 0.0, 0.0], 0, 0.0
         self.watch.end_epoch(row)
+        if said:
+            self.watch.event(said)
         patience = state.config.early_stop
         if patience and not better and progress.epoch - progress.best_epoch >= patience:
             self.watch.event(f"no better epoch since {progress.best_epoch}: stopping early")
