@@ -152,3 +152,12 @@ def _json(text: str) -> Any:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError):
         return None
+
+
+def loss_text(loss: float) -> str:
+    """Return a loss for people.
+
+    >>> loss_text(0.25), loss_text(3.76e20)
+    ('0.2500', '3.76e+20')
+    """
+    return f"{loss:.4f}" if abs(loss) < 1e5 else f"{loss:.3g}"

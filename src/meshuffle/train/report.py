@@ -20,7 +20,7 @@ from meshuffle.train.files import write_bytes
 from meshuffle.train.gallery import gallery_of
 from meshuffle.train.page import section, text
 from meshuffle.train.plots import DARK, LIGHT, draw_chart, epoch_ticks, training_charts
-from meshuffle.train.record import Record, flatten, number, read_record
+from meshuffle.train.record import Record, flatten, loss_text, number, read_record
 from meshuffle.train.task import Task
 from meshuffle.train.tasks import make_task
 from meshuffle.train.weights import Card
@@ -128,7 +128,7 @@ def _accuracies(record: Record, evaluation: Evaluation, task: Task, split: str) 
         known = [(metric, number(metrics.get(metric.key))) for metric in others]
         notes = [metric.text(value) for metric, value in known if value is not None]
         if (loss := number(metrics.get("loss"))) is not None:
-            notes.append(f"loss {loss:.4f}")
+            notes.append(f"loss {loss_text(loss)}")
         value = number(metrics.get(first.key))
         shown = None if value is None else f"{value:.{first.digits}f}"
         yield _big(f"{name} {first.label}", shown, first.unit, " · ".join(notes))

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from meshuffle.train.files import finite, write_text
+from meshuffle.train.record import loss_text
 from meshuffle.train.task import Task
 
 _PLAIN_EVERY_S = 20.0
@@ -106,7 +107,7 @@ class RunWatch:
         self._record({"kind": "step", **values})
         for key in ("loss", "lr", "images_per_s"):
             self._board.add_scalar(f"train/{key}", values[key], int(values["step"]))
-        parts = [f"loss {values['loss']:.4f}"]
+        parts = [f"loss {loss_text(values['loss'])}"]
         if (running := self._learns.running) is not None:
             parts.append(f"{running.label} {values[running.key]:5.1f} {running.unit}")
         text = "  ".join([*parts, f"{values['images_per_s']:.0f} images/s"])
@@ -136,12 +137,12 @@ class RunWatch:
 
 
 def _epoch_line(epoch: str, row: Mapping[str, Any], task: Task) -> str:
-    parts = [f"epoch {epoch}  loss {row['train_loss']:.4f}"]
+    parts = [f"epoch {epoch}  loss {loss_text(row['train_loss'])}"]
     if task.running is not None:
         parts[0] += f"  {task.running.text(row[f'train_{task.running.key}'])}"
     first = task.metrics[0]
     if (value := row.get(f"val_{first.key}", "")) != "":
-        parts.append(f"val loss {row['val_loss']:.4f}  val {first.text(value)}")
+        parts.append(f"val loss {loss_text(row['val_loss'])}  val {first.text(value)}")
     parts.append(f"{row['images_per_s']:.0f} images/s  {row['seconds']:.1f} s")
     if row["data_wait"] > 0.1:
         parts.append(f"waited for data {100 * row['data_wait']:.0f} % of the time")
