@@ -147,6 +147,17 @@ def keep_freed_pages() -> bool:
     )
 
 
+def give_back_freed_pages() -> bool:
+    """Make glibc give back each block of 4 MB and more as soon as it is freed; True where it worked.
+
+    By default it keeps those of up to 32 MB once it has seen one freed, in pieces that large images
+    leave unused: at 4096×4096 a fourth of a rank's memory, for a sixth of its time.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 4 << 20))
+
+
 def set_room_apart() -> bool:
     """Give glibc's heap room of its own for small blocks; True where it worked.
 

@@ -31,7 +31,7 @@ from meshuffle.data import (
     decode_image,
     eval_loader,
 )
-from meshuffle.dist.device import check_device, pick_device
+from meshuffle.dist.device import check_device, give_back_freed_pages, pick_device
 from meshuffle.dist.group import RankEnv, new_group, process_group, rank_env
 from meshuffle.dist.launch import end_with_parent, report_failure, torchrun
 from meshuffle.errors import ConfigError, DataError, PlanError
@@ -283,6 +283,7 @@ def own_part(
     ranks = join_ranks(plan, env, device)
     if ranks is None:
         return network.to(device)
+    give_back_freed_pages()  # who splits a network lacks memory rather than time
     schedule = make_schedule(plan.pp_kind, plan.pp, plan.num_micro_batches)
     part = Parallel(
         network,
