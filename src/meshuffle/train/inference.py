@@ -283,7 +283,8 @@ def own_part(
     ranks = join_ranks(plan, env, device)
     if ranks is None:
         return network.to(device)
-    give_back_freed_pages()  # who splits a network lacks memory rather than time
+    if device.type == "cpu":
+        give_back_freed_pages()  # who splits a network lacks memory rather than time
     schedule = make_schedule(plan.pp_kind, plan.pp, plan.num_micro_batches)
     part = Parallel(
         network,
@@ -296,8 +297,9 @@ def own_part(
         stages=schedule.stages_of(ranks.pp_rank),
         cuts=plan.cuts,
     )
-    for tensor in (*part.parameters(), *part.buffers()):
-        tensor.data = tensor.data.clone()  # out of the file, which may be written meanwhile
+    if device.type == "cpu":  # out of the file, which may be written meanwhile
+        for tensor in (*part.parameters(), *part.buffers()):
+            tensor.data = tensor.data.clone()
     part.bind(ranks)
     if plan.pp > 1:
         Pipeline(part, ranks, schedule)
