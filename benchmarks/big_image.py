@@ -27,7 +27,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from memory import watched
+from memory import empty_mb, watched
 from meshuffle.data import Preprocess, decode_image
 from meshuffle.dist.group import RankEnv, process_group
 from meshuffle.planner.plan import parse_plan
@@ -37,7 +37,6 @@ from meshuffle.train.weights import Card, load_model, save_weights
 from rows import append
 
 CLASSES = ("road", "wall", "sky", "tree", "car", "person")
-EMPTY = [sys.executable, "-c", "import meshuffle.train.inference, time; time.sleep(1)"]
 
 
 def main() -> int:
@@ -50,7 +49,7 @@ def main() -> int:
     row: dict[str, Any] = {
         "model": asked.model, "size": asked.size, "plan": plan, "torch": torch.__version__,
     }  # fmt: skip
-    _, _, empty = watched(EMPTY)
+    empty = empty_mb()
     with tempfile.TemporaryDirectory() as name:
         home = Path(name)
         photo = Image.fromarray(load_sample_images().images[0])

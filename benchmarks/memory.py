@@ -6,6 +6,7 @@ The share of a file's pages grows when another process, which has loaded the sam
 from __future__ import annotations
 
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -35,6 +36,12 @@ def descendants(pid: int) -> list[int]:
         for child in children:
             found += [child, *descendants(child)]
     return found
+
+
+def empty_mb() -> float:
+    """Return the MB of a process that has imported what `predict` does: Python, PyTorch and us."""
+    program = "import meshuffle.train.inference, time; time.sleep(1)"
+    return watched([sys.executable, "-c", program])[2]
 
 
 def watched(command: Sequence[str]) -> tuple[str, float, float]:

@@ -264,7 +264,7 @@ class Odd(nn.Module):
     def __init__(self, num_classes: int = 2) -> None:
         super().__init__()
         self.body = nn.Linear(3, num_classes)
-        self.body.weight.item() if self.body.weight.numel() == 1 else self.body.weight.sum().item()
+        self.body.weight.sum().item()
         self.hidden = nn.Parameter(torch.full((2,), 7.0))
         nn.init.constant_(self.hidden, 5.0)
 

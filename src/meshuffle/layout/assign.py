@@ -32,7 +32,7 @@ from meshuffle.layout.layout import Layout, Replicate, Shard, Varying, Window, e
 
 _MOST_WANTED, _MOST_POSSIBLE, _MOST_CHOICES, _BEAM = 6, 10, 24, 24
 _SMALL = 0.002  # of all FLOPs: such an op may run whole on every rank where that sends less
-_LARGE, _SENT = 1 << 20, 16  # bytes of a large value; how many of one are as many as one sent
+_LARGE, _SENT = 1 << 20, 16  # a whole value counts by full MB; 16 of its bytes are as one sent
 
 Layouts = Layout | tuple[Layout, ...]
 

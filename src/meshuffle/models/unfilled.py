@@ -11,9 +11,10 @@ from torch.overrides import TorchFunctionMode
 _FILLS = frozenset(
     (
         *(Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_, Tensor.erfinv_),
-        *(Tensor.mul_, Tensor.add_, Tensor.clamp_, Tensor.copy_),
+        *(Tensor.mul_, Tensor.add_, Tensor.clamp_, Tensor.copy_),  # behind the others, to scale
     )
 )
+"""Beside the functions of `torch.nn.init`: what those call that no mode sees, and other code."""
 
 
 class Unfilled(TorchFunctionMode):

@@ -53,7 +53,7 @@ class Engine:
     Args:
         card: of the weights.
         run: executes the network: float32 [N, 3, H, W], normalised, to its outputs [N, …].
-        takes_pixels: it does more; see `Backend`.
+        takes_pixels: instead, from uint8 images to what the task answers from; see `Backend`.
         max_batch: the largest N.
         max_pixels: see `Limits`.
     """
