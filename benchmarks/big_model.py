@@ -21,7 +21,7 @@ from sklearn.datasets import load_sample_images
 
 from memory import empty_mb, watched
 from meshuffle.data import Preprocess
-from meshuffle.train.weights import Card, build_model, save_weights
+from meshuffle.weights import Card, build_model, save_weights
 from rows import append
 
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from meshuffle.train import report
+from meshuffle.config import TrainConfig
+from meshuffle.report import report
 from meshuffle.train.api import train
-from meshuffle.train.config import TrainConfig
 from meshuffle.train.consistency import Consistency
 from meshuffle.train.loop import Loop
 from rows import append

@@ -22,16 +22,16 @@ from typing import Any
 
 import torch
 
+from meshuffle.comm.device import keep_freed_pages
+from meshuffle.comm.group import RankEnv, process_group
+from meshuffle.config import TrainConfig, resolve
 from meshuffle.data import AugmentConfig, Batch, Preprocess
-from meshuffle.dist.device import keep_freed_pages
-from meshuffle.dist.group import RankEnv, process_group
 from meshuffle.planner.plan import Plan
-from meshuffle.train.checksums import write_checksums
-from meshuffle.train.config import TrainConfig, resolve
-from meshuffle.train.intact import find_checkpoint
-from meshuffle.train.saver import Saver
+from meshuffle.train.checkpoint.checksums import write_checksums
+from meshuffle.train.checkpoint.intact import find_checkpoint
+from meshuffle.train.checkpoint.saver import Saver
 from meshuffle.train.state import TrainState, augment_values, build_state
-from meshuffle.train.weights import Card
+from meshuffle.weights import Card
 from rows import append
 from train_throughput import cpu_features
 

@@ -29,8 +29,8 @@ import gpt2
 from text import batches
 
 import meshuffle
-from meshuffle.dist.group import rank_env
-from meshuffle.dist.launch import end_with_parent, torchrun
+from meshuffle.comm.group import rank_env
+from meshuffle.comm.launch import end_with_parent, torchrun
 from meshuffle.planner.plan import Plan, parse_plan
 from rows import append
 

@@ -40,7 +40,7 @@ def descendants(pid: int) -> list[int]:
 
 def empty_mb() -> float:
     """Return the MB of a process that has imported what `predict` does: Python, PyTorch and us."""
-    program = "import meshuffle.train.inference, time; time.sleep(1)"
+    program = "import meshuffle.infer.predict, time; time.sleep(1)"
     return watched([sys.executable, "-c", program])[2]
 
 

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from meshuffle.config import TrainConfig
 from meshuffle.data import Data, ImageSource, open_data
 from meshuffle.data.dense import target_in
 from meshuffle.data.preprocess import Preprocess, to_tensor
-from meshuffle.train.begin import adopt_model
-from meshuffle.train.config import TrainConfig
-from meshuffle.train.evaluate import joined
+from meshuffle.infer.evaluate import joined
+from meshuffle.tasks import make_task
+from meshuffle.tasks.base import Task
+from meshuffle.train.initial_weights import adopt_model
 from meshuffle.train.state import build_model, make_card
-from meshuffle.train.task import Task
-from meshuffle.train.tasks import make_task
 
 LR, MOMENTUM, WEIGHT_DECAY, BATCH = 0.01, 0.9, 1e-4, 16
 

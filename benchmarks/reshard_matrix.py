@@ -26,19 +26,19 @@ import torch
 from torch import Tensor
 
 from forks import run_forked
+from meshuffle.comm.group import RankEnv, process_group
+from meshuffle.config import TrainConfig, resolve
 from meshuffle.data import AugmentConfig, Batch, Preprocess, shard_bounds
-from meshuffle.dist.group import RankEnv, process_group
 from meshuffle.errors import in_words
 from meshuffle.models import create_model
-from meshuffle.parallel.draws import draw_key
+from meshuffle.parallel.random_masks import draw_key
 from meshuffle.planner.plan import parse_plan
 from meshuffle.train import state as train_state
-from meshuffle.train.config import TrainConfig, resolve
-from meshuffle.train.intact import agree_on_checkpoint
-from meshuffle.train.saver import Saver
+from meshuffle.train.checkpoint.intact import agree_on_checkpoint
+from meshuffle.train.checkpoint.saver import Saver
 from meshuffle.train.state import TrainState, augment_values, build_state, model_knobs, new_model
-from meshuffle.train.weights import Card, read_weights
 from meshuffle.verify.compare import Judgement, Norm, judge
+from meshuffle.weights import Card, read_weights
 from verify_zoo import capture_once
 
 SOURCES = (

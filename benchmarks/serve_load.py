@@ -74,7 +74,7 @@ def make_images(folder: Path) -> None:
 def make_weights(path: Path) -> None:
     from meshuffle.data import Preprocess
     from meshuffle.models import create_model
-    from meshuffle.train.weights import Card, save_weights
+    from meshuffle.weights import Card, save_weights
 
     network = create_model(MODEL, num_classes=CLASSES, seed=0)
     card = Card(MODEL, tuple(map(str, range(CLASSES))), Preprocess.imagenet(SIZE))
@@ -163,7 +163,7 @@ def work(ends: Any, weights: Path, files: list[bytes], told: dict[str, Any], ind
     from meshuffle.deploy.serve.backends import prepare
     from meshuffle.deploy.serve.engine import Engine
     from meshuffle.deploy.serve.upload import Upload
-    from meshuffle.train.weights import open_weights
+    from meshuffle.weights import open_weights
 
     backend = prepare(told["backend"].split()[0], weights, None, weights.parent, print)
     run = backend.open(told["threads"], index)

@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 
+from meshuffle.config import TrainConfig
 from meshuffle.data import Batch
-from meshuffle.dist.spans import Spans
-from meshuffle.train import report, timeline
+from meshuffle.report import report
+from meshuffle.train import timeline
 from meshuffle.train.api import train
-from meshuffle.train.config import TrainConfig
 from meshuffle.train.loop import Loop
+from meshuffle.train.spans import Spans
 from rows import append
 
 WARM_STEPS = 4

@@ -116,7 +116,7 @@ def plain_steps(name: str, batch: int, device: Any, precision: str) -> Any:
     import torch.distributed as dist
     import torchvision
 
-    from meshuffle.dist.device import autocast
+    from meshuffle.comm.device import autocast
 
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     torch.manual_seed(0)
@@ -150,15 +150,15 @@ def our_steps(batch: int, device: Any, compile_mode: str, precision: str) -> Any
     import torch.distributed as dist
     import torchvision
 
+    from meshuffle.comm.exchange import make_exchange
+    from meshuffle.comm.group import process_group, rank_env
+    from meshuffle.config import TrainConfig, resolve
     from meshuffle.data import AugmentConfig, Batch, Preprocess, shard_bounds
-    from meshuffle.dist.exchange import make_exchange
-    from meshuffle.dist.group import process_group, rank_env
     from meshuffle.planner.plan import Plan
     from meshuffle.train.compiling import compiled
-    from meshuffle.train.config import TrainConfig, resolve
     from meshuffle.train.state import augment_values, build_state
     from meshuffle.train.step import sum_over_ranks
-    from meshuffle.train.weights import Card
+    from meshuffle.weights import Card
 
     env = rank_env()
     assert env is not None
@@ -199,7 +199,7 @@ def work(options: argparse.Namespace) -> None:
     """Be one process of a contestant: read numbers of steps, run them, answer in JSON."""
     import torch
 
-    from meshuffle.dist.device import keep_freed_pages, peak_memory_bytes, pick_device, synchronize
+    from meshuffle.comm.device import keep_freed_pages, peak_memory_bytes, pick_device, synchronize
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     device = pick_device(options.device, int(os.environ["LOCAL_RANK"]))
@@ -224,7 +224,7 @@ def work(options: argparse.Namespace) -> None:
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Run the contest; returns what `--json` prints."""
-    from meshuffle.dist.device import num_accelerators, num_cores
+    from meshuffle.comm.device import num_accelerators, num_cores
 
     cores, gpus = num_cores(), num_accelerators() if options.device != "cpu" else 0
     ranks = gpus or cores

@@ -35,7 +35,7 @@ from torch.nn import Parameter
 
 import small_models
 from forks import run_forked
-from meshuffle.dist.device import num_cores
+from meshuffle.comm.device import num_cores
 from meshuffle.errors import MeshuffleError, RankFailed, in_words
 from meshuffle.graph import Graph, capture
 from meshuffle.layout import assign

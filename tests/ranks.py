@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from meshuffle.dist.group import RankEnv, process_group
+from meshuffle.comm.group import RankEnv, process_group
 
 
 def free_port() -> int:

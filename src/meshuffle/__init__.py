@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from meshuffle.config import TrainConfig
     from meshuffle.deploy.api import export
     from meshuffle.graph import capture
+    from meshuffle.infer.predict import evaluate, predict
     from meshuffle.models import create_model, list_models
     from meshuffle.parallel.api import parallelize
     from meshuffle.train.api import resume, train
-    from meshuffle.train.config import TrainConfig
-    from meshuffle.train.inference import evaluate, predict
     from meshuffle.verify.api import verify
 
 __all__ = [
@@ -33,14 +33,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "TrainConfig": "meshuffle.train.config",
+    "TrainConfig": "meshuffle.config",
     "capture": "meshuffle.graph",
     "create_model": "meshuffle.models",
-    "evaluate": "meshuffle.train.inference",
+    "evaluate": "meshuffle.infer.predict",
     "export": "meshuffle.deploy.api",
     "list_models": "meshuffle.models",
     "parallelize": "meshuffle.parallel.api",
-    "predict": "meshuffle.train.inference",
+    "predict": "meshuffle.infer.predict",
     "resume": "meshuffle.train.api",
 }
 

@@ -16,8 +16,7 @@ import pytest
 
 from meshuffle.cli import main
 from meshuffle.train import api
-
-from .conftest import FAST, Fails, make_photos
+from tests.cli.conftest import FAST, Fails, make_photos
 
 VERBS = (
     *("doctor", "models", "data", "data check", "verify", "train", "eval", "predict", "export"),

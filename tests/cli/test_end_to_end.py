@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from meshuffle.train.intact import latest_checkpoint
-
-from ..ranks import free_port
-from .conftest import FAST, make_photos
+from meshuffle.train.checkpoint.intact import latest_checkpoint
+from tests.cli.conftest import FAST, make_photos
+from tests.ranks import free_port
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ from pictures import noise
 from test_shapes import compressed, runs_of, square
 
 from meshuffle.data.base import relabel
-from meshuffle.data.coco import open_coco
+from meshuffle.data.formats.coco import open_coco
 from meshuffle.data.shapes import fill_polygon
 from meshuffle.errors import DataError, ImageError
 

@@ -6,7 +6,7 @@ import pytest
 from pictures import encoded, noise
 from PIL import Image
 
-from meshuffle.data.hub import open_hf
+from meshuffle.data.formats.hf import open_hf
 from meshuffle.errors import DataError, ImageError
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from meshuffle.data.annotated import image_size, read_ids
 from meshuffle.data.check import check_data
-from meshuffle.data.masks import open_masks
+from meshuffle.data.formats.masks import open_masks
 from meshuffle.errors import DataError, ImageError
 
 SIZE = (6, 4)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pictures import noise
 
 from meshuffle.data.entries import repeated, split_options
-from meshuffle.data.table import open_csv, open_json
+from meshuffle.data.formats.table import open_csv, open_json
 from meshuffle.errors import DataError
 
 

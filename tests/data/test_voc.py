@@ -5,7 +5,7 @@ import pytest
 from pictures import noise
 from PIL import Image
 
-from meshuffle.data.voc import OFFICIAL, open_voc
+from meshuffle.data.formats.voc import OFFICIAL, open_voc
 from meshuffle.errors import DataError, ImageError
 
 WIDTH, HEIGHT = 12, 10

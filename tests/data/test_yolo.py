@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from pictures import noise
 
-from meshuffle.data.yolo import open_yolo
+from meshuffle.data.formats.yolo import open_yolo
 from meshuffle.errors import DataError
 
 pytest.importorskip("yaml", reason="PyYAML is not installed")

@@ -22,15 +22,15 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from meshuffle.data import Preprocess, decode_image
-from meshuffle.deploy.format import Run
+from meshuffle.deploy.formats.base import Run
 from meshuffle.deploy.serve.app import About, build_app
 from meshuffle.deploy.serve.backends import Backend
 from meshuffle.deploy.serve.engine import Engine
 from meshuffle.deploy.serve.limits import Limits
 from meshuffle.deploy.serve.metrics import Metrics
 from meshuffle.deploy.serve.service import Service
-from meshuffle.train.tasks import make_task
-from meshuffle.train.weights import Card, open_weights, save_weights
+from meshuffle.tasks import make_task
+from meshuffle.weights import Card, open_weights, save_weights
 
 KNOBS = {"width": 0.25, "depths": [1, 1, 1], "head_channels": 32}
 MODEL = "shufflenet_v2_x0_5"

@@ -17,10 +17,10 @@ from meshuffle.deploy.bench.run import Report, Row, bench
 from meshuffle.deploy.bench.subject import BenchSubject, open_subject
 from meshuffle.deploy.bench.worker import Worker
 from meshuffle.errors import ConfigError, MeshuffleError, ModelError
+from meshuffle.infer.predict import evaluate
 from meshuffle.models import create_model
-from meshuffle.train.inference import evaluate
-from meshuffle.train.tasks import make_task
-from meshuffle.train.weights import Card, save_weights
+from meshuffle.tasks import make_task
+from meshuffle.weights import Card, save_weights
 
 
 @pytest.fixture(scope="module")

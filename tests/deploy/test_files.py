@@ -12,14 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from meshuffle.deploy import FORMATS, find_format
 from meshuffle.deploy.api import write_file
-from meshuffle.deploy.format import Format, Precision, Run
-from meshuffle.deploy.onnx import Onnx
+from meshuffle.deploy.formats import FORMATS, find_format
+from meshuffle.deploy.formats.base import Format, Precision, Run
+from meshuffle.deploy.formats.onnx import Onnx
 from meshuffle.errors import ConfigError, MeshuffleError, ModelError, ParityError
-from meshuffle.train.weights import Card
-
-from .networks import (
+from meshuffle.weights import Card
+from tests.deploy.networks import (
     CLASSES,
     PREPROCESS,
     TINY,
@@ -197,7 +196,7 @@ def test_a_missing_package_is_named_with_the_command(
 ) -> None:
     form = find_format(name)
     monkeypatch.setattr(f"{type(form).__module__}.find_spec", lambda _: None, raising=False)
-    monkeypatch.setattr("meshuffle.deploy.format.find_spec", lambda _: None)
+    monkeypatch.setattr("meshuffle.deploy.formats.base.find_spec", lambda _: None)
     for ask in (form.require, lambda: form.open(Path("model"))):
         with pytest.raises(ConfigError) as caught:
             ask()

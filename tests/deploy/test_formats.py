@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from meshuffle.deploy import FORMATS, find_format
+from meshuffle.deploy.formats import FORMATS, find_format
 from meshuffle.errors import ConfigError
 
 
@@ -30,7 +30,9 @@ def test_an_unknown_format_gets_the_nearest_one(name: str, hint: str) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_finding_a_format_does_not_import_torch(name: str) -> None:
-    code = f"import sys, meshuffle.deploy as d; d.find_format({name!r}); print(*sys.modules)"
+    code = (
+        f"import sys, meshuffle.deploy.formats as d; d.find_format({name!r}); print(*sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert not loaded & {"torch", "onnx", "onnxruntime", "openvino", "executorch"}

@@ -18,9 +18,9 @@ from torch import nn
 
 from meshuffle.cli import main
 from meshuffle.data import Preprocess, open_data
-from meshuffle.deploy import find_format
 from meshuffle.deploy.api import export, write
-from meshuffle.deploy.format import Format, Precision, Run
+from meshuffle.deploy.formats import find_format
+from meshuffle.deploy.formats.base import Format, Precision, Run
 from meshuffle.deploy.int8 import Int8, points_lost
 from meshuffle.deploy.preprocessed import Preprocessed, with_preprocessing
 from meshuffle.deploy.subject import Subject
@@ -28,11 +28,10 @@ from meshuffle.errors import ConfigError, ParityError
 from meshuffle.models import create_model
 from meshuffle.models.detections import Decoded, best_boxes, detections
 from meshuffle.models.detector import anchors_for, create_detector
-from meshuffle.train.task import Metric
-from meshuffle.train.tasks import make_task
-from meshuffle.train.weights import Card, save_weights
-
-from .networks import TINY
+from meshuffle.tasks import make_task
+from meshuffle.tasks.base import Metric
+from meshuffle.weights import Card, save_weights
+from tests.deploy.networks import TINY
 
 PREPROCESS = Preprocess(crop=32, resize=32)
 CARD = Card(model="small", classes=tuple(map(str, range(10))), preprocess=PREPROCESS, data="digits")

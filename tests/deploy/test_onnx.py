@@ -16,15 +16,14 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from meshuffle.data import Preprocess
-from meshuffle.deploy import onnx as onnx_export
 from meshuffle.deploy.api import write_file
-from meshuffle.deploy.onnx import Onnx
+from meshuffle.deploy.formats import onnx as onnx_export
+from meshuffle.deploy.formats.onnx import Onnx
 from meshuffle.deploy.parity import Parity, parity_batches
 from meshuffle.errors import DataError, ModelError, ParityError
 from meshuffle.models import create_model
-from meshuffle.train.weights import Card
-
-from .networks import (
+from meshuffle.weights import Card
+from tests.deploy.networks import (
     CLASSES,
     PREPROCESS,
     SIZE,

@@ -13,15 +13,14 @@ from PIL import Image
 from torch import nn
 
 from meshuffle.data import Preprocess
-from meshuffle.deploy import find_format
 from meshuffle.deploy import preprocessed as module
 from meshuffle.deploy.api import write
-from meshuffle.deploy.onnx import Onnx
+from meshuffle.deploy.formats import find_format
+from meshuffle.deploy.formats.onnx import Onnx
 from meshuffle.deploy.preprocessed import Preprocessed, own_size, with_preprocessing
 from meshuffle.deploy.subject import Subject
 from meshuffle.errors import ConfigError, ParityError
-
-from .networks import PREPROCESS, make_card, make_images, small
+from tests.deploy.networks import PREPROCESS, make_card, make_images, small
 
 SIDES = st.integers(1, 90)
 

@@ -21,9 +21,16 @@ from meshuffle.deploy.serve.answers import answer_of
 from meshuffle.deploy.serve.backends import Backend
 from meshuffle.deploy.serve.limits import Limits
 from meshuffle.deploy.serve.service import Service
-from meshuffle.train.inference import predict
-
-from .serving import error_of, make_weights, many_scans, noise, photos, red, with_service
+from meshuffle.infer.predict import predict
+from tests.deploy.serving import (
+    error_of,
+    make_weights,
+    many_scans,
+    noise,
+    photos,
+    red,
+    with_service,
+)
 
 TASKS = ("classify", "detect", "segment", "multilabel", "regress")
 PNG = {"content-type": "image/png"}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from .serving import Served, make_weights, photos, red, served
+from tests.deploy.serving import Served, make_weights, photos, red, served
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)

@@ -17,8 +17,7 @@ import httpx
 import pytest
 
 from meshuffle.cli import main
-
-from .serving import (
+from tests.deploy.serving import (
     Served,
     error_of,
     make_weights,

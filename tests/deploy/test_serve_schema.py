@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from .serving import Served, make_weights, served
+from tests.deploy.serving import Served, make_weights, served
 
 pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 

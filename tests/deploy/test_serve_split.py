@@ -14,8 +14,7 @@ from meshuffle.cli import main
 from meshuffle.deploy.serve.backends import Backend
 from meshuffle.deploy.serve.measure import Layout, layouts, measured
 from meshuffle.errors import RunError
-
-from .serving import Served, make_weights, photos, served, until
+from tests.deploy.serving import Served, make_weights, photos, served, until
 
 RANKS = 2
 

@@ -14,9 +14,8 @@ from meshuffle.deploy.serve import backends, start
 from meshuffle.deploy.serve.backends import Backend, candidates, prepare
 from meshuffle.deploy.serve.measure import Layout, best_batch, best_layout, layouts
 from meshuffle.errors import ConfigError, ParityError
-from meshuffle.train.weights import open_weights
-
-from .serving import make_weights
+from meshuffle.weights import open_weights
+from tests.deploy.serving import make_weights
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,12 @@ import torch
 from torch import nn
 
 from meshuffle.data import Preprocess
-from meshuffle.deploy import find_format
 from meshuffle.deploy.api import export, write_file
+from meshuffle.deploy.formats import find_format
 from meshuffle.errors import ConfigError
-from meshuffle.train.tasks import make_task
-from meshuffle.train.weights import Card, save_weights
-
-from .networks import TINY
+from meshuffle.tasks import make_task
+from meshuffle.weights import Card, save_weights
+from tests.deploy.networks import TINY
 
 SIZE = 64
 NAME = "shufflenet_v2_x0_5"

@@ -14,11 +14,10 @@ from torchvision.models.shufflenetv2 import channel_shuffle
 
 from meshuffle.graph.functional import reorder
 from meshuffle.graph.graph import is_in_place
-from meshuffle.layout.call import Program
+from meshuffle.layout.program import Program
 from meshuffle.models import create_model
 from meshuffle.models.permutation import ChannelShuffle, channel_permutation
-
-from ..layout.harness import Apply, captured, run_program, whole_tensors
+from tests.layout.harness import Apply, captured, run_program, whole_tensors
 
 
 def r(*sizes: int) -> Tensor:

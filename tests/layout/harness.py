@@ -21,7 +21,6 @@ from torch.fx import Node
 
 from meshuffle.graph import capture
 from meshuffle.layout.assign import Assignment, _Search
-from meshuffle.layout.call import Call, Choice, Program, is_tensor, legal, replicated
 from meshuffle.layout.layout import (
     Layout,
     Owners,
@@ -32,12 +31,12 @@ from meshuffle.layout.layout import (
     Varying,
     Window,
 )
+from meshuffle.layout.program import Call, Choice, Program, is_tensor, legal, replicated
+from meshuffle.layout.storage import Storage
 from meshuffle.parallel.code import Code
 from meshuffle.parallel.lower import _Lowering
-from meshuffle.parallel.moves import Move
-from meshuffle.parallel.storage import Storage
-
-from .differences import differs, gradients_differ, joined
+from meshuffle.parallel.redistribute import Move
+from tests.layout.differences import differs, gradients_differ, joined
 
 
 def few(examples: int) -> settings:

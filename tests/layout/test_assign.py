@@ -15,7 +15,7 @@ from meshuffle.errors import PlanError
 from meshuffle.graph import capture
 from meshuffle.layout import Partial, Samples, Shard, assign
 from meshuffle.layout.assign import Assignment, _Search
-from meshuffle.layout.call import Program
+from meshuffle.layout.program import Program
 from meshuffle.models import create_model
 from meshuffle.parallel.lower import Code, lower
 

@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from meshuffle.layout.call import RULES
 from meshuffle.layout.layout import Partial, Shard, Varying
-from meshuffle.layout.rules import blocks, contraction, conv, moves, pool, window
-
-from .harness import Apply, check, ok
+from meshuffle.layout.program import RULES
+from meshuffle.layout.rules import contraction, conv, groups, movement, pool, window
+from tests.layout.harness import Apply, check, ok
 
 aten = torch.ops.aten
 
@@ -73,7 +72,7 @@ def no_gradient(x: torch.Tensor, *args: Any) -> torch.Tensor:
 
 
 adjoint_needs, pool_terms, pool_weighted = conv._Adjoint.needs, pool._terms, pool.weighted
-block_indices = blocks._indices
+block_indices = groups._indices
 whole_window = window.window
 
 
@@ -128,7 +127,7 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], nn.Module, Any]] =
         aten.upsample_bilinear2d,
     ),
     "wrong owners of groups": (
-        lambda patch: patch.setattr(blocks, "_indices", swapped_owners),
+        lambda patch: patch.setattr(groups, "_indices", swapped_owners),
         nn.Conv2d(8, 12, 3, groups=4),
         aten.conv2d,
     ),
@@ -150,13 +149,13 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], nn.Module, Any]] =
         aten.max_pool2d,
     ),
     "results on each other's ranks": (
-        lambda patch: patch.setitem(RULES, aten.cat, changed(moves.cat, output=backwards)),
+        lambda patch: patch.setitem(RULES, aten.cat, changed(movement.cat, output=backwards)),
         Apply(lambda x: torch.cat([x, x * 2], 1)),
         aten.cat,
     ),
     "pieces joined in the wrong order": (
         lambda patch: patch.setattr(
-            moves._Pieces,
+            movement._Pieces,
             "__call__",
             lambda self, emit: list(reversed(moves_pieces(self, emit))),
         ),
@@ -164,7 +163,7 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], nn.Module, Any]] =
         aten.chunk,
     ),
 }
-moves_pieces = moves._Pieces.__call__
+moves_pieces = movement._Pieces.__call__
 
 
 @pytest.mark.parametrize("fault", FAULTS)

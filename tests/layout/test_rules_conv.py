@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from meshuffle.layout import Partial
 from meshuffle.layout.rules.pool import _terms, weighted
-
-from .harness import Apply, check, few, ok
+from tests.layout.harness import Apply, check, few, ok
 
 aten = torch.ops.aten
 CONVS = {1: aten.conv1d, 2: aten.conv2d, 3: aten.conv3d}

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from meshuffle.layout import Partial
-
-from .harness import Apply, check, few, ok
+from tests.layout.harness import Apply, check, few, ok
 
 aten = torch.ops.aten
 sdpa = F.scaled_dot_product_attention

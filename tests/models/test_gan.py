@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meshuffle.dist.exchange import Exchange
+from meshuffle.comm.exchange import Exchange
 from meshuffle.errors import ModelError
 from meshuffle.models.gan import Discriminator, Generator, GrowingUnit, SpectralNorm
 from meshuffle.models.shufflenet_v2 import ShuffleUnitV2

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
-from meshuffle.dist.exchange import Exchange
+from meshuffle.comm.exchange import Exchange
 from meshuffle.errors import ConfigError, ModelError
 from meshuffle.graph.capture import capture
 from meshuffle.models import classifier_of, create_model
@@ -20,7 +20,7 @@ from meshuffle.models.dilation import dilate
 from meshuffle.models.features import Features
 from meshuffle.models.segmenter import HEADS, Segmenter, create_segmenter
 from meshuffle.parallel.batch_norm import synchronise_batch_norm
-from meshuffle.train.optim import freeze
+from meshuffle.train.optimiser import freeze
 
 LOCAL: list[tuple[str, dict[str, Any]]] = [
     ("shufflenet_v1_x0_25_g3", {}),

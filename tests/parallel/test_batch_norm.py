@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from meshuffle.dist.exchange import Exchange
+from meshuffle.comm.exchange import Exchange
 from meshuffle.parallel.batch_norm import (
     BatchNorm,
     global_statistics,

@@ -10,14 +10,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from meshuffle.comm.exchange import GroupExchange, SharedExchange
 from meshuffle.data import shard_bounds
-from meshuffle.dist.exchange import GroupExchange, SharedExchange
 from meshuffle.models import create_model
 from meshuffle.parallel import batch_norm, data_parallel
 from meshuffle.parallel.batch_norm import synchronise_batch_norm
 from meshuffle.parallel.data_parallel import DataParallel
-
-from ..ranks import run_ranks
+from tests.ranks import run_ranks
 
 NUM_CLASSES = 5
 

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from meshuffle.layout.layout import Shard
 from meshuffle.parallel.data_parallel import DataParallel
-from meshuffle.parallel.draws import DrawState, Dropout, KeyedDropout, draw_key, key_dropout
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.parts import cut_part, join_parts
+from meshuffle.parallel.random_masks import DrawState, Dropout, KeyedDropout, draw_key, key_dropout
 from meshuffle.parallel.ranks import Ranks, join
 from meshuffle.planner.plan import parse_plan
 from meshuffle.train import compiling
-
-from ..ranks import run_ranks
+from tests.ranks import run_ranks
 
 UNEVEN = Shard(1, ((3, 0, 4), (), (1, 2)))
 

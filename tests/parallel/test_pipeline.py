@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from meshuffle.dist.group import new_group
+from meshuffle.comm.group import new_group
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.pipeline import Pipeline
 from meshuffle.parallel.ranks import join

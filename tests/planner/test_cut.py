@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from meshuffle.errors import PlanError
 from meshuffle.graph import capture
-from meshuffle.layout.call import Program
+from meshuffle.layout.program import Program
 from meshuffle.planner.costs import estimated, measured
 from meshuffle.planner.cut import choose_cuts, crossing_bytes, cuts_at, cuts_like, live_behind
 

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from meshuffle.config import TrainConfig
 from meshuffle.data import open_data
 from meshuffle.errors import ConfigError
+from meshuffle.infer.predict import evaluate
 from meshuffle.models import create_model
+from meshuffle.report.record import read_record
 from meshuffle.train.api import resume, train
-from meshuffle.train.config import TrainConfig
-from meshuffle.train.inference import evaluate
-from meshuffle.train.record import read_record
 from meshuffle.train.run import resolve_for
 from meshuffle.train.state import build_model, make_card
-from meshuffle.train.weights import load_model, read_weights
+from meshuffle.weights import load_model, read_weights
 
 
 @pytest.fixture

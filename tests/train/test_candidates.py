@@ -7,16 +7,15 @@ from collections.abc import Mapping
 
 import pytest
 
+from meshuffle.config import TrainConfig
 from meshuffle.data import Preprocess
 from meshuffle.errors import MeshuffleError
 from meshuffle.planner.plan import Plan
 from meshuffle.train import candidates
 from meshuffle.train.candidates import candidate_plans, choose, fastest_plan, time_plans
-from meshuffle.train.config import TrainConfig
 from meshuffle.train.state import model_knobs
-from meshuffle.train.weights import Card
-
-from .conftest import SMALL
+from meshuffle.weights import Card
+from tests.conftest import SMALL
 
 
 @pytest.mark.parametrize(

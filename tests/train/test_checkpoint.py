@@ -14,14 +14,20 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from meshuffle import files
+from meshuffle.config import TrainConfig
 from meshuffle.data import Preprocess
 from meshuffle.errors import MeshuffleError, RunError
-from meshuffle.train import files, state
+from meshuffle.train import state
 from meshuffle.train.api import resume, train
-from meshuffle.train.checkpoint import checkpoints, locked, read_checkpoint, save_checkpoint
-from meshuffle.train.config import TrainConfig
-from meshuffle.train.intact import latest_checkpoint
-from meshuffle.train.weights import Card, read_weights, save_weights
+from meshuffle.train.checkpoint.checkpoint import (
+    checkpoints,
+    locked,
+    read_checkpoint,
+    save_checkpoint,
+)
+from meshuffle.train.checkpoint.intact import latest_checkpoint
+from meshuffle.weights import Card, read_weights, save_weights
 
 TENSORS = {
     "model.weight": torch.arange(24.0).reshape(2, 3, 2, 2),

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from meshuffle.dist.exchange import Exchange, GroupExchange
+from meshuffle.comm.exchange import Exchange, GroupExchange
+from meshuffle.config import TrainConfig
 from meshuffle.errors import ConfigError
 from meshuffle.parallel.batch_norm import synchronise_batch_norm
 from meshuffle.train import compiling
 from meshuffle.train.compiling import CompileChoice
-from meshuffle.train.config import TrainConfig
 from meshuffle.train.watch import SilentWatch
 
 NUM_TIMED = 25

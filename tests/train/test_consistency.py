@@ -15,16 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from meshuffle.config import TrainConfig, check
 from meshuffle.errors import ConfigError, MeshuffleError
-from meshuffle.train import consistency, rank, report
-from meshuffle.train.config import TrainConfig, check
+from meshuffle.report import report
+from meshuffle.train import consistency, rank
+from meshuffle.train.checkpoint.intact import latest_checkpoint
 from meshuffle.train.consistency import fingerprint, members
-from meshuffle.train.intact import latest_checkpoint
 from meshuffle.train.place import Place
 from meshuffle.train.run import prepare
-
-from ..ranks import as_launched, run_ranks
-from .conftest import SMALL
+from tests.conftest import SMALL
+from tests.ranks import as_launched, run_ranks
 
 WORDS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int16}
 MODELS = {"tied": f"{__name__}:make_tied"}

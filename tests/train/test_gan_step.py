@@ -13,13 +13,13 @@ from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 
+from meshuffle.config import TrainConfig
 from meshuffle.parallel.data_parallel import DataParallel, Mode
-from meshuffle.parallel.draws import draw_key
-from meshuffle.train.config import TrainConfig
-from meshuffle.train.gan import BETAS
-from meshuffle.train.optim import build_optimizer
+from meshuffle.parallel.random_masks import draw_key
+from meshuffle.tasks.gan import BETAS
+from meshuffle.train.optimiser import build_optimizer
 from tests.ranks import run_ranks
-from tests.train.gans import PREPROCESS, gan, make_batch, make_step, photos, train
+from tests.tasks.gans import PREPROCESS, gan, make_batch, make_step, photos, train
 
 SMALL_GAN = gan().eval()
 

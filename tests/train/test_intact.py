@@ -13,16 +13,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from meshuffle.dist.group import RankEnv
+from meshuffle.comm.group import RankEnv
+from meshuffle.config import TrainConfig
 from meshuffle.errors import RunError
-from meshuffle.train import intact
 from meshuffle.train.api import resume, train
-from meshuffle.train.checkpoint import checkpoints, save_checkpoint
-from meshuffle.train.config import TrainConfig
-from meshuffle.train.intact import agree_on_checkpoint, find_checkpoint, latest_checkpoint
-
-from ..ranks import run_ranks
-from .test_split_training import new_run, train_all
+from meshuffle.train.checkpoint import intact
+from meshuffle.train.checkpoint.checkpoint import checkpoints, save_checkpoint
+from meshuffle.train.checkpoint.intact import (
+    agree_on_checkpoint,
+    find_checkpoint,
+    latest_checkpoint,
+)
+from tests.ranks import run_ranks
+from tests.train.test_split_training import new_run, train_all
 
 SHARD = "__0_0.distcp"
 

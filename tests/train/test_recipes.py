@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from meshuffle.train.config import TrainConfig, check, read_config
+from meshuffle.config import TrainConfig, check, read_config
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 

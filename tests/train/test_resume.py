@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from meshuffle.config import TrainConfig
 from meshuffle.errors import Interrupted, RunError
+from meshuffle.infer.predict import evaluate, predict
 from meshuffle.train import loop
 from meshuffle.train.api import resume, train
-from meshuffle.train.config import TrainConfig
-from meshuffle.train.inference import evaluate, predict
-from meshuffle.train.intact import latest_checkpoint
-from meshuffle.train.weights import read_weights
+from meshuffle.train.checkpoint.intact import latest_checkpoint
+from meshuffle.weights import read_weights
 
 RICH: dict[str, Any] = {
     "epochs": 10,
@@ -125,7 +125,7 @@ def test_resume_needs_a_run_with_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_run_in_use_is_refused(small: TrainConfig) -> None:
-    from meshuffle.train.checkpoint import locked
+    from meshuffle.train.checkpoint.checkpoint import locked
 
     run = Path(train(dataclasses.replace(small, epochs=1))["run"])
     with locked(run), pytest.raises(RunError, match="another process"):

@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 import torch
 
+from meshuffle.config import TrainConfig
 from meshuffle.errors import Interrupted, MeshuffleError
-from meshuffle.train import checkpoint, loop
+from meshuffle.train import loop
 from meshuffle.train.api import train
-from meshuffle.train.checkpoint import read_checkpoint, save_checkpoint
-from meshuffle.train.config import TrainConfig
-from meshuffle.train.intact import latest_checkpoint
-from meshuffle.train.saver import Saver
-from meshuffle.train.weights import read_weights
-
-from .test_resume import stop_when
+from meshuffle.train.checkpoint import checkpoint
+from meshuffle.train.checkpoint.checkpoint import read_checkpoint, save_checkpoint
+from meshuffle.train.checkpoint.intact import latest_checkpoint
+from meshuffle.train.checkpoint.saver import Saver
+from meshuffle.weights import read_weights
+from tests.train.test_resume import stop_when
 
 
 def fail() -> None:
@@ -170,8 +170,8 @@ def test_a_failed_write_is_not_a_stop_that_saved(
 KILLED = """
 import sys, time, torch, torch.distributed.checkpoint as dcp
 from pathlib import Path
-from meshuffle.train.checkpoint import save_checkpoint
-from meshuffle.train.saver import Saver
+from meshuffle.train.checkpoint.checkpoint import save_checkpoint
+from meshuffle.train.checkpoint.saver import Saver
 def stuck(self, *_):
     (Path(self.path) / "__0_0.distcp").write_bytes(b"half")
     print("writing", flush=True)

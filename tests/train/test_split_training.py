@@ -12,18 +12,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from meshuffle.data import Preprocess, folder
+from meshuffle.config import TrainConfig
+from meshuffle.data import Preprocess
+from meshuffle.data.formats import folder
 from meshuffle.errors import ImageError
+from meshuffle.files import write_json
 from meshuffle.planner.plan import parse_plan
-from meshuffle.train import rank, report, state
-from meshuffle.train.config import TrainConfig
-from meshuffle.train.files import write_json
-from meshuffle.train.intact import latest_checkpoint
+from meshuffle.report import report
+from meshuffle.train import rank, state
+from meshuffle.train.checkpoint.intact import latest_checkpoint
 from meshuffle.train.run import prepare
-from meshuffle.train.weights import load_model, read_weights
-
-from ..ranks import as_launched, run_ranks
-from .conftest import SMALL
+from meshuffle.weights import load_model, read_weights
+from tests.conftest import SMALL
+from tests.ranks import as_launched, run_ranks
 
 EPOCHS = 3
 pytestmark = pytest.mark.timeout(900)  # one fixture makes twelve runs; other work may be beside

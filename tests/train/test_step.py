@@ -8,13 +8,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from meshuffle.comm.exchange import GroupExchange
 from meshuffle.data import AugmentConfig, Batch, Preprocess, mix_batch
-from meshuffle.dist.exchange import GroupExchange
 from meshuffle.parallel.data_parallel import DataParallel
+from meshuffle.tasks.base import seed_step
+from meshuffle.tasks.classify import Classify
 from meshuffle.train.step import Step, sum_over_ranks
-from meshuffle.train.task import seed_step
-from meshuffle.train.tasks.classify import Classify
-from meshuffle.train.weights import Card
+from meshuffle.weights import Card
 
 NUM_CLASSES, SIZE, LR = 3, 4, 0.5
 CARD = Card("none", tuple("abc"), Preprocess(crop=SIZE, resize=SIZE))

@@ -16,24 +16,23 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from meshuffle.dist import collectives
-from meshuffle.dist.exchange import GroupExchange, SharedExchange
-from meshuffle.dist.spans import Spans, clock_ahead_ns
+from meshuffle.comm import collectives
+from meshuffle.comm.exchange import GroupExchange, SharedExchange
+from meshuffle.config import TrainConfig
 from meshuffle.parallel.pipeline import Pipeline
 from meshuffle.planner.plan import parse_plan
 from meshuffle.planner.schedules import make_schedule
-from meshuffle.train import diagram, report
+from meshuffle.report import pipeline_diagram, report
+from meshuffle.report.pipeline_diagram import Trace, measured_bubble, read_trace, timeline_section
 from meshuffle.train.api import train
-from meshuffle.train.config import TrainConfig
-from meshuffle.train.diagram import Trace, measured_bubble, read_trace, timeline_section
 from meshuffle.train.loop import Loop
 from meshuffle.train.rank import train_rank
 from meshuffle.train.run import prepare
+from meshuffle.train.spans import Spans, clock_ahead_ns
 from meshuffle.train.step import Step
 from meshuffle.train.timeline import LANES, TRACED_STEPS, WARM_STEPS
-
-from ..ranks import as_launched, run_ranks
-from .conftest import SMALL
+from tests.conftest import SMALL
+from tests.ranks import as_launched, run_ranks
 
 PLANS = {
     "1f1b": "pp=2,mb=4",
@@ -153,7 +152,7 @@ def test_every_scheduled_action_once_a_step(runs: dict[str, Path], name: str) ->
     events = [e for e in events_of(runs[name]) if e["ph"] == "X"]
     trace = read_trace(runs[name] / "trace.json")
     assert trace is not None
-    whole = diagram._whole_steps(trace, schedule)
+    whole = pipeline_diagram._whole_steps(trace, schedule)
     assert len(whole) >= TRACED_STEPS - 2  # not those at the end of an epoch, of two images
     for step, rank in itertools.product(whole, range(plan.num_ranks)):
         own = [e for e in events if (e["args"]["step"], e["pid"]) == (step, rank)]
@@ -280,4 +279,4 @@ def test_a_broken_trace_is_none(tmp_path: Path, text: str) -> None:
 def test_many_ranks_show_the_first_replica() -> None:
     places = [{"dp": r // 2 % 8, "tp": r % 2, "pp": r // 16} for r in range(64)]
     trace = SimpleNamespace(num_ranks=64, about={"places": places})
-    assert diagram._shown(trace) == [0, 16, 32, 48]  # type: ignore[arg-type]
+    assert pipeline_diagram._shown(trace) == [0, 16, 32, 48]  # type: ignore[arg-type]

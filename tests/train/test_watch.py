@@ -11,16 +11,15 @@ from typing import Any
 
 import pytest
 
+from meshuffle.config import TrainConfig
 from meshuffle.data import Preprocess
 from meshuffle.errors import Interrupted, MeshuffleError
+from meshuffle.tasks import make_task
 from meshuffle.train import watch
 from meshuffle.train.api import resume, train
-from meshuffle.train.config import TrainConfig
-from meshuffle.train.tasks import make_task
 from meshuffle.train.watch import columns, environment, watch_run
-from meshuffle.train.weights import Card
-
-from .test_resume import stop_when
+from meshuffle.weights import Card
+from tests.train.test_resume import stop_when
 
 TASK = make_task(Card("none", ("a", "b"), Preprocess()))
 COLUMNS = columns(TASK)

@@ -18,9 +18,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from meshuffle.dist import collectives
-from meshuffle.parallel import batch_norm, gradients, moves, pipeline
-from meshuffle.parallel.draws import Draw
+from meshuffle.comm import collectives
+from meshuffle.parallel import batch_norm, gradients, pipeline, redistribute
+from meshuffle.parallel.random_masks import Draw
 from meshuffle.verify import rank
 from meshuffle.verify.__main__ import main
 from meshuffle.verify.job import Job
@@ -98,9 +98,9 @@ class Fault:
         return [mock.patch.object(collectives, "all_to_all", stays)]
 
     def forget_a_halo_row(self) -> Patches:
-        prepare = moves.Move._prepare
+        prepare = redistribute.Move._prepare
 
-        def without(move: moves.Move, batch: int) -> Any:
+        def without(move: redistribute.Move, batch: int) -> Any:
             run = prepare(move, batch)
             if move.step.name != "halo" or self.rank != 0:
                 return run
@@ -113,7 +113,7 @@ class Fault:
 
             return forgetful
 
-        return [mock.patch.object(moves.Move, "_prepare", without)]
+        return [mock.patch.object(redistribute.Move, "_prepare", without)]
 
     def stale_buffer(self) -> Patches:
         return [mock.patch.object(batch_norm, "update_running", lambda *_: self.fired())]

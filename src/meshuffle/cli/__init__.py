@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 
 from cyclopts import App, CycloptsError
 
-from meshuffle.dist.launch import be_a_good_neighbour
+from meshuffle.comm.launch import be_a_good_neighbour
 from meshuffle.errors import Interrupted, in_words
-from meshuffle.train.files import finite
+from meshuffle.files import finite
 
 _VERBS = (
     "doctor",
@@ -135,7 +135,7 @@ class Answer:
 
 def from_main(answer: Answer) -> Answer | None:
     """Let one rank speak where a launcher has started many."""
-    from meshuffle.dist.group import RankEnv, rank_env
+    from meshuffle.comm.group import RankEnv, rank_env
 
     return answer if (rank_env() or RankEnv()).is_main else None
 

@@ -10,7 +10,7 @@ from cyclopts import App, Parameter
 
 from meshuffle.cli import Answer
 from meshuffle.cli.options import Debug, Json
-from meshuffle.train.config import TaskName
+from meshuffle.config import TaskName
 
 
 def register(app: App) -> None:

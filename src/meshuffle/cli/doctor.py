@@ -20,7 +20,7 @@ def doctor(*, json: Json = False, debug: Debug = False) -> Answer:
 
     import torch.distributed as dist
 
-    from meshuffle.dist.device import num_accelerators
+    from meshuffle.comm.device import num_accelerators
     from meshuffle.train.compiling import compiler_missing
     from meshuffle.train.watch import environment
 

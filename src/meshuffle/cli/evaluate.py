@@ -38,8 +38,8 @@ def evaluate(
     target
         A run folder, a weights file, or torchvision:NAME for what torchvision publishes.
     """
+    from meshuffle.infer.predict import evaluate as run_evaluation
     from meshuffle.train.api import told
-    from meshuffle.train.inference import evaluate as run_evaluation
 
     evaluation, used = run_evaluation(
         target, data=data, split=split, batch=batch, model=model, plan=plan

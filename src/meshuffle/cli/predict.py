@@ -54,7 +54,7 @@ def predict(
     """
     if features or nearest:
         return _by_features(target, images, features, nearest, batch, model, plan)
-    from meshuffle.train.inference import predict as run_prediction
+    from meshuffle.infer.predict import predict as run_prediction
 
     if plan == "auto":
         plan = _fastest_plan(target, images, batch, model)
@@ -68,8 +68,8 @@ def predict(
 
 def _fastest_plan(target: Path, images: list[Path], batch: int, model: str | None) -> str:
     from meshuffle.deploy.spread import spread_over
-    from meshuffle.train.inference import expanded
-    from meshuffle.train.weights import find_weights
+    from meshuffle.infer.predict import expanded
+    from meshuffle.weights import find_weights
 
     find_weights(target)  # the run first, if both are wrong
     return str(spread_over(target, model, len(expanded(images)), batch, say))
@@ -87,9 +87,9 @@ def _by_features(
     """Write the images' features, or find the images that are near by them."""
     import numpy as np
 
-    from meshuffle.dist.group import rank_env
-    from meshuffle.train import retrieval
-    from meshuffle.train.files import replaced
+    from meshuffle.comm.group import rank_env
+    from meshuffle.files import replaced
+    from meshuffle.infer import features as retrieval
 
     if file and folder:
         raise ConfigError("--features and --nearest: give one of them")

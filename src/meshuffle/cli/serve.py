@@ -57,7 +57,7 @@ def serve(
     from meshuffle.deploy.serve import REPLICA, require
 
     require()
-    from meshuffle.dist.forking import fork_server
+    from meshuffle.comm.forking import fork_server
 
     fork_server(REPLICA)
     from meshuffle.deploy.serve import start

@@ -12,8 +12,8 @@ from cyclopts import App, ArgumentCollection, Parameter
 
 from meshuffle.cli import Answer, from_main
 from meshuffle.cli.options import Debug, Json
+from meshuffle.config import FIELDS, Origin, TrainConfig, check, config_key, read_config
 from meshuffle.errors import ConfigError
-from meshuffle.train.config import FIELDS, Origin, TrainConfig, check, config_key, read_config
 
 _flags: set[str] = set()
 
@@ -100,7 +100,7 @@ def _merged(
         raise ConfigError("DATA is missing: meshuffle train DATA, for example: train digits")
     merged = check(dataclasses.replace(TrainConfig(), **values))
     if origins.get("model") == "file" and ":" in merged.model:
-        from meshuffle.train.weights import require_repeated
+        from meshuffle.weights import require_repeated
 
         require_repeated(merged.model, None)
     return merged, origins

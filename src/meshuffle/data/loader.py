@@ -27,12 +27,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from meshuffle.comm.device import num_cores, return_freed_blocks
+from meshuffle.comm.forking import fork_server
 from meshuffle.data.base import ImageSource
 from meshuffle.data.dense import build_eval_transform
 from meshuffle.data.preprocess import Preprocess
 from meshuffle.data.sampler import EpochSampler, SampleKey
-from meshuffle.dist.device import num_cores, return_freed_blocks
-from meshuffle.dist.forking import fork_server
 from meshuffle.errors import ImageError, MeshuffleError
 
 _MAX_WORKERS = 8  # per rank; beyond it the decoding of a rank rarely limits

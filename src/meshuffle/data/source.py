@@ -11,8 +11,8 @@ from importlib import import_module
 from pathlib import Path
 
 from meshuffle.data.base import Data, ImageSource
-from meshuffle.data.digits import open_digits
-from meshuffle.data.folder import open_folder
+from meshuffle.data.formats.digits import open_digits
+from meshuffle.data.formats.folder import open_folder
 from meshuffle.data.scan import existing_folder
 from meshuffle.errors import DataError, did_you_mean
 
@@ -33,7 +33,7 @@ class Format:
     def load(self) -> Callable[..., Data]:
         """Import the opener."""
         opener: Callable[..., Data] = getattr(
-            import_module(f"meshuffle.data.{self.module}"), self.opener
+            import_module(f"meshuffle.data.formats.{self.module}"), self.opener
         )
         return opener
 
@@ -44,7 +44,7 @@ FORMATS: Mapping[str, Format] = {
     "csv": Format("table", "open_csv", (*_LABELS, "regress")),
     "fashion-mnist": Format("mnist", "open_fashion_mnist"),
     "folder": Format("folder", "open_folder"),
-    "hf": Format("hub", "open_hf"),
+    "hf": Format("hf", "open_hf"),
     "imagenet": Format("folder", "open_imagenet"),
     "json": Format("table", "open_json", (*_LABELS, "regress")),
     "masks": Format("masks", "open_masks", ("segment",)),

@@ -14,15 +14,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from meshuffle.data import open_data
-from meshuffle.deploy import find_format
-from meshuffle.deploy.format import Calibration, Format, Run
+from meshuffle.deploy.formats import find_format
+from meshuffle.deploy.formats.base import Calibration, Format, Run
 from meshuffle.deploy.int8 import Int8, module_run
 from meshuffle.deploy.parity import TOLERANCE, Parity, check_images, check_parity
 from meshuffle.deploy.preprocessed import with_preprocessing
 from meshuffle.deploy.subject import Subject
 from meshuffle.errors import ConfigError, DataError, ImageError, MeshuffleError
-from meshuffle.train.files import disk_errors, replaced_files
-from meshuffle.train.weights import Card, find_weights, load_model
+from meshuffle.files import disk_errors, replaced_files
+from meshuffle.weights import Card, find_weights, load_model
 
 _NUM_IMAGES = 5
 

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from meshuffle.data import ImageSource, auto_workers, eval_loader
-from meshuffle.deploy.format import Run
+from meshuffle.deploy.formats.base import Run
 from meshuffle.deploy.subject import Subject
 from meshuffle.errors import ConfigError, DataError, ImageError, ParityError
-from meshuffle.train.evaluate import joined
-from meshuffle.train.split import open_split
-from meshuffle.train.task import Metric
-from meshuffle.train.tasks import make_task
+from meshuffle.infer.evaluate import joined
+from meshuffle.infer.images import open_split
+from meshuffle.tasks import make_task
+from meshuffle.tasks.base import Metric
 
 NUM_IMAGES = 300
 """Training images to calibrate on."""

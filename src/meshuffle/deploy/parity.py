@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from meshuffle.data import Preprocess
-from meshuffle.deploy.format import Run
+from meshuffle.deploy.formats.base import Run
 from meshuffle.errors import DataError, ParityError
 
 if TYPE_CHECKING:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
+from meshuffle.comm.device import num_cores
+from meshuffle.comm.forking import fork_server
+from meshuffle.comm.group import rank_env
 from meshuffle.deploy.serve.backends import TORCH, Backend
 from meshuffle.deploy.serve.measure import Layout, layouts, measured
-from meshuffle.dist.device import num_cores
-from meshuffle.dist.forking import fork_server
-from meshuffle.dist.group import rank_env
 from meshuffle.planner.plan import Plan
-from meshuffle.train.weights import open_weights, require_repeated
+from meshuffle.weights import open_weights, require_repeated
 
 WORTH_IMAGES = 2000
 """With fewer, to measure and to start ranks takes longer than it can save."""

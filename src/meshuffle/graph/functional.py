@@ -22,8 +22,8 @@ from torch import Tensor, fx
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from meshuffle.graph.draws import number_draws
 from meshuffle.graph.graph import Graph, is_in_place, owners_of
+from meshuffle.graph.random_ops import number_draws
 
 aten = torch.ops.aten
 

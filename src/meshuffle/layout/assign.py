@@ -26,9 +26,9 @@ from torch.fx import Node
 import meshuffle.layout.rules  # noqa: F401  # registers them
 from meshuffle.errors import PlanError
 from meshuffle.graph import Graph
-from meshuffle.layout.call import Call, Choice, Program, is_tensor, legal, replicated, unique
-from meshuffle.layout.convert import Value, steps
 from meshuffle.layout.layout import Layout, Replicate, Shard, Varying, Window, even_size
+from meshuffle.layout.program import Call, Choice, Program, is_tensor, legal, replicated, unique
+from meshuffle.layout.redistribution import Value, steps
 
 _MOST_WANTED, _MOST_POSSIBLE, _MOST_CHOICES, _BEAM = 6, 10, 24, 24
 _SMALL = 0.002  # of all FLOPs: such an op may run whole on every rank where that sends less

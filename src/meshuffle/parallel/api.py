@@ -13,13 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from meshuffle.dist.device import pick_device
-from meshuffle.dist.group import RankEnv, process_group, rank_env
+from meshuffle.comm.device import pick_device
+from meshuffle.comm.group import RankEnv, process_group, rank_env
 from meshuffle.errors import PlanError
-from meshuffle.parallel.draws import draw_key
 from meshuffle.parallel.gradients import sum_gradients
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.pipeline import Pipeline
+from meshuffle.parallel.random_masks import draw_key
 from meshuffle.parallel.ranks import Ranks, join
 from meshuffle.planner.plan import Plan, parse_plan
 from meshuffle.planner.schedules import make_schedule

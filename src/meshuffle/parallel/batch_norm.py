@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from meshuffle.dist.exchange import Exchange
+from meshuffle.comm.exchange import Exchange
 
 # An operator of torch takes numbers, not objects; small ones, so that compiled code is found again.
 _EXCHANGES: WeakValueDictionary[int, Exchange] = WeakValueDictionary()

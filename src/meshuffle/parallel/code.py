@@ -11,8 +11,8 @@ from torch import fx, nn
 from torch.fx import Node
 
 from meshuffle.graph.capture import named_tensors, tied_names
-from meshuffle.layout.call import Program
 from meshuffle.layout.layout import Layout, Samples, Shard, even_size
+from meshuffle.layout.program import Program
 from meshuffle.parallel.batch_norm import SyncNorm
 from meshuffle.planner.schedules import Action, Schedule
 

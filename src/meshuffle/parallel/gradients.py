@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from meshuffle.dist.sent_bytes import labelled
+from meshuffle.comm.sent_bytes import labelled
 from meshuffle.parallel.data_parallel import fill_buckets
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.ranks import Ranks

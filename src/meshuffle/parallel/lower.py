@@ -20,8 +20,6 @@ from torch.utils import _pytree as pytree
 from meshuffle.errors import ModelError
 from meshuffle.graph.graph import is_in_place
 from meshuffle.layout.assign import Assignment, stored_bytes
-from meshuffle.layout.call import Call, Emitter, is_tensor
-from meshuffle.layout.convert import Step, Value, steps
 from meshuffle.layout.layout import (
     Layout,
     Partial,
@@ -32,11 +30,13 @@ from meshuffle.layout.layout import (
     Varying,
     even_size,
 )
-from meshuffle.parallel import draws
+from meshuffle.layout.program import Call, Emitter, is_tensor
+from meshuffle.layout.redistribution import Step, Value, steps
+from meshuffle.layout.storage import Storage
+from meshuffle.parallel import random_masks
 from meshuffle.parallel.batch_norm import SyncNorm, local_norm
 from meshuffle.parallel.code import Code, Crossing, Sent
-from meshuffle.parallel.moves import Move
-from meshuffle.parallel.storage import Storage
+from meshuffle.parallel.redistribute import Move
 from meshuffle.planner.cut import live_behind
 
 aten = torch.ops.aten
@@ -367,7 +367,7 @@ class _Lowering(Emitter):
     def _draw(self, call: Call) -> Node:
         layout = self.choice.output
         assert not isinstance(layout, tuple)
-        module, names = draws.draw_module(call, layout, self.rank)
+        module, names = random_masks.draw_module(call, layout, self.rank)
         name = self.add_module(type(module).__name__.lower(), module)
         args = tuple(self.given[key] for key in names)
         return self.code.graph.call_module(name, (*args, self.batch))

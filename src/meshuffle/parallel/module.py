@@ -15,16 +15,16 @@ from meshuffle.errors import ModelError
 from meshuffle.graph import Graph, capture
 from meshuffle.graph.capture import named_tensors, tied_names
 from meshuffle.layout.assign import Assignment, assign
-from meshuffle.layout.call import Program
 from meshuffle.layout.layout import Shard
+from meshuffle.layout.program import Program
 from meshuffle.parallel import printout
 from meshuffle.parallel.batch_norm import SyncNorm, exchange_handle
 from meshuffle.parallel.code import Code, stages_of
-from meshuffle.parallel.draws import Draw
 from meshuffle.parallel.lower import lower_stages
-from meshuffle.parallel.moves import Move
 from meshuffle.parallel.parts import cut_part, gather_named, join_parts
+from meshuffle.parallel.random_masks import Draw
 from meshuffle.parallel.ranks import Ranks
+from meshuffle.parallel.redistribute import Move
 from meshuffle.planner.costs import estimated, per_rank
 from meshuffle.planner.cut import choose_cuts, cuts_at, cuts_like
 

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from meshuffle.dist import collectives
+from meshuffle.comm import collectives
 from meshuffle.layout.layout import Shard
-from meshuffle.layout.transfer import whole_route
+from meshuffle.layout.routes import whole_route
 
 
 def cut_part(whole: Tensor, shard: Shard, rank: int) -> Tensor:

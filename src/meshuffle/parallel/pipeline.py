@@ -21,8 +21,8 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 from torch.nn import Parameter
 from torch.utils import _pytree as pytree
 
-from meshuffle.dist.group import new_group, wait
-from meshuffle.dist.sent_bytes import labelled
+from meshuffle.comm.group import new_group, wait
+from meshuffle.comm.sent_bytes import labelled
 from meshuffle.layout.layout import Replicate
 from meshuffle.parallel.code import Crossing
 from meshuffle.parallel.module import Parallel

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from meshuffle.dist.exchange import Exchange, GroupExchange
+from meshuffle.comm.exchange import Exchange, GroupExchange
 from meshuffle.errors import PlanError
-from meshuffle.parallel.draws import DrawState
+from meshuffle.parallel.random_masks import DrawState
 from meshuffle.planner.plan import Plan
 
 

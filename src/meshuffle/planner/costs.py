@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from meshuffle.dist.device import synchronize
+from meshuffle.comm.device import synchronize
 from meshuffle.graph.graph import is_in_place
 from meshuffle.layout.assign import Assignment
-from meshuffle.layout.call import Program
+from meshuffle.layout.program import Program
 
 _FLOPS_PER_S, _BYTES_PER_S = 5e10, 1e10  # of a CPU core; their ratio alone decides a cut
 _RUNS, _SHORT_S = 3, 2e-4

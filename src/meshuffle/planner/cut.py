@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from meshuffle.errors import PlanError
 from meshuffle.graph.graph import is_in_place, owners_of
-from meshuffle.layout.call import Program, is_tensor
+from meshuffle.layout.program import Program, is_tensor
 
 aten = torch.ops.aten
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch.distributed as dist
 
+from meshuffle.comm.device import pick_device
+from meshuffle.comm.group import RankEnv, process_group, rank_env
+from meshuffle.config import Origin, TrainConfig, to_toml
 from meshuffle.data import open_data
-from meshuffle.dist.device import pick_device
-from meshuffle.dist.group import RankEnv, process_group, rank_env
 from meshuffle.errors import MeshuffleError
-from meshuffle.train.begin import adopt_model
-from meshuffle.train.config import Origin, TrainConfig, to_toml
+from meshuffle.tasks import find_task
+from meshuffle.train.initial_weights import adopt_model
 from meshuffle.train.rank import train_rank
 from meshuffle.train.run import Prepared, launch, prepare, reopen, resolve_for
-from meshuffle.train.tasks import find_task
 
 
 def train(config: TrainConfig, origins: Mapping[str, Origin] | None = None) -> dict[str, Any]:

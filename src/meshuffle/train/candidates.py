@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from meshuffle.comm.device import keep_freed_pages, num_cores, pick_device, synchronize
+from meshuffle.comm.group import RankEnv, new_group, process_group, rank_env
+from meshuffle.comm.launch import end_with_parent, report_failure, torchrun
+from meshuffle.config import TrainConfig, read_config, to_toml
 from meshuffle.data import Batch, shard_bounds
-from meshuffle.dist.device import keep_freed_pages, num_cores, pick_device, synchronize
-from meshuffle.dist.group import RankEnv, new_group, process_group, rank_env
-from meshuffle.dist.launch import end_with_parent, report_failure, torchrun
 from meshuffle.planner.plan import Plan, parse_plan
-from meshuffle.train.config import TrainConfig, read_config, to_toml
 from meshuffle.train.state import TrainState, build_state
-from meshuffle.train.weights import Card
+from meshuffle.weights import Card
 
 _TURNS, _TURN_S, _MAX_STEPS = 3, 0.5, 8
 _AS_GOOD = 1.05

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meshuffle.dist.device import inductor_reduces_slowly
-from meshuffle.dist.exchange import Exchange
+from meshuffle.comm.device import inductor_reduces_slowly
+from meshuffle.comm.exchange import Exchange
+from meshuffle.config import TrainConfig
 from meshuffle.errors import ConfigError
 from meshuffle.parallel.batch_norm import BatchNorm
-from meshuffle.train.config import TrainConfig
 from meshuffle.train.step import sum_over_ranks
 from meshuffle.train.watch import Watch
 

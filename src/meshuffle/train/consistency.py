@@ -25,11 +25,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from meshuffle.dist.exchange import Exchange
-from meshuffle.dist.lost import ranks_in_words
+from meshuffle.comm.exchange import Exchange
+from meshuffle.comm.lost_ranks import ranks_in_words
 from meshuffle.errors import MeshuffleError
 from meshuffle.parallel.module import Parallel
-from meshuffle.train.checkpoint import way_back
+from meshuffle.train.checkpoint.checkpoint import way_back
 from meshuffle.train.place import Place
 from meshuffle.train.state import TrainState
 

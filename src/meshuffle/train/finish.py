@@ -7,14 +7,14 @@ from typing import Any
 
 import torch.distributed as dist
 
+from meshuffle.comm.group import RankEnv
 from meshuffle.data import ImageSource, open_data, relabel
-from meshuffle.dist.group import RankEnv
 from meshuffle.errors import DataError
-from meshuffle.train.begin import START
-from meshuffle.train.files import write_json
+from meshuffle.files import write_json
+from meshuffle.train.initial_weights import START
 from meshuffle.train.loop import Loop, median_step_ms
 from meshuffle.train.step import sum_over_ranks
-from meshuffle.train.weights import Card, load_model, read_weights
+from meshuffle.weights import Card, load_model, read_weights
 
 
 def finish(run: Path, loop: Loop, env: RankEnv) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def finish(run: Path, loop: Loop, env: RankEnv) -> dict[str, Any]:
     }
     if env.is_main:
         write_json(run / "result.json", result)
-        from meshuffle.train.report import write_report  # matplotlib takes a second or two
+        from meshuffle.report.report import write_report  # matplotlib takes a second or two
 
         split = list(evaluations)[-1]
         write_report(run, evaluations[split], own[split], card, split=split)

@@ -14,6 +14,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from meshuffle.comm.device import is_out_of_memory
+from meshuffle.comm.exchange import Exchange
+from meshuffle.comm.group import RankEnv
+from meshuffle.config import save_interval
 from meshuffle.data import (
     Batch,
     Data,
@@ -24,25 +28,21 @@ from meshuffle.data import (
     eval_loader,
     train_loader,
 )
-from meshuffle.dist.device import is_out_of_memory
-from meshuffle.dist.exchange import Exchange
-from meshuffle.dist.group import RankEnv
 from meshuffle.errors import Interrupted
-from meshuffle.parallel.draws import draw_key
-from meshuffle.train.best import doubt, is_better
+from meshuffle.infer.evaluate import Evaluation, evaluate
+from meshuffle.infer.replica_batches import replica_group, shared
+from meshuffle.parallel.random_masks import draw_key
+from meshuffle.tasks.base import seed_step
+from meshuffle.train.best_epoch import doubt, is_better
+from meshuffle.train.checkpoint.saver import Saver
 from meshuffle.train.compiling import CompileChoice
-from meshuffle.train.config import save_interval
 from meshuffle.train.consistency import Consistency
-from meshuffle.train.evaluate import Evaluation, evaluate
-from meshuffle.train.memory import out_of_memory
 from meshuffle.train.meter import Meter, running_means
-from meshuffle.train.optim import hold_frozen, learning_rate
-from meshuffle.train.saver import Saver
-from meshuffle.train.shared import replica_group, shared
+from meshuffle.train.optimiser import hold_frozen, learning_rate
+from meshuffle.train.out_of_memory import out_of_memory
 from meshuffle.train.signals import StopRequest
 from meshuffle.train.state import TrainState
 from meshuffle.train.step import gather_over_ranks, sum_over_ranks
-from meshuffle.train.task import seed_step
 from meshuffle.train.watch import Watch
 
 

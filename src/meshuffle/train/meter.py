@@ -7,12 +7,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from meshuffle.dist.device import synchronize
-from meshuffle.dist.exchange import Exchange
+from meshuffle.comm.device import synchronize
+from meshuffle.comm.exchange import Exchange
 from meshuffle.errors import MeshuffleError
+from meshuffle.tasks.base import Task
 from meshuffle.train.state import TrainState
 from meshuffle.train.step import sum_over_ranks
-from meshuffle.train.task import Task
 from meshuffle.train.watch import Watch
 
 _SHOW_EVERY_S = 0.5

@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from meshuffle.dist.exchange import make_exchange
-from meshuffle.dist.group import RankEnv
-from meshuffle.layout.call import Program
+from meshuffle.comm.exchange import make_exchange
+from meshuffle.comm.group import RankEnv
+from meshuffle.config import TrainConfig
+from meshuffle.layout.program import Program
 from meshuffle.parallel.code import sent_across_cuts
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.pipeline import Pipeline
@@ -18,8 +19,7 @@ from meshuffle.parallel.ranks import Ranks, join
 from meshuffle.planner.costs import measured
 from meshuffle.planner.plan import Plan
 from meshuffle.planner.schedules import Schedule, bubble, make_schedule
-from meshuffle.train.config import TrainConfig
-from meshuffle.train.optim import keep_frozen
+from meshuffle.train.optimiser import keep_frozen
 
 
 @dataclass(frozen=True)

@@ -13,29 +13,29 @@ from typing import Any
 
 import torch
 
+from meshuffle.comm.device import keep_freed_pages, pick_device, set_room_apart
+from meshuffle.comm.exchange import make_exchange
+from meshuffle.comm.group import RankEnv, new_group, process_group, rank_env, set_patience
+from meshuffle.comm.launch import end_with_parent, report_failure
+from meshuffle.comm.lost_ranks import told_when_lost
+from meshuffle.config import TrainConfig, read_config
 from meshuffle.data import Data, auto_workers, open_data, prepare_workers, relabel
-from meshuffle.dist.device import keep_freed_pages, pick_device, set_room_apart
-from meshuffle.dist.exchange import make_exchange
-from meshuffle.dist.group import RankEnv, new_group, process_group, rank_env, set_patience
-from meshuffle.dist.launch import end_with_parent, report_failure
-from meshuffle.dist.lost import told_when_lost
 from meshuffle.errors import Interrupted
 from meshuffle.parallel.module import Parallel
 from meshuffle.planner.plan import read_plan
-from meshuffle.train.begin import START
-from meshuffle.train.checkpoint import locked
-from meshuffle.train.config import TrainConfig, read_config
+from meshuffle.report.record import read_record
+from meshuffle.train.checkpoint.checkpoint import locked
+from meshuffle.train.checkpoint.intact import agree_on_checkpoint
 from meshuffle.train.finish import finish
-from meshuffle.train.intact import agree_on_checkpoint
+from meshuffle.train.initial_weights import START
 from meshuffle.train.loop import Loop
 from meshuffle.train.place import describe_split
-from meshuffle.train.record import read_record
 from meshuffle.train.run import threads_per_rank
 from meshuffle.train.signals import stop_requests
 from meshuffle.train.state import TrainState, build_state, make_card
 from meshuffle.train.timeline import traced
 from meshuffle.train.watch import SilentWatch, Watch, watch_run
-from meshuffle.train.weights import Card, read_weights
+from meshuffle.weights import Card, read_weights
 
 
 def train_rank(run: Path) -> dict[str, Any]:

@@ -14,6 +14,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from meshuffle.comm.device import check_device, num_accelerators, num_cores
+from meshuffle.comm.group import RankEnv
+from meshuffle.comm.launch import torchrun
+from meshuffle.comm.lost_ranks import ranks_in_words, read_waiting
+from meshuffle.config import Origin, TrainConfig, read_config, resolve, to_toml
 from meshuffle.data import (
     Data,
     EpochSampler,
@@ -21,24 +26,19 @@ from meshuffle.data import (
     build_train_transform,
     open_data,
 )
-from meshuffle.dist.device import check_device, num_accelerators, num_cores
-from meshuffle.dist.group import RankEnv
-from meshuffle.dist.launch import torchrun
-from meshuffle.dist.lost import ranks_in_words, read_waiting
 from meshuffle.errors import ConfigError, PlanError, RankFailed, RunError
+from meshuffle.files import write_json, write_text
 from meshuffle.planner.plan import Plan, parse_plan, read_plan
-from meshuffle.train.begin import START, adopt_model, has_new_head
+from meshuffle.tasks import find_task
+from meshuffle.tasks.base import Task
 from meshuffle.train.candidates import fastest_plan
-from meshuffle.train.checkpoint import way_back
+from meshuffle.train.checkpoint.checkpoint import way_back
 from meshuffle.train.compiling import CompileChoice
-from meshuffle.train.config import Origin, TrainConfig, read_config, resolve, to_toml
-from meshuffle.train.files import write_json, write_text
+from meshuffle.train.initial_weights import START, adopt_model, has_new_head
 from meshuffle.train.place import schedule_of, split_model
 from meshuffle.train.state import augment_config, augment_values, build_model, make_card
-from meshuffle.train.task import Task
-from meshuffle.train.tasks import find_task
 from meshuffle.train.watch import environment
-from meshuffle.train.weights import Card, require_repeated, save_weights
+from meshuffle.weights import Card, require_repeated, save_weights
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,23 +14,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from meshuffle import weights
+from meshuffle.comm.exchange import make_exchange
+from meshuffle.comm.group import RankEnv
+from meshuffle.config import TrainConfig, parse_knobs
 from meshuffle.data import AugmentConfig, Data, Preprocess
-from meshuffle.dist.exchange import make_exchange
-from meshuffle.dist.group import RankEnv
 from meshuffle.errors import RunError
 from meshuffle.parallel.batch_norm import synchronise_batch_norm
 from meshuffle.parallel.data_parallel import DataParallel, Mode, broadcast_from_main
-from meshuffle.parallel.draws import DrawState, key_dropout
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.parts import gather_named
+from meshuffle.parallel.random_masks import DrawState, key_dropout
 from meshuffle.parallel.ranks import Ranks
 from meshuffle.planner.plan import Plan
-from meshuffle.train import begin, checkpoint, optim, weights
-from meshuffle.train.config import TrainConfig, parse_knobs
+from meshuffle.tasks import find_task, make_task
+from meshuffle.train import initial_weights, optimiser
+from meshuffle.train.checkpoint import checkpoint
+from meshuffle.train.checkpoint.saver import Saver
 from meshuffle.train.place import Place, join_ranks, num_micro_batches, place_of, split_model
-from meshuffle.train.saver import Saver
 from meshuffle.train.step import Step
-from meshuffle.train.tasks import find_task, make_task
 
 AUGMENT_FIELDS = {
     "crop_scale": "random_resized_crop",
@@ -114,12 +116,12 @@ class TrainState:
         self.step.parallel.close()
         norms = bool(self.config.freeze_norm)
         if self.step.ranks is None:
-            self.frozen = optim.freeze(self.model, "none", norms=norms)
+            self.frozen = optimiser.freeze(self.model, "none", norms=norms)
         else:  # the code of a split model depends on what is trained
             model = new_model(self.config, self.card)
-            self.frozen = optim.freeze(model, "none", norms=norms)
+            self.frozen = optimiser.freeze(model, "none", norms=norms)
             self._split(model, self.step.ranks)
-        self.step.optimizer = optim.build_optimizer(self.model, self.config, self.rate_factors)
+        self.step.optimizer = optimiser.build_optimizer(self.model, self.config, self.rate_factors)
         self.step.parallel = _data_parallel(self.model, self.group, self.plan, self.step.ranks)
 
     def _split(self, model: nn.Module, ranks: Ranks) -> None:
@@ -128,7 +130,7 @@ class TrainState:
         self.model = _own_part(model, self.frozen, self.config, self.plan, ranks, device)
         self.step.model = self.step.forward = self.model
         if self.average is not None:
-            self.average = optim.average(self.model, self.config.ema)
+            self.average = optimiser.average(self.model, self.config.ema)
 
     def tensors(self, *, everywhere: bool = False) -> dict[str, Tensor]:
         """Return all tensors of a checkpoint, whole, on the ranks of the first replica.
@@ -247,7 +249,7 @@ def make_card(config: TrainConfig, data: Data) -> weights.Card:
         titles=dict(data.titles),
         data=config.data,
     )
-    return begin.card_from(config.from_, card) if config.from_ else card
+    return initial_weights.card_from(config.from_, card) if config.from_ else card
 
 
 def build_model(
@@ -262,8 +264,8 @@ def build_model(
     if start is not None and start.is_file():
         model.load_state_dict(weights.read_weights(start)[0])
     elif config.from_:
-        lines = begin.start_from(model, config.from_, card)
-    frozen = optim.freeze(model, config.freeze or "none", norms=bool(config.freeze_norm))
+        lines = initial_weights.start_from(model, config.from_, card)
+    frozen = optimiser.freeze(model, config.freeze or "none", norms=bool(config.freeze_norm))
     return model, frozen, lines
 
 
@@ -290,11 +292,11 @@ def build_state(
     if config.channels_last:
         _to_channels_last(model)
     broadcast_from_main(model, group)
-    factors = optim.rate_factors(model, config)
+    factors = optimiser.rate_factors(model, config)
     ranks = join_ranks(plan, env, device)
     if ranks is not None:
         model = _own_part(model, frozen, config, plan, ranks, device)
-    average = optim.average(model, config.ema) if config.ema else None
+    average = optimiser.average(model, config.ema) if config.ema else None
     draw_state = DrawState() if ranks is None else ranks.draws
     draw_state.to(device)
     if ranks is None:
@@ -305,7 +307,7 @@ def build_state(
     step = task.step_type(
         model=model,
         forward=model,
-        optimizer=optim.build_optimizer(model, config, factors),
+        optimizer=optimiser.build_optimizer(model, config, factors),
         parallel=_data_parallel(model, group, plan, ranks),
         task=task,
         preprocess=card.preprocess,

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from meshuffle.comm.device import Precision, autocast
+from meshuffle.comm.exchange import Exchange
 from meshuffle.data import AugmentConfig, Batch, Preprocess, mix_batch, shard_bounds
-from meshuffle.dist.device import Precision, autocast
-from meshuffle.dist.exchange import Exchange
 from meshuffle.parallel.data_parallel import DataParallel
-from meshuffle.parallel.draws import DrawState
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.pipeline import Pipeline
+from meshuffle.parallel.random_masks import DrawState
 from meshuffle.parallel.ranks import Ranks
-from meshuffle.train.optim import clip_gradients
-from meshuffle.train.task import Task
+from meshuffle.tasks.base import Task
+from meshuffle.train.optimiser import clip_gradients
 
 
 @dataclass

@@ -20,16 +20,16 @@ from typing import Any
 
 import torch.distributed as dist
 
+from meshuffle.comm import collectives
+from meshuffle.comm.device import num_cores
+from meshuffle.comm.exchange import GroupExchange, SharedExchange
 from meshuffle.data import Batch
-from meshuffle.dist import collectives
-from meshuffle.dist.device import num_cores
-from meshuffle.dist.exchange import GroupExchange, SharedExchange
-from meshuffle.dist.spans import Label, Span, Spans, clock_ahead_ns
+from meshuffle.files import write_text
 from meshuffle.parallel.pipeline import Pipeline
 from meshuffle.planner.schedules import Action
-from meshuffle.train.files import write_text
 from meshuffle.train.loop import Loop
 from meshuffle.train.place import Place, place_of
+from meshuffle.train.spans import Label, Span, Spans, clock_ahead_ns
 from meshuffle.train.step import Step
 
 WARM_STEPS, TRACED_STEPS = 3, 5

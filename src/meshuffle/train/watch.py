@@ -18,9 +18,9 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from meshuffle.train.files import finite, write_text
-from meshuffle.train.record import loss_text
-from meshuffle.train.task import Task
+from meshuffle.files import finite, write_text
+from meshuffle.report.record import loss_text
+from meshuffle.tasks.base import Task
 
 _PLAIN_EVERY_S = 20.0
 
@@ -193,7 +193,7 @@ def environment() -> dict[str, Any]:
     import torch
     import torchvision
 
-    from meshuffle.dist.device import describe, num_cores, pick_device
+    from meshuffle.comm.device import describe, num_cores, pick_device
 
     return {
         "meshuffle": version("meshuffle"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from meshuffle.dist.launch import end_with_parent, report_failure
+from meshuffle.comm.launch import end_with_parent, report_failure
 from meshuffle.verify.rank import Run, work_through
 from meshuffle.verify.trace import trace
 

@@ -13,7 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from meshuffle.dist.launch import torchrun
+from meshuffle.comm.launch import torchrun
 from meshuffle.errors import InputError, RankFailed, in_words
 from meshuffle.verify.compare import Judgement, Report, judge, judge_float32, kind_of, merge
 from meshuffle.verify.job import DTYPES, Job, Model, name_of

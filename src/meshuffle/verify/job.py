@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from meshuffle.comm.device import num_cores
 from meshuffle.data.sampler import shard_bounds
-from meshuffle.dist.device import num_cores
 from meshuffle.errors import ConfigError, ModelError, PlanError
 from meshuffle.models import create_model
 from meshuffle.planner.plan import Plan, parse_plan

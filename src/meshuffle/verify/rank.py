@@ -19,14 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from meshuffle.dist.group import RankEnv, process_group, rank_env
-from meshuffle.dist.sent_bytes import SentBytes
+from meshuffle.comm.group import RankEnv, process_group, rank_env
+from meshuffle.comm.sent_bytes import SentBytes
 from meshuffle.errors import InputError, PlanError, RankFailed, in_words
 from meshuffle.parallel.code import predicted_bytes
-from meshuffle.parallel.draws import draw_key
 from meshuffle.parallel.gradients import sum_gradients
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.pipeline import Pipeline
+from meshuffle.parallel.random_masks import draw_key
 from meshuffle.parallel.ranks import Ranks, join
 from meshuffle.planner.plan import Plan
 from meshuffle.planner.schedules import make_schedule

@@ -26,9 +26,9 @@ from torch.utils import _pytree as pytree
 
 from meshuffle.errors import ModelError
 from meshuffle.graph import Graph, capture
-from meshuffle.graph.draws import number_draws
-from meshuffle.layout.call import Program
-from meshuffle.parallel.draws import ReferenceDraws, draw_key
+from meshuffle.graph.random_ops import number_draws
+from meshuffle.layout.program import Program
+from meshuffle.parallel.random_masks import ReferenceDraws, draw_key
 from meshuffle.verify.compare import Norm, kind_of
 from meshuffle.verify.job import Job, build_model, join_rows, loss_of, make_inputs, tensors_of
 

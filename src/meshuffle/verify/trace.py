@@ -20,10 +20,10 @@ from torch import Tensor, fx
 from torch.fx import Node
 
 from meshuffle.graph import capture
-from meshuffle.layout.call import Program
-from meshuffle.layout.convert import Value, owners_of
 from meshuffle.layout.layout import Layout, Partial, Samples, Shard, Varying, Window
-from meshuffle.parallel.moves import Move
+from meshuffle.layout.program import Program
+from meshuffle.layout.redistribution import Value, owners_of
+from meshuffle.parallel.redistribute import Move
 from meshuffle.verify.job import Job, build_model, loss_of, make_inputs, rows_of, tensors_of
 from meshuffle.verify.rank import Run
 from meshuffle.verify.reference import Reference, reference_draws, squared_difference

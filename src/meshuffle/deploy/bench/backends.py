@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from meshuffle.deploy import find_format
-from meshuffle.deploy.format import Precision
+from meshuffle.deploy.formats import find_format
+from meshuffle.deploy.formats.base import Precision
 from meshuffle.errors import ConfigError, did_you_mean
 
 

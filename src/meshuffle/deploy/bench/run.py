@@ -21,15 +21,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from meshuffle.deploy import find_format
+from meshuffle.comm.device import num_cores
 from meshuffle.deploy.api import write, write_unchecked
 from meshuffle.deploy.bench.backends import Backend, find_backends
 from meshuffle.deploy.bench.subject import BenchSubject, open_subject
 from meshuffle.deploy.bench.worker import Job, Worker
+from meshuffle.deploy.formats import find_format
 from meshuffle.deploy.subject import Subject
-from meshuffle.dist.device import num_cores
 from meshuffle.errors import ConfigError, MeshuffleError, in_words
-from meshuffle.train.weights import save_weights
+from meshuffle.weights import save_weights
 
 BATCHES = (1, 8, 32, 64)
 """The batches of which the fastest is taken; 1 is the batch of the latency."""
@@ -258,6 +258,6 @@ def _measure(entrants: list[_Entrant], rounds: int, say: Callable[[str], None]) 
 
 
 def _machine() -> str:
-    from meshuffle.dist.device import describe, pick_device
+    from meshuffle.comm.device import describe, pick_device
 
     return describe(pick_device("cpu"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from meshuffle.deploy.bench.run import AGREEMENT, Report, Row
-from meshuffle.train.files import disk_errors, replaced
+from meshuffle.files import disk_errors, replaced
 
 _HEADER = (
     f"{'backend':<16}{'images/s':>10}{'± %':>6}{'batch':>7}{'ms':>9}{'p95 ms':>9}"

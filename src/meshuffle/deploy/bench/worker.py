@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from meshuffle.deploy import find_format
 from meshuffle.deploy.bench.backends import Backend
-from meshuffle.deploy.format import Run
+from meshuffle.deploy.formats import find_format
+from meshuffle.deploy.formats.base import Run
 from meshuffle.errors import MeshuffleError, in_words
 
 _BATCH = 32  # of the images whose outputs are compared
@@ -179,7 +179,7 @@ def _open(job: Job) -> Run:
     os.environ["OMP_NUM_THREADS"] = str(job.threads)
     import torch
 
-    from meshuffle.train.weights import load_model
+    from meshuffle.weights import load_model
 
     torch.set_num_threads(job.threads)
     network, _ = load_model(job.path, job.model)

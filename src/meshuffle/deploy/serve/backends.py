@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from meshuffle import __version__
-from meshuffle.deploy import FORMATS, find_format
 from meshuffle.deploy.api import write_file
-from meshuffle.deploy.format import Run
+from meshuffle.deploy.formats import FORMATS, find_format
+from meshuffle.deploy.formats.base import Run
 from meshuffle.deploy.serve.split import SplitNetwork, members_of
 from meshuffle.errors import ConfigError, did_you_mean
 from meshuffle.planner.plan import parse_plan
-from meshuffle.train.weights import Card, find_weights, load_model
+from meshuffle.weights import Card, find_weights, load_model
 
 TORCH = "torch"
 _FILES = ("onnx", "openvino")

@@ -16,14 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from meshuffle.data import decode_image
-from meshuffle.deploy.format import Run
+from meshuffle.deploy.formats.base import Run
 from meshuffle.deploy.serve.limits import MAX_SCANS, Refused
 from meshuffle.deploy.serve.upload import Upload
 from meshuffle.errors import ImageError
-from meshuffle.train.files import finite
-from meshuffle.train.task import Rows
-from meshuffle.train.tasks import make_task
-from meshuffle.train.weights import Card
+from meshuffle.files import finite
+from meshuffle.tasks import make_task
+from meshuffle.tasks.base import Rows
+from meshuffle.weights import Card
 
 _STATUS = {"large": 413, "unknown": 415, "broken": 422}
 _START_OF_SCAN = b"\xff\xda"

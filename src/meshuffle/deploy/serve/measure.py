@@ -13,9 +13,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from meshuffle.deploy.format import Run
+from meshuffle.comm.launch import end_with_parent
+from meshuffle.deploy.formats.base import Run
 from meshuffle.deploy.serve.backends import Backend
-from meshuffle.dist.launch import end_with_parent
 from meshuffle.errors import MeshuffleError, in_words
 
 BATCHES = (1, 4, 16)

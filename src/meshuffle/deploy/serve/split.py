@@ -28,14 +28,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from meshuffle.deploy.format import Run
-from meshuffle.dist.forking import fork_server
-from meshuffle.dist.group import RankEnv, process_group
+from meshuffle.comm.forking import fork_server
+from meshuffle.comm.group import RankEnv, process_group
+from meshuffle.deploy.formats.base import Run
 from meshuffle.errors import in_words
+from meshuffle.infer.predict import Normalised, own_part
 from meshuffle.planner.plan import parse_plan
-from meshuffle.train.inference import Normalised, own_part
-from meshuffle.train.tasks import make_task
-from meshuffle.train.weights import load_model
+from meshuffle.tasks import make_task
+from meshuffle.weights import load_model
 
 ToRun = Callable[[nn.Module, torch.device], Run]
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from meshuffle.comm.device import check_device, num_cores
+from meshuffle.comm.forking import fork_server
 from meshuffle.deploy.serve import REPLICA
 from meshuffle.deploy.serve.backends import TORCH, Backend, candidates, prepare
 from meshuffle.deploy.serve.limits import Limits
@@ -29,14 +31,12 @@ from meshuffle.deploy.serve.measure import (
 )
 from meshuffle.deploy.serve.replica import Recipe
 from meshuffle.deploy.serve.supervisor import Supervisor
-from meshuffle.dist.device import check_device, num_cores
-from meshuffle.dist.forking import fork_server
 from meshuffle.errors import ConfigError, MeshuffleError, PlanError
 from meshuffle.planner.plan import Plan
 from meshuffle.planner.schedules import make_schedule
+from meshuffle.tasks import make_task
 from meshuffle.train.run import check_splits
-from meshuffle.train.tasks import make_task
-from meshuffle.train.weights import Card, open_weights, require_repeated
+from meshuffle.weights import Card, open_weights, require_repeated
 
 TOKEN_VARIABLE = "MESHUFFLE_TOKEN"
 _BACKLOG = 1024

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from meshuffle.layout.call import Call, Choice, Emitter, rule, splits
 from meshuffle.layout.layout import Layout, Partial, Replicate, Samples, Shard, Split, Varying
-from meshuffle.layout.rules.blocks import blocks
+from meshuffle.layout.program import Call, Choice, Emitter, rule, splits
+from meshuffle.layout.rules.groups import blocks
 from meshuffle.layout.rules.pointwise import pointwise
 
 aten = torch.ops.aten

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.fx import Node
 
-from meshuffle.layout.call import Call, Choice, Emitter, rule, splits
 from meshuffle.layout.layout import Layout, Varying
+from meshuffle.layout.program import Call, Choice, Emitter, rule, splits
 
 aten = torch.ops.aten
 

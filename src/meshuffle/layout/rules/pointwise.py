@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from meshuffle.layout.call import Call, Choice, broadcast, raised, rule, splits, unique
 from meshuffle.layout.layout import Layout, Partial, Replicate, Varying
+from meshuffle.layout.program import Call, Choice, broadcast, raised, rule, splits, unique
 
 aten = torch.ops.aten
 

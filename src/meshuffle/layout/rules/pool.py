@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from meshuffle.layout.call import Call, Choice, Emitter, rule, splits
 from meshuffle.layout.layout import Layout, Partial, Shard
+from meshuffle.layout.program import Call, Choice, Emitter, rule, splits
 from meshuffle.layout.rules.along import RESAMPLING, Term, along, num_space, of_1d_to_3d
 from meshuffle.layout.rules.window import Kernel, Padded, read, rows, ways
 

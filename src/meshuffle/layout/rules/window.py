@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from meshuffle.layout.call import Call, Emitter, splits
 from meshuffle.layout.layout import Layout, Owners, Shard, Window
+from meshuffle.layout.program import Call, Emitter, splits
 
 aten = torch.ops.aten
 Pads = Sequence[tuple[int, int]]

@@ -1,0 +1,201 @@
+"""The one file that names devices.
+
+Everything else asks here: which device a rank computes on, which backend carries its
+collectives, and what a device's out-of-memory error looks like.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+
+from meshuffle.errors import ConfigError
+
+Precision = Literal["float32", "bf16"]
+
+# mallopt(3): the numbers of its parameters, from <malloc.h>.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
+_ROOM = {2 << 10: 512, 16 << 10: 256, 120 << 10: 128}  # bytes of a block: how many, 20 MB in all
+_BETWEEN = 1100  # above 1032 bytes a freed block joins its neighbours at once
+
+
+def num_accelerators() -> int:
+    """Return how many accelerators of one kind this host has; 0 means CPU only."""
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    return 1 if torch.backends.mps.is_available() else 0
+
+
+def num_cores() -> int:
+    """Return how many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_device(choice: str, num_local_ranks: int = 1) -> str:
+    """Return the kind of device, `cpu`, `cuda` or `mps`, that `choice` means on this host.
+
+    Args:
+        choice: `auto` (a GPU where there is one), `cpu`, `cuda` or `mps`.
+        num_local_ranks: ranks of this host, each of which needs a GPU of its own.
+
+    Raises:
+        ConfigError: `choice` names a device that this host does not have, or not so often.
+    """
+    kind = choice
+    if choice == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not here.get(kind, True):
+        raise ConfigError(f"device '{choice}' is not available on this host; use --device cpu")
+    if kind == "cuda" and num_local_ranks > torch.cuda.device_count():
+        raise ConfigError(
+            f"{num_local_ranks} ranks on this host, which has {torch.cuda.device_count()} GPUs; "
+            "use a plan with fewer ranks per host, or --device cpu"
+        )
+    return kind
+
+
+def pick_device(choice: str = "auto", local_rank: int = 0) -> torch.device:
+    """Return the device of the rank with number `local_rank` on this host.
+
+    Args:
+        choice: see `check_device`.
+        local_rank: 0 … ranks on this host − 1.
+
+    Raises:
+        ConfigError: see `check_device`.
+    """
+    kind = check_device(choice, local_rank + 1)
+    if kind == "cuda":
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    return torch.device(kind)
+
+
+def backend_for(device: torch.device) -> str:
+    """Return the process-group backend for tensors on `device`."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
+    """Return the context in which the forward pass runs: bf16 autocast, or nothing."""
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def inductor_reduces_slowly(device: torch.device) -> bool:
+    """Tell whether torch.compile's own reductions lose against ATen's on `device`."""
+    return device.type == "cpu"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until all work queued on `device` is done (no-op on the CPU)."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether `error` is an allocator's way of saying that memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "not enough memory" in text
+    )
+
+
+def release_memory(device: torch.device) -> None:
+    """Give cached blocks of `device` back, after an out-of-memory error."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the peak memory of this rank in bytes: allocator on a GPU, resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def keep_freed_pages() -> bool:
+    """Make glibc keep the big blocks that a training step frees; True where it worked.
+
+    By default glibc serves every activation by `mmap` and gives it back at once, so that each
+    step faults all its pages in again (measured: a quarter of a step of ShuffleNet V2 on CPU).
+    Call it before the first tensor. Without effect on other C libraries.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    never_trim, pad_bytes = -1, 64 << 20
+    return bool(
+        libc.mallopt(_M_MMAP_MAX, 0)
+        and libc.mallopt(_M_TRIM_THRESHOLD, never_trim)
+        and libc.mallopt(_M_TOP_PAD, pad_bytes)
+    )
+
+
+def give_back_freed_pages() -> bool:
+    """Make glibc return each block of 4 MB and more as soon as it is freed; True on success.
+
+    By default it keeps those of up to 32 MB once it has seen one freed, in pieces that large images
+    leave unused: at 4096×4096 a fourth of a rank's memory, for a sixth of its time.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 4 << 20))
+
+
+def set_room_apart() -> bool:
+    """Give glibc's heap room of its own for small blocks; True where it worked.
+
+    Where pages stay (`keep_freed_pages`), a small block that outlives a step in the middle of a big
+    one that a step has freed makes it useless for the next step, and the heap grows. glibc takes
+    the smallest free block that is enough: so some of each size are freed here, with a block
+    between any two that stays, or they would become one.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
+    room = []
+    for size, count in _ROOM.items():
+        for _ in range(count):
+            room.append(libc.malloc(size))
+            libc.malloc(_BETWEEN)
+    for block in room:
+        libc.free(block)
+    return True
+
+
+def return_freed_blocks() -> bool:
+    """Make glibc return blocks of 1 MB and more when they are freed; True on success.
+
+    By default the first one that is freed lets the next ones, up to 32 MB, come from the heap,
+    where small ones that live longer break it up (measured: 5 MB for each batch of a worker).
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20))
+
+
+def describe(device: torch.device) -> str:
+    """Return the name of `device` for people: the GPU's, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"{platform.processor() or platform.machine()} × {num_cores()}"
+    return device.type

@@ -1,0 +1,1 @@
+"""The data formats, a file each; `data/source.py` lists them by their prefix."""

@@ -1,0 +1,292 @@
+"""Tables: a CSV, or a JSON list of objects, with one image per row and what is known of it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshuffle.data.annotated import AnnotatedSource, LabelTargets, RowTargets, Targets
+from meshuffle.data.base import Data, shortened
+from meshuffle.data.entries import (
+    SPLITS,
+    Problems,
+    absent,
+    assemble,
+    check_task,
+    existing_file,
+    only_split,
+    split_options,
+)
+from meshuffle.data.formats.table_rows import TARGETS, Table, read_csv, read_json
+from meshuffle.data.objects import note_unused, path_table
+from meshuffle.errors import DataError, did_you_mean
+
+TASKS = ("classify", "multilabel", "regress")
+_IMAGE = ("image", "file", "path", "filename")
+_SPLIT = "split"
+_LABEL = ("label", "class")
+_LABELS = "labels"
+_SEPARATORS = ("|", ";")
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """What the rows say, for one task."""
+
+    classes: tuple[str, ...]
+    labels: NDArray[np.int64]
+    targets: NDArray[Any]
+
+
+def open_csv(
+    path: str, *, task: str = "classify", seed: int = 0, need: Sequence[str] = ("train", "val")
+) -> Data:
+    """Open a CSV with a header; paths of images are relative to it.
+
+    The image is in the column image, file, path or filename, else in the first; `split` (train,
+    val, test) is optional: without it, 20 % chosen by `seed` become val. classify: a column
+    `label` or `class`. multilabel: `labels`, names separated by `|` or `;`, or one column of
+    0 and 1 per class. regress: every column of numbers. `PATH?targets=a,b` names the columns
+    of multilabel or regress. A tab separates the columns of a `.tsv`.
+
+    Raises `DataError`: the file, and the first bad lines.
+    """
+    return _open("csv", read_csv, path, task=task, seed=seed, need=need)
+
+
+def open_json(
+    path: str, *, task: str = "classify", seed: int = 0, need: Sequence[str] = ("train", "val")
+) -> Data:
+    """Open a JSON list of objects, or JSON lines, with the keys of `open_csv`.
+
+    `labels` may be a list; numbers of regress may stand in an object `targets`. Raises
+    `DataError`.
+    """
+    return _open("json", read_json, path, task=task, seed=seed, need=need)
+
+
+def _open(
+    data_format: str,
+    read: Callable[[Path, Sequence[str], Problems], Table],
+    path: str,
+    *,
+    task: str,
+    seed: int,
+    need: Sequence[str],
+) -> Data:
+    check_task(data_format, task, TASKS)
+    head, options = split_options(path, [TARGETS])
+    file = existing_file(head)
+    chosen = [name.strip() for name in options.get(TARGETS, "").split(",") if name.strip()]
+    problems = Problems(str(file))
+    table = read(file, chosen, problems)
+    if not table.rows:
+        problems.raise_any()
+        raise DataError(f"{file} holds no row")
+    paths = _paths(table)
+    split_of_row = _splits(table, need)
+    known = _TASKS[task](table)
+    problems.raise_any()
+    splits = {
+        split: _source(table, np.flatnonzero(split_of_row == split), paths, known)
+        for split in ("train", "val", "test")
+    }
+    if task == "classify" and need:
+        _check_classes(file, splits, known.classes)
+    if task == "multilabel":
+        shown = np.nonzero(known.targets[split_of_row == "train"])[1]
+        note_unused(shown, known.classes, problems.notes if len(splits["train"]) else [])
+    return assemble(path, task, known.classes, splits, seed=seed, need=need, ignored=problems.notes)
+
+
+def _source(
+    table: Table, rows: NDArray[np.int64], paths: Sequence[str], known: _Known
+) -> AnnotatedSource:
+    labels, values = known.labels[rows], known.targets[rows]
+    targets: Targets = LabelTargets(values) if values.ndim == 1 else RowTargets(values)
+    of_rows = path_table([paths[row] for row in rows.tolist()])
+    return AnnotatedSource(table.file.parent, of_rows, labels, known.classes, targets)
+
+
+def _check_classes(
+    file: Path, splits: Mapping[str, AnnotatedSource], classes: Sequence[str]
+) -> None:
+    in_train = set(splits["train"].labels.tolist())
+    if not in_train:
+        return
+    if len(in_train) == 1:
+        raise DataError(
+            f"{file}: train has only one class, {classes[in_train.pop()]!r}; a classifier needs "
+            "two or more: add rows of something else"
+        )
+    if lacking := [name for label, name in enumerate(classes) if label not in in_train]:
+        raise DataError(
+            f"{file}: {len(lacking)} classes without any row in train: {shortened(lacking)}"
+        )
+
+
+def _image_column(table: Table) -> str:
+    return next((name for name in _IMAGE if name in table.columns), next(iter(table.columns), ""))
+
+
+def _paths(table: Table) -> list[str]:
+    """Return the image of each row; missing ones and repeated ones are problems."""
+    column = _image_column(table)
+    paths: list[str] = []
+    first: dict[str, str] = {}
+    for row, cell in enumerate(table.columns.get(column, ())):
+        good = isinstance(cell, str) and cell != "" and "\0" not in cell
+        paths.append(cell if good else "")
+        if not good:
+            table.problems.add(f"{table.called(row, column)}, not the path of an image")
+        elif (key := os.path.normpath(cell)) in first:
+            table.problems.add(f"{table.called(row, column)}, as in {first[key]} already")
+        else:
+            first[key] = table.rows[row]
+    gone = set(absent(table.file.parent, [path for path in paths if path]))
+    for row, path in enumerate(paths):
+        if path in gone:
+            table.problems.add(f"{table.rows[row]}: no such image: {path}")
+    return paths
+
+
+def _splits(table: Table, need: Sequence[str]) -> NDArray[Any]:
+    """Return train, val or test for each row."""
+    if _SPLIT not in table.columns:
+        return np.full(len(table.rows), only_split(need))
+    found = []
+    for row, cell in enumerate(table.columns[_SPLIT]):
+        split = SPLITS.get(cell.lower()) if isinstance(cell, str) else None
+        if split is None:
+            table.problems.add(f"{table.called(row, _SPLIT)}; wanted: train, val or test")
+        found.append(split or "train")
+    return np.array(found)
+
+
+def _classify(table: Table) -> _Known:
+    column = next((name for name in _LABEL if name in table.columns), None)
+    if column is None:
+        _lack(table, "a column `label` or `class`", _LABEL)
+    names = []
+    for row, cell in enumerate(table.columns[column]):
+        if not isinstance(cell, str | int) or cell == "":
+            table.problems.add(f"{table.called(row, column)}, no name of a class")
+            cell = ""
+        names.append(str(cell))
+    classes = tuple(sorted(set(names) - {""}, key=os.fsencode))
+    label_of = {name: label for label, name in enumerate(classes)}
+    labels = np.array([label_of.get(name, 0) for name in names], dtype=np.int64)
+    return _Known(classes, labels, labels)
+
+
+def _multilabel(table: Table) -> _Known:
+    if _LABELS not in table.columns or table.chosen:
+        return _indicators(table)
+    lists = [_label_list(table, row) for row in range(len(table.rows))]
+    classes = tuple(sorted({name for names in lists for name in names}, key=os.fsencode))
+    label_of = {name: label for label, name in enumerate(classes)}
+    values = np.zeros((len(lists), len(classes)), dtype=np.uint8)
+    for row, names in enumerate(lists):
+        values[row, [label_of[name] for name in names]] = 1
+    if not classes:
+        table.problems.raise_any()
+        raise DataError(f"{table.file}: its column {_LABELS} names no class")
+    return _Known(classes, values.argmax(axis=1), values)
+
+
+def _label_list(table: Table, row: int) -> list[str]:
+    cell = table.columns[_LABELS][row]
+    if isinstance(cell, str):
+        separator = next((mark for mark in _SEPARATORS if mark in cell), _SEPARATORS[0])
+        return [name.strip() for name in cell.split(separator) if name.strip()]
+    if isinstance(cell, list) and all(isinstance(name, str | int) and name != "" for name in cell):
+        return [str(name) for name in cell]
+    table.problems.add(f"{table.called(row, _LABELS)}, no list of names")
+    return []
+
+
+def _indicators(table: Table) -> _Known:
+    names = _number_columns(table, lambda number: number in (0, 1), "0 or 1")
+    if not names:
+        _lack(table, "a column `labels`, or columns of 0 and 1", [_LABELS])
+    values = _numbers(table, names, lambda number: number in (0, 1), "not 0 or 1")
+    bits = values.astype(np.uint8)
+    return _Known(tuple(names), bits.argmax(axis=1), bits)
+
+
+def _regress(table: Table) -> _Known:
+    names = _number_columns(table, math.isfinite, "numbers")
+    if not names:
+        _lack(table, "a column of numbers", [])
+    values = _numbers(table, names, math.isfinite, "no number").astype(np.float32)
+    return _Known(tuple(names), np.zeros(len(values), dtype=np.int64), values)
+
+
+def _generate(table: Table) -> _Known:
+    labels = np.zeros(len(table.rows), dtype=np.int64)
+    return _Known(("image",), labels, labels)
+
+
+def _number_columns(table: Table, right: Callable[[float], bool], what: str) -> list[str]:
+    """Return the chosen columns, or those of which more than half the cells are `right`."""
+    if unknown := [name for name in table.chosen if name not in table.columns]:
+        _lack(table, f"the column {unknown[0]!r}", unknown)
+    if table.chosen:
+        return list(table.chosen)
+    others = {_image_column(table), _SPLIT}
+    found: list[str] = []
+    left_out: list[str] = []
+    for name, cells in table.columns.items():
+        count = sum(right(number) for number in map(_number, cells) if number is not None)
+        if name not in others:
+            (found if 2 * count > len(cells) else left_out).append(name)
+    table.problems.notes += [f"column {name} does not hold {what}: left out" for name in left_out]
+    return found
+
+
+def _numbers(
+    table: Table, names: Sequence[str], right: Callable[[float], bool], what: str
+) -> NDArray[np.float64]:
+    """Return the cells as float64 [N, T]; those that are not `right` are problems, and 0."""
+    values = np.zeros((len(table.rows), len(names)))
+    for row in range(len(table.rows)):
+        for i, name in enumerate(names):
+            number = _number(table.columns[name][row])
+            if number is None or not right(number):
+                table.problems.add(f"{table.called(row, name)}, {what}")
+            else:
+                values[row, i] = number
+    return values
+
+
+def _number(cell: Any) -> float | None:
+    """Return the number in a cell; true and false, as pandas writes 1 and 0, are such."""
+    if isinstance(cell, str):
+        cell = {"true": 1, "false": 0}.get(cell.lower(), cell)
+    try:
+        return float(cell) if isinstance(cell, str | int | float) else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def _lack(table: Table, what: str, wanted: Sequence[str]) -> NoReturn:
+    """Raise `DataError` for a column that is not there."""
+    known = list(table.columns)
+    hints = (did_you_mean(name, known) for name in wanted)
+    hint = next((hint for hint in hints if hint), "")
+    raise DataError(f"{table.file}: lacks {what}{hint}; it has {shortened(known, 12)}")
+
+
+_TASKS: Mapping[str, Callable[[Table], _Known]] = {
+    "classify": _classify,
+    "generate": _generate,
+    "multilabel": _multilabel,
+    "regress": _regress,
+}

@@ -1,5 +1,0 @@
-"""Process groups, launching, devices and collectives.
-
-Nothing is imported here, so that `meshuffle.dist.launch` (which the command line needs
-before any rank exists) does not bring torch with it.
-"""

@@ -1,0 +1,1 @@
+"""Evaluate, predict and compute features, on one rank or many."""

@@ -1,0 +1,166 @@
+"""How a value gets from one layout into another, and the bytes that this costs.
+
+    from \\ to    Replicate   Varying     Partial   Shard, Samples   Window
+    Replicate                pvary       share     scatter          (by Varying)
+    Varying                                        take             take
+    Partial      psum        (by psum)             scatter_sum      (by Shard)
+    Shard,       gather      all-gather            exchange,        halo
+    Samples                                        transpose
+
+Bytes are those of the ring and direct algorithms, summed over ranks: `forward` for the value,
+`backward` for its gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from meshuffle.layout.layout import (
+    Layout,
+    Owners,
+    Partial,
+    Replicate,
+    Samples,
+    Shard,
+    Varying,
+    Window,
+    samples_owners,
+)
+from meshuffle.layout.routes import sent_elements
+
+
+@dataclass(frozen=True)
+class Value:
+    """What the cost of a conversion depends on.
+
+    Attributes:
+        shape: of the whole.
+        itemsize: bytes of an element.
+        has_grad: a gradient flows into it.
+        batch, world: samples of the step, and ranks of the `tp` axis.
+    """
+
+    shape: tuple[int, ...]
+    itemsize: int
+    has_grad: bool
+    batch: int
+    world: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole."""
+        return math.prod(self.shape) * self.itemsize
+
+
+@dataclass(frozen=True)
+class Step:
+    """One conversion."""
+
+    source: Layout
+    target: Layout
+    forward: int = 0
+    backward: int = 0
+
+    @property
+    def sent_bytes(self) -> int:
+        """Both ways together."""
+        return self.forward + self.backward
+
+    @property
+    def name(self) -> str:
+        """What the table of this module, and the lowered code, call it."""
+        return name_of(self.source, self.target) or "nothing"
+
+
+def owners_of(layout: Shard | Samples | Window, value: Value, batch: int | None = None) -> Owners:
+    """Return the indices that each rank has of `layout.dim`, where a step has `batch` samples."""
+    if isinstance(layout, Samples):
+        size, batch = value.shape[layout.dim], value.batch if batch is None else batch
+        return samples_owners(size // max(1, value.batch) * batch, batch, value.world)
+    return layout.owners if isinstance(layout, Shard) else layout.needs
+
+
+def steps(value: Value, available: Collection[Layout], target: Layout) -> tuple[Step, ...] | None:
+    """Return the cheapest way from any of the layouts that there are; empty where it is one."""
+    if target in available:
+        return ()
+    found = [(step,) for source in available if (step := _direct(value, source, target))]
+    middles: list[Layout] = [Replicate(), Varying()]
+    if isinstance(target, Window) and value.shape[target.dim] >= value.world:
+        middles.append(Shard.even(target.dim, value.shape[target.dim], value.world))
+    ways: list[tuple[Step, ...]] = list(found)
+    for middle, source in itertools.product(middles, available):
+        first = _direct(value, source, middle)
+        second = _direct(value, middle, target)
+        if first and second:
+            ways.append((first, second))
+    return min(ways, key=lambda way: (sum(s.sent_bytes for s in way), len(way)), default=None)
+
+
+@functools.lru_cache(maxsize=65536)
+def _direct(value: Value, source: Layout, target: Layout) -> Step | None:
+    """Return the one collective that leads from `source` to `target`, or None."""
+    name, ring = name_of(source, target), (value.world - 1) * value.num_bytes
+    if name is None:
+        return None
+    if name in _RINGS:
+        forward, backward = (ring * times for times in _RINGS[name])
+    else:
+        forward = backward = _moved_bytes(value, source, target)  # type: ignore[arg-type]
+    return Step(source, target, forward, int(value.has_grad) * backward)
+
+
+_RINGS = {
+    "take": (0, 0),
+    "share": (0, 0),
+    "pvary": (0, 2),
+    "scatter": (0, 1),
+    "psum": (2, 0),
+    "scatter_sum": (1, 1),
+    "gather": (1, 0),
+    "all_gather": (1, 1),
+}
+"""How often the whole goes round a ring of the ranks, forward and backward."""
+
+
+def name_of(source: Layout, target: Layout) -> str | None:
+    """Return what the one collective from `source` to `target` is called; None if there is none."""
+    match source, target:
+        case _ if source == target:
+            return None
+        case Replicate(), Varying():
+            return "pvary"
+        case Replicate(), Partial():
+            return "share"
+        case Replicate(), Shard() | Samples():
+            return "scatter"
+        case Varying(), Shard() | Samples() | Window():
+            return "take"
+        case Partial(), Replicate():
+            return "psum"
+        case Partial(), Shard() | Samples():
+            return "scatter_sum"
+        case Shard() | Samples(), Replicate():
+            return "gather"
+        case Shard() | Samples(), Varying():
+            return "all_gather"
+        case Shard() | Samples(), Window():
+            return "halo"
+        case Shard() | Samples(), Shard() | Samples():
+            return "exchange" if source.dim == target.dim else "transpose"
+    return None
+
+
+def _moved_bytes(value: Value, source: Shard | Samples, target: Shard | Samples | Window) -> int:
+    held, needed = owners_of(source, value), owners_of(target, value)
+    if source.dim == target.dim:
+        row_bytes = value.num_bytes // max(1, value.shape[source.dim])
+        return sent_elements(held, needed) * row_bytes
+    rest = value.num_bytes // max(1, value.shape[source.dim] * value.shape[target.dim])
+    crossing = sum(len(h) for h in held) * sum(len(n) for n in needed)
+    crossing -= sum(len(h) * len(n) for h, n in zip(held, needed, strict=True))
+    return crossing * rest

@@ -1,0 +1,101 @@
+"""Conversions between layouts, as modules: each is one visible line of the lowered code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from meshuffle.comm import collectives
+from meshuffle.comm.primitives import select
+from meshuffle.layout.layout import Samples, Shard, Window
+from meshuffle.layout.redistribution import Step, Value, owners_of
+from meshuffle.layout.routes import routes, whole_route
+
+Run = Callable[[Tensor, Any], Tensor]
+
+
+class Move(nn.Module):
+    """Brings a value from one layout into another.
+
+    Args:
+        step: which.
+        value: the sizes of the whole.
+        rank: of this one along the `tp` axis.
+
+    Attributes:
+        group: the ranks of the axis; needed where something is sent.
+    """
+
+    group: dist.ProcessGroup | None = None
+
+    def __init__(self, step: Step, value: Value, rank: int) -> None:
+        super().__init__()
+        self.step, self.value, self.rank = step, value, rank
+        self._runs: dict[int, Run] = {}
+
+    def forward(self, x: Tensor, batch: int) -> Tensor:
+        """Return this rank's value in the new layout.
+
+        Args:
+            x: this rank's value.
+            batch: samples of the step, on all ranks of the axis together.
+        """
+        if batch not in self._runs:
+            self._runs[batch] = self._prepare(batch)
+        return self._runs[batch](x, self.group)
+
+    def _prepare(self, batch: int) -> Run:
+        """Return the collective with its index lists for this batch."""
+        rank, world, name = self.rank, self.value.world, self.step.name
+        if name == "pvary":
+            return collectives.pvary
+        if name == "psum":
+            return collectives.psum
+        if name == "share":
+            return lambda x, _: _Share.apply(x, world)
+        source, target = self.step.source, self.step.target
+        parts = source if isinstance(source, Shard | Samples) else target
+        assert isinstance(parts, Shard | Samples | Window)
+        held, dim = owners_of(parts, self.value, batch), parts.dim
+        if name == "take":
+            return lambda x, _: select(x, dim, held[rank])
+        if name == "scatter_sum":
+            return lambda x, group: collectives.scatter_sum(x, dim, held, rank, group)
+        if name in _WHOLE:
+            run, whole = _WHOLE[name], whole_route(held, rank)
+            return lambda x, group: run(x, dim, whole, group)
+        assert isinstance(target, Shard | Samples | Window)
+        needed = owners_of(target, self.value, batch)
+        if dim == target.dim:
+            route = routes(held, needed)[rank]
+            return lambda x, group: collectives.exchange(x, dim, route, group)
+        turn = collectives.Turn(rank, dim, target.dim, held, needed)
+        return lambda x, group: collectives.transpose(x, turn, group)
+
+    def extra_repr(self) -> str:
+        """Say from which layout to which."""
+        return f"{self.step.source} → {self.step.target}"
+
+
+_WHOLE = {
+    "scatter": collectives.scatter,
+    "gather": collectives.gather,
+    "all_gather": collectives.exchange,
+}
+"""Between parts and the whole."""
+
+
+class _Share(Function):
+    """A term of a sum that is `x`: every rank's x / world; the sum's gradient is that of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, world: int) -> Tensor:
+        return x / world
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None

@@ -1,0 +1,1 @@
+"""A run's checkpoints: written, checksummed, found whole, and read again under any plan."""

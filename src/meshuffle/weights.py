@@ -1,0 +1,291 @@
+"""Weights and the card that travels with them, in one safetensors file.
+
+The card (JSON in the file's metadata) says which model the tensors belong to, its classes and
+its preprocessing: all that `eval`, `predict`, `export` and `serve` need. Reading it runs no
+code; a model named `package.module:function` is rebuilt only when the caller repeats the name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision.models
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from meshuffle.data import Preprocess
+from meshuffle.errors import ConfigError, DataError, ModelError, RunError, did_you_mean
+from meshuffle.files import disk_errors, replaced
+from meshuffle.models.published import recognise
+from meshuffle.models.unfilled import Unfilled
+from meshuffle.tasks import make_task
+
+_KEY = "meshuffle"
+_HUB = "torchvision:"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the tensors of a weights file are.
+
+    Attributes:
+        model: the registry's name; `knobs`: what it was built with besides `num_classes`.
+        task: its name; `settings`: what it remembers beside the weights, plain data.
+        classes: names in the order of the outputs; `titles`: readable names, where known.
+        preprocess: from an image to the input.
+        data: the text of the DATA argument that it was trained on.
+        learned: the DATA of the weights that it began from.
+        source: who published the weights, or the ones that training began with.
+        named: False where `classes` are numbers or ImageNet's: the file has no class list.
+        epoch: finished epochs; `metrics`: those of the validation split at that point.
+    """
+
+    model: str
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+    task: str = "classify"
+    settings: dict[str, Any] = field(default_factory=dict)
+    knobs: dict[str, Any] = field(default_factory=dict)
+    titles: dict[str, str] = field(default_factory=dict)
+    data: str = ""
+    learned: str = ""
+    source: str = ""
+    named: bool = True
+    epoch: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def data_or(self, given: str | None) -> str:
+        """Return the DATA that is given, or that the weights were trained on.
+
+        Raises:
+            DataError: neither.
+        """
+        if not (given or self.data):
+            raise DataError("these weights do not say what they were trained on; give --data DATA")
+        return given or self.data
+
+    def to_json(self) -> str:
+        """Return the card as one line of JSON."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return json.dumps({**values, "preprocess": self.preprocess.to_dict()})
+
+    @classmethod
+    def from_json(cls, text: str) -> Card:
+        """Return the card that `to_json` wrote; keys of a later version are left out."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        values = {k: v for k, v in json.loads(text).items() if k in known}
+        values["preprocess"] = Preprocess.from_dict(values["preprocess"])
+        return cls(**{**values, "classes": tuple(values["classes"])})
+
+
+def save_weights(path: Path, tensors: Mapping[str, Tensor], card: Card) -> None:
+    """Write `tensors` (a `state_dict`) and `card` to `path`, replaced when all is written.
+
+    Raises:
+        MeshuffleError: the disk does not take it; an older file is as it was.
+    """
+    plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    with disk_errors(path.parent, SafetensorError), replaced(path) as temporary:
+        save_file(_without_aliases(plain), temporary, metadata={_KEY: card.to_json()})
+
+
+def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that share storage with an earlier one; safetensors refuses them."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() in seen:
+            tensors[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    return tensors
+
+
+def find_weights(target: Path) -> Path:
+    """Return the weights file that `target` means.
+
+    That is itself, the best one of a run folder, or that of `torchvision:NAME`, downloaded once.
+
+    Raises:
+        RunError: nothing there, with what was looked for.
+    """
+    if target.is_file():
+        return target
+    if not target.exists() and str(target).startswith(_HUB):
+        return _downloaded(str(target).removeprefix(_HUB))
+    if not target.exists():
+        raise RunError(f"{target}: no such run folder or weights file")
+    for name in ("best", "last"):
+        if (path := target / "weights" / f"{name}.safetensors").is_file():
+            return path
+    raise RunError(f"{target}: no weights/best.safetensors in it; is it a run folder?")
+
+
+def _downloaded(name: str) -> Path:
+    """Return the file of torchvision's default weights, in torch's cache of downloads."""
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise ModelError(f"torchvision:{name}: no such model{did_you_mean(name, known)}")
+    url = torchvision.models.get_model_weights(name).DEFAULT.url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+        except OSError as error:
+            raise RunError(
+                f"torchvision:{name}: {url} cannot be downloaded ({error}); fetch it elsewhere and "
+                f"give the file in its place, with --model torchvision:{name}"
+            ) from None
+    return path
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], Card | None]:
+    """Return the tensors of a weights file, and its card where it has one.
+
+    Takes safetensors, and `torch.save` files of plain tensors (`weights_only=True`).
+
+    Raises:
+        RunError: the file is broken, or holds something other than tensors.
+    """
+    if path.suffix != ".safetensors":
+        return _read_torch(path), None
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{path}: not a readable safetensors file ({error})") from None
+    try:
+        return tensors, Card.from_json(text) if text else None
+    except (ValueError, TypeError, LookupError, AttributeError, ConfigError) as error:
+        raise RunError(f"{path}: its card cannot be read ({error})") from None
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    import pickle
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise RunError(
+            f"{path}: not a readable weights file: neither safetensors nor a torch file that holds "
+            "tensors alone; one that holds code or whole modules is not opened"
+        ) from None
+    except (RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunError(f"{path}: not a readable weights file ({reason})") from None
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not content:
+        raise RunError(f"{path}: expected a state_dict, found {type(content).__name__}")
+    tensors = {k.removeprefix("module."): v for k, v in content.items() if isinstance(v, Tensor)}
+    if not tensors:
+        raise RunError(f"{path}: no tensors in it")
+    return tensors
+
+
+def open_weights(target: Path, model: str | None = None) -> tuple[dict[str, Tensor], Card]:
+    """Return the tensors under the keys of their model, and the card; see `load_model`.
+
+    Of plain weights the card is made from what `recognise` finds in their keys.
+    """
+    path = find_weights(target)
+    tensors, card = read_weights(path)
+    if card is not None:
+        return tensors, card
+    try:
+        found = recognise(tensors, model)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+    return found.tensors, Card(
+        model=found.model,
+        classes=found.classes or tuple(map(str, range(found.num_classes))),
+        preprocess=found.preprocess,
+        knobs=found.knobs,
+        source=found.source,
+        named=False,
+    )
+
+
+def load_model(
+    target: Path, model: str | None = None, *, mapped: bool = False
+) -> tuple[nn.Module, Card]:
+    """Rebuild the model of a run folder or a weights file, in eval mode, with its card.
+
+    Args:
+        target: a run folder, a file of a run, or published weights (see `find_weights`).
+        model: of plain weights, whose model is not seen from their keys; or repeats the name of a
+            `package.module:function` model, to allow its import.
+        mapped: let parameters stay in the file, where it is safetensors, and take no memory until
+            they are read; for who keeps a part of them, and soon.
+
+    Raises:
+        RunError: the file is missing or broken.
+        ModelError: the tensors do not fit the model, or the name must be given.
+    """
+    path = find_weights(target)
+    tensors, card = open_weights(target, model)
+    network = _to_load(card, model, tensors.keys())
+    missing, unexpected, reshaped = load_matching(network, tensors, assign=mapped)
+    if missing or unexpected or reshaped:
+        raise ModelError(
+            f"{path} does not fit {card.model}: {_listed('missing', missing)}"
+            f"{_listed('unexpected', unexpected)}{_listed('other shape', reshaped)}"
+        )
+    return network.eval(), card
+
+
+def _to_load(card: Card, model: str | None, names: Collection[str]) -> nn.Module:
+    """Build the card's model, its parameters not filled if `names` are all of them."""
+    with contextlib.suppress(Exception), Unfilled():  # of foreign code that computes with them
+        network = build_model(card, model)
+        if all(name in names for name, _ in network.named_parameters(remove_duplicate=False)):
+            return network
+    return build_model(card, model)
+
+
+def _listed(what: str, names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{what} {', '.join(names[:3])}{more}; " if names else ""
+
+
+def build_model(card: Card, model: str | None = None) -> nn.Module:
+    """Build the card's model with random weights; see `load_model` for `model`."""
+    require_repeated(card.model, model)
+    return make_task(card).network(seed=0)
+
+
+def require_repeated(stored: str, model: str | None) -> None:
+    """Refuse to import the code of a model that a file names, unless `model` repeats the name."""
+    prefix, colon, _ = stored.partition(":")
+    if colon and prefix not in ("torchvision", "timm", "transformers") and model != stored:
+        raise ModelError(
+            f"the model is {stored}, which is code outside Meshuffle; "
+            f"to run it, repeat its name: --model {stored}"
+        )
+
+
+def load_matching(
+    model: nn.Module, tensors: Mapping[str, Tensor], *, assign: bool = False
+) -> tuple[list[str], list[str], list[str]]:
+    """Copy the tensors that fit into `model`; return the names (missing, unexpected, reshaped).
+
+    Args:
+        assign: make them its own instead, without a copy where they have its dtype.
+    """
+    own = model.state_dict()
+    missing = [name for name in own if name not in tensors]
+    unexpected = [name for name in tensors if name not in own]
+    shared = [name for name in tensors if name in own]
+    reshaped = [name for name in shared if tensors[name].shape != own[name].shape]
+    fitting = {n: tensors[n].to(own[n].dtype) for n in shared if n not in reshaped}
+    model.load_state_dict(fitting, strict=False, assign=assign)
+    return missing, unexpected, reshaped
