@@ -173,7 +173,7 @@ def test_tabs_quotes_blank_lines_and_a_byte_order_mark(photos):
         ("classify", [""], "holds no row"),
         ("classify", ["image,label,label", "a/0.png,b,b"], "has a column twice or without a name"),
         ("classify", ["image,label", 'a/0.png,"b'], "line 2: unexpected end of data"),
-        ("classify", ["image,label", "a/0.png,b"], "train has only one class, 'b'"),
+        ("classify", ["image,label", "a/0.png,b"], "only one class, 'b'"),
     ],
 )  # fmt: skip
 def test_bad_csv(photos, task, lines, expected):

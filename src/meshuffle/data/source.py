@@ -90,6 +90,17 @@ def open_data(
     return _finished(form.load()(path, seed=seed, need=need, **chosen), spec, task)
 
 
+def absolute_data(spec: str) -> str:
+    """Return DATA, or weights, with the path made absolute: a run goes on from anywhere."""
+    prefix, colon, path = spec.partition(":")
+    path, mark, options = (path, "", "") if Path(path).exists() else path.partition("?")
+    if Path(spec).expanduser().exists():
+        return str(Path(spec).expanduser().resolve())
+    if colon and Path(path).expanduser().exists():
+        return f"{prefix}:{Path(path).expanduser().resolve()}{mark}{options}"
+    return spec
+
+
 def _check_task(spec: str, form: Format, task: str) -> None:
     """Refuse a task for which the format has no targets; to generate, images are enough."""
     if task in form.tasks or (task == "generate" and "classify" in form.tasks):

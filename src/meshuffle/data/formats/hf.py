@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from meshuffle.data.base import Data, ImageSource, shortened
-from meshuffle.data.entries import SPLITS, assemble, check_task, only_split, split_options
+from meshuffle.data.entries import (
+    SPLITS,
+    assemble,
+    check_task,
+    check_train,
+    only_split,
+    split_options,
+)
 from meshuffle.data.image import decode_image
 from meshuffle.errors import DataError, ImageError, did_you_mean
 
@@ -92,7 +99,8 @@ def open_hf(
             raise DataError(f"{name}: {unlabelled} rows of {split} have no label in {label!r}")
         encoded = table.select_columns([image]).cast_column(image, library.Image(decode=False))
         splits[split] = HubSource(f"{name}/{split}", encoded, image, labels, classes)
-    _check_classes(name, splits, need)
+    if "train" in need and "train" in splits:
+        check_train(f"hf:{name}", splits["train"].labels, classes, "image")
     return assemble(path, task, classes, splits, seed=seed, need=need, ignored=notes)
 
 
@@ -166,16 +174,3 @@ def _column(
 def _labels(table: Any, column: str) -> NDArray[np.int64]:
     cells = table.select_columns([column])[:][column]
     return np.array([_UNLABELLED if cell is None else cell for cell in cells], dtype=np.int64)
-
-
-def _check_classes(name: str, splits: Mapping[str, ImageSource], need: Sequence[str]) -> None:
-    if "train" not in need or "train" not in splits:
-        return
-    train = splits["train"]
-    counts = np.bincount(train.labels, minlength=len(train.classes))
-    if len(train.classes) < 2:
-        raise DataError(f"hf:{name}: only one class; a classifier needs two or more")
-    if empty := [key for key, count in zip(train.classes, counts, strict=True) if not count]:
-        raise DataError(
-            f"hf:{name}: {len(empty)} classes without any image in train: {shortened(empty)}"
-        )

@@ -20,6 +20,7 @@ from meshuffle.data.entries import (
     absent,
     assemble,
     check_task,
+    check_train,
     existing_file,
     only_split,
     split_options,
@@ -98,8 +99,8 @@ def _open(
         split: _source(table, np.flatnonzero(split_of_row == split), paths, known)
         for split in ("train", "val", "test")
     }
-    if task == "classify" and need:
-        _check_classes(file, splits, known.classes)
+    if task == "classify" and need and len(splits["train"]):
+        check_train(str(file), splits["train"].labels, known.classes, "row")
     if task == "multilabel":
         shown = np.nonzero(known.targets[split_of_row == "train"])[1]
         note_unused(shown, known.classes, problems.notes if len(splits["train"]) else [])
@@ -113,23 +114,6 @@ def _source(
     targets: Targets = LabelTargets(values) if values.ndim == 1 else RowTargets(values)
     of_rows = path_table([paths[row] for row in rows.tolist()])
     return AnnotatedSource(table.file.parent, of_rows, labels, known.classes, targets)
-
-
-def _check_classes(
-    file: Path, splits: Mapping[str, AnnotatedSource], classes: Sequence[str]
-) -> None:
-    in_train = set(splits["train"].labels.tolist())
-    if not in_train:
-        return
-    if len(in_train) == 1:
-        raise DataError(
-            f"{file}: train has only one class, {classes[in_train.pop()]!r}; a classifier needs "
-            "two or more: add rows of something else"
-        )
-    if lacking := [name for label, name in enumerate(classes) if label not in in_train]:
-        raise DataError(
-            f"{file}: {len(lacking)} classes without any row in train: {shortened(lacking)}"
-        )
 
 
 def _image_column(table: Table) -> str:
