@@ -237,8 +237,6 @@ def test_what_is_not_there(photos):
     assert "lacks the column 'z'" in error_of(open_csv, f"{path}?targets=z", task="regress")
     found = error_of(open_csv, f"{path}?target=y", task="regress")
     assert "'target=y' is no option; did you mean 'targets'?; known: ?targets=…" in found
-    found = error_of(open_csv, path, task="detect")
-    assert found == "csv: knows classify, multilabel, regress; not detect"
     (photos / "t.csv").write_bytes(b"image\n\xff")
     assert "byte 6 is not UTF-8 text" in error_of(open_csv, path)
 

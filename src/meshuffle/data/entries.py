@@ -64,12 +64,6 @@ class Problems:
             raise DataError(" ".join(text.split()))
 
 
-def check_task(data_format: str, task: str, known: Sequence[str]) -> None:
-    """Raise `DataError` for a task that the format has no targets for; generate needs none."""
-    if task not in known and task != "generate":
-        raise DataError(f"{data_format}: knows {', '.join(known)}; not {task}")
-
-
 def split_options(path: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:
     """Return the path and the options of `PATH?name=value&name=value`.
 

@@ -86,7 +86,7 @@ def open_data(
         raise DataError(f"{spec!r} lacks its path: {prefix}:PATH")
     form = FORMATS[prefix]
     _check_task(spec, form, task)
-    chosen = {"task": task} if len(form.tasks) > 1 or "classify" not in form.tasks else {}
+    chosen = {"task": task} if len(form.tasks) > 1 else {}
     return _finished(form.load()(path, seed=seed, need=need, **chosen), spec, task)
 
 

@@ -16,7 +16,6 @@ from meshuffle.data.base import Data, ImageSource, shortened
 from meshuffle.data.entries import (
     SPLITS,
     assemble,
-    check_task,
     check_train,
     only_split,
     split_options,
@@ -24,7 +23,6 @@ from meshuffle.data.entries import (
 from meshuffle.data.image import decode_image
 from meshuffle.errors import DataError, ImageError, did_you_mean
 
-TASKS = ("classify",)
 _OLDEST = 4  # the major version from which on data sets bring no code
 _UNLABELLED = -1
 
@@ -68,9 +66,7 @@ class HubSource:
             raise ImageError(f"{self.name(index)}: {cell['path']}: {error.strerror}") from error
 
 
-def open_hf(
-    path: str, *, task: str = "classify", seed: int = 0, need: Sequence[str] = ("train", "val")
-) -> Data:
+def open_hf(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "val")) -> Data:
     """Open a data set by its name on the hub, or a folder that `save_to_disk` wrote.
 
     It needs a column of images and one of class labels; `NAME?label=fine_label` chooses among
@@ -80,7 +76,6 @@ def open_hf(
     Raises `DataError`, one line, also where `datasets` is not installed, or the hub cannot
     be reached.
     """
-    check_task("hf", task, TASKS)
     name, options = split_options(path, ["label", "image", "config"])
     library = _library(name)
     notes: list[str] = []
@@ -101,7 +96,7 @@ def open_hf(
         splits[split] = HubSource(f"{name}/{split}", encoded, image, labels, classes)
     if "train" in need and "train" in splits:
         check_train(f"hf:{name}", splits["train"].labels, classes, "image")
-    return assemble(path, task, classes, splits, seed=seed, need=need, ignored=notes)
+    return assemble(path, "classify", classes, splits, seed=seed, need=need, ignored=notes)
 
 
 def _library(name: str) -> Any:

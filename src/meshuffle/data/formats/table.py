@@ -19,7 +19,6 @@ from meshuffle.data.entries import (
     Problems,
     absent,
     assemble,
-    check_task,
     check_train,
     existing_file,
     only_split,
@@ -29,7 +28,6 @@ from meshuffle.data.formats.table_rows import TARGETS, Table, read_csv, read_jso
 from meshuffle.data.objects import note_unused, path_table
 from meshuffle.errors import DataError, did_you_mean
 
-TASKS = ("classify", "multilabel", "regress")
 _IMAGE = ("image", "file", "path", "filename")
 _SPLIT = "split"
 _LABEL = ("label", "class")
@@ -59,7 +57,7 @@ def open_csv(
 
     Raises `DataError`: the file, and the first bad lines.
     """
-    return _open("csv", read_csv, path, task=task, seed=seed, need=need)
+    return _open(read_csv, path, task=task, seed=seed, need=need)
 
 
 def open_json(
@@ -70,11 +68,10 @@ def open_json(
     `labels` may be a list; numbers of regress may stand in an object `targets`. Raises
     `DataError`.
     """
-    return _open("json", read_json, path, task=task, seed=seed, need=need)
+    return _open(read_json, path, task=task, seed=seed, need=need)
 
 
 def _open(
-    data_format: str,
     read: Callable[[Path, Sequence[str], Problems], Table],
     path: str,
     *,
@@ -82,7 +79,6 @@ def _open(
     seed: int,
     need: Sequence[str],
 ) -> Data:
-    check_task(data_format, task, TASKS)
     head, options = split_options(path, [TARGETS])
     file = existing_file(head)
     chosen = [name.strip() for name in options.get(TARGETS, "").split(",") if name.strip()]
