@@ -8,10 +8,8 @@ import pytest
 
 from meshuffle.deploy import spread
 from meshuffle.deploy.serve.measure import Layout
-from meshuffle.deploy.spread import WORTH_IMAGES, fewest_of_the_fastest, spread_over
+from meshuffle.deploy.spread import WORTH_IMAGES, spread_over
 from tests.deploy.serving import make_weights
-
-TWO, ONE = Layout(2, 1), Layout(1, 2)
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +44,15 @@ def test_under_a_launcher_its_ranks_are_the_plan(
 
 
 @pytest.mark.parametrize(
-    ("speeds", "best"), [((100.0, 90.0), TWO), ((100.0, 98.0), ONE), ((90.0, 100.0), ONE)]
+    ("one", "two", "best"), [(90.0, 100.0, 2), (98.0, 100.0, 1), (100.0, 90.0, 1)]
 )
 def test_what_is_as_good_as_equal_starts_fewer_processes(
-    speeds: tuple[float, float], best: Layout
+    one: float, two: float, best: int, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert fewest_of_the_fastest((TWO, ONE), speeds) == best
+    def measured(_: object, layout: Layout, batches: tuple[int], *__: object) -> dict[int, float]:
+        return {batches[0]: {1: one, 2: two}[layout.replicas]}
+
+    monkeypatch.setattr(spread, "num_cores", lambda: 2)
+    monkeypatch.setattr(spread, "measured", measured)
+    monkeypatch.setattr(spread, "fork_server", lambda name: None)
+    assert spread_over(weights, None, WORTH_IMAGES, 64, lambda line: None).dp == best

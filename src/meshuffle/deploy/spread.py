@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from meshuffle.comm.device import num_cores
 from meshuffle.comm.forking import fork_server
 from meshuffle.comm.group import rank_env
 from meshuffle.deploy.serve.backends import TORCH, Backend
-from meshuffle.deploy.serve.measure import Layout, layouts, measured
+from meshuffle.deploy.serve.measure import layouts, measured, nearly_fastest
 from meshuffle.planner.plan import Plan
 from meshuffle.weights import open_weights, require_repeated
 
@@ -19,7 +19,6 @@ WORTH_IMAGES = 2000
 """With fewer, to measure and to start ranks takes longer than it can save."""
 
 _BATCH = 16
-_AS_GOOD = 1.05
 
 
 def spread_over(
@@ -49,18 +48,10 @@ def spread_over(
     say("measuring how many processes are fastest")
     fork_server(measured.__module__)
     backend = Backend(TORCH, str(target), model)
-    speeds = [measured(backend, one, (_BATCH,), card.preprocess.size)[_BATCH] for one in possible]
-    best = fewest_of_the_fastest(possible, speeds)
-    told = ", ".join(f"{one} {speed:.0f}" for one, speed in zip(possible, speeds, strict=True))
-    say(f"plan dp={best.replicas}, images/s without decoding: {told}")
+    size = card.preprocess.size
+    speeds = {one: measured(backend, one, (_BATCH,), size)[_BATCH] for one in possible}
+    # Each replica has to start, and to load the weights.
+    best = min(nearly_fastest(speeds), key=lambda one: one.replicas)
+    listed = ", ".join(f"{one} {speed:.0f}" for one, speed in speeds.items())
+    say(f"plan dp={best.replicas}, images/s without decoding: {listed}")
     return Plan(dp=best.replicas, threads=best.threads)
-
-
-def fewest_of_the_fastest(possible: Sequence[Layout], speeds: Sequence[float]) -> Layout:
-    """Return the layout with fewest replicas of those that are nearly as fast as the fastest.
-
-    Each replica has to start, and to load the weights.
-    """
-    most = max(speeds)
-    near = [one for one, speed in zip(possible, speeds, strict=True) if _AS_GOOD * speed >= most]
-    return min(near, key=lambda one: one.replicas)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
@@ -21,10 +21,11 @@ from meshuffle.errors import MeshuffleError, in_words
 BATCHES = (1, 4, 16)
 GPU_BATCHES = (1, 16, 64)
 _SECONDS = 0.5
-_NEARLY = 0.95  # of the best: then the smaller batch, or the more replicas, are taken
+_NEARLY = 0.95
 _TIMEOUT_S = 120
 
 Size = tuple[int, int]
+Way = TypeVar("Way")
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,15 @@ def images_per_s(run: Run, x: NDArray[Any], seconds: float) -> float:
     return num / elapsed
 
 
+def nearly_fastest(speeds: Mapping[Way, float]) -> list[Way]:
+    """Return the ways whose speed is at least 95 % of the highest."""
+    highest = max(speeds.values())
+    return [way for way, speed in speeds.items() if speed >= _NEARLY * highest]
+
+
 def best_batch(found: dict[int, float]) -> int:
     """Return the smallest batch that is nearly as fast as the fastest."""
-    most = max(found.values())
-    return min(batch for batch, speed in found.items() if speed >= _NEARLY * most)
+    return min(nearly_fastest(found))
 
 
 def layouts(cores: int, num_gpus: int, ranks: int = 1) -> list[Layout]:
@@ -75,8 +81,7 @@ def best_layout(found: list[Layout]) -> Layout:
 
     More replicas also share the decoding and the HTTP between more processes.
     """
-    most = max(layout.images_per_s for layout in found)
-    near = [layout for layout in found if layout.images_per_s >= _NEARLY * most]
+    near = nearly_fastest({layout: layout.images_per_s for layout in found})
     return max(near, key=lambda layout: layout.replicas)
 
 
