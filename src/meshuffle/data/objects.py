@@ -48,6 +48,10 @@ class Objects:
         left, top, right, bottom = self.xyxy.astype(np.float64).T
         return (right - left) * (bottom - top)
 
+    def heaviest(self, num_classes: int) -> NDArray[np.int64]:
+        """Return the class with most area in each image; see the function of this name."""
+        return heaviest(self.owners, self.labels, self.areas, len(self.paths), num_classes)
+
 
 class BoxList:
     """Collects boxes in any order, then sorts them by image."""
@@ -171,9 +175,7 @@ def object_source(
     `where`: the split, or its file, for a note on images that show nothing.
     """
     targets: Targets
-    labels = heaviest(
-        objects.owners, objects.labels, objects.areas, len(objects.paths), len(classes)
-    )
+    labels = objects.heaviest(len(classes))
     if task == "classify":
         labels = largest(objects)
         if bare := int((labels < 0).sum()):

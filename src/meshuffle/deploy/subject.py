@@ -15,9 +15,6 @@ from meshuffle.errors import DataError, ModelError
 from meshuffle.tasks import make_task
 from meshuffle.weights import Card
 
-INPUT = "input"
-"""Name of the input in every file."""
-
 BATCH_SIZES = (1, 2, 5)
 """A batch size that was baked into the graph shows in at least one of these."""
 
@@ -127,6 +124,10 @@ class Subject:
     def preprocessed(self, network: nn.Module) -> nn.Module:
         """Return `network` behind the subject's preprocessing, where it has one."""
         return network if self._preprocessed is None else self._preprocessed(network)
+
+    def preprocessing(self) -> ExportedProgram:
+        """Return the program of the preprocessing alone: from images to the network's inputs."""
+        return self.captured(self.preprocessed(nn.Identity()))
 
     def captured(self, module: nn.Module, max_batch: int | None = None) -> ExportedProgram:
         """Return the program of `module`, which takes what the subject's own takes."""

@@ -31,7 +31,6 @@ from meshuffle.data.objects import (
     BoxList,
     Objects,
     check_classes,
-    heaviest,
     object_source,
     path_table,
 )
@@ -254,10 +253,7 @@ def _mask_sources(
     label_of = {name: label for label, name in enumerate(classes)}
     sources = {}
     for key, split in splits.items():
-        objects = _objects(root, split, label_of, Problems(str(root)))
-        labels = heaviest(
-            objects.owners, objects.labels, objects.areas, len(split.paths), len(classes)
-        )
+        labels = _objects(root, split, label_of, Problems(str(root))).heaviest(len(classes))
         images = path_table(split.paths)
         targets = MaskTargets(root, images, path_table(masks[key]), table)
         sources[key] = AnnotatedSource(root, images, labels, classes, targets)

@@ -28,6 +28,9 @@ The inputs are float32 [N, 3, H, W], normalised; or, with preprocessing inside, 
 
 Precision = Literal["float32", "bfloat16"]
 
+INPUT = "input"
+"""The name of the input in every file."""
+
 
 class Calibration(Protocol):
     """Real inputs, from which an eight-bit file learns the range of each tensor."""

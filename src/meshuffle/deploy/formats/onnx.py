@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from meshuffle.deploy.formats.base import Calibration, Format, Precision, Run
+from meshuffle.deploy.formats.base import INPUT, Calibration, Format, Precision, Run
 
 if TYPE_CHECKING:
     import onnx
@@ -45,9 +45,6 @@ class Onnx(Format):
         import onnx
         from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
-        from torch import nn
-
-        from meshuffle.deploy.subject import INPUT
 
         # Beside the folder, as what is in there is kept.
         with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +63,7 @@ class Onnx(Format):
             )
             program = onnx.load(quantised)
         if subject.plain is not None:
-            front = _translate(subject.captured(subject.preprocessed(nn.Identity())), _VIEW)
+            front = _translate(subject.preprocessing(), _VIEW)
             program = _joined(front, program)
         _describe(program, subject.metadata)
         path.write_bytes(program.SerializeToString())
@@ -118,8 +115,6 @@ class _Reader:
 def _translate(program: ExportedProgram, outputs: str) -> onnx.ModelProto:
     import torch
 
-    from meshuffle.deploy.subject import INPUT
-
     translated: Any = torch.onnx.export(
         program, dynamo=True, input_names=[INPUT], output_names=[outputs], verbose=False
     )
@@ -129,8 +124,6 @@ def _translate(program: ExportedProgram, outputs: str) -> onnx.ModelProto:
 def _joined(front: onnx.ModelProto, back: onnx.ModelProto) -> onnx.ModelProto:
     """Return the model that hands the output of `front` to `back`."""
     from onnx import compose
-
-    from meshuffle.deploy.subject import INPUT
 
     front = compose.add_prefix(front, _FRONT, rename_inputs=False, rename_outputs=False)
     front.ir_version = back.ir_version

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from meshuffle.deploy.formats.base import Calibration, Format, Precision, Run
+from meshuffle.deploy.formats.base import INPUT, Calibration, Format, Precision, Run
 from meshuffle.files import disk_errors
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ class OpenVino(Format):
     def write_int8(self, subject: Subject, path: Path, calibration: Calibration) -> None:
         """Quantise with NNCF."""
         import nncf
-        from torch import nn
 
         inputs = list(calibration.inputs())
         nncf.set_log_level(logging.ERROR)
@@ -50,8 +49,7 @@ class OpenVino(Format):
         network = subject.plain or subject
         model = nncf.quantize(_converted(network, network.program()), data, subset_size=len(inputs))
         if subject.plain is not None:
-            front = subject.captured(subject.preprocessed(nn.Identity()))
-            model = _joined(_converted(subject, front), model)
+            model = _joined(_converted(subject, subject.preprocessing()), model)
         _save(model, subject, path)
 
     def load(self, path: Path, threads: int, precision: Precision) -> Run:
@@ -89,8 +87,6 @@ class OpenVino(Format):
 
 def _converted(subject: Subject, program: ExportedProgram) -> Any:
     import openvino
-
-    from meshuffle.deploy.subject import INPUT
 
     model = openvino.convert_model(program)
     model.inputs[0].get_tensor().set_names({INPUT})
