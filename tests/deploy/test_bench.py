@@ -158,5 +158,7 @@ def test_a_gan_has_no_bench(tmp_path: Path) -> None:
     card = Card("shufflenet_v2_x0_5", ("a",), preprocess, task="generate", knobs=knobs)
     weights = tmp_path / "best.safetensors"
     save_weights(weights, make_task(card).network(0).state_dict(), card)
-    with pytest.raises(ConfigError, match="what generate makes needs no images: no bench"):
+    with pytest.raises(
+        ConfigError, match="a generate model takes no images, so bench cannot run it"
+    ):
         bench(str(weights))

@@ -1,4 +1,4 @@
-"""What `meshuffle export` does, as a function."""
+"""`meshuffle export` as a function."""
 
 from __future__ import annotations
 
@@ -44,23 +44,23 @@ def export(
         target: a run folder or a weights file.
         formats: keys of `FORMATS`.
         out: folder of the files; None is `export/` in the run, or beside a weights file.
-        data: DATA whose images the files are checked on; None is what the model learned.
+        data: DATA whose images the files are checked on; None is the training data.
         model: repeats the name of a `package.module:function` model, to allow its import.
-        int8: weights and activations have eight bits; the files are `model.int8.*`.
-        max_drop: points that an eight-bit file may lose, 1 unless said; see
+        int8: quantise weights and activations to eight bits; the files are `model.int8.*`.
+        max_drop: points that an eight-bit file may lose, 1 by default; see
             `deploy.int8.points_lost`.
-        preprocessing: the files take images, uint8 [N, H, W, 3].
+        preprocessing: write files that take images, uint8 [N, H, W, 3].
 
     Raises:
-        ConfigError: an unknown format, or one that is not installed or has no eight bits;
-            ParityError: a file computes something else, or loses too much; MeshuffleError: it
-            cannot be written.
+        ConfigError: a format is unknown, not installed, or cannot be quantised.
+        ParityError: a file computes something else, or loses too much accuracy.
+        MeshuffleError: a file cannot be written.
     """
     found = [find_format(name.strip()) for name in formats]
     for one in found:
         one.require(int8)
     if max_drop is not None and not int8:
-        raise ConfigError(f"--max-drop {max_drop:g} is of --int8, which is not given")
+        raise ConfigError(f"--max-drop {max_drop:g} needs --int8")
     network, card = load_model(target, model)
     images = some_images(card.data_or(data), card)
     views_NCHW = torch.stack([card.preprocess.to_uint8(image) for image in images])
@@ -105,21 +105,21 @@ def write(
     tolerance: float = TOLERANCE,
     int8: Int8 | None = None,
 ) -> Parity:
-    """Write a file, once it agrees with the model.
+    """Write a file, and keep it only if it agrees with the model.
 
-    It is written in a temporary folder; after an error `path` is what it was before.
+    It is written to a temporary folder; after an error `path` is as it was before.
 
     Args:
-        tolerance: largest error as a share of the largest output, above 0.
-        int8: makes an eight-bit file, which is judged by its metric and not by `tolerance`.
+        tolerance: largest allowed error, relative to the largest output, above 0.
+        int8: makes an eight-bit file, which is judged by its metric instead of `tolerance`.
 
     Returns:
-        How far the file's outputs are from the model's on batches of 1, 2 and 5 images.
+        The difference of the file's outputs from the model's on batches of 1, 2 and 5 images.
 
     Raises:
         ModelError: the model cannot be exported.
         ParityError: the file computes something else.
-        MeshuffleError: the disk does not take it.
+        MeshuffleError: the disk refuses the file.
     """
     with disk_errors(path.parent), replaced_files(path) as temporary:
         write_unchecked(form, subject, temporary, int8)
@@ -145,7 +145,7 @@ def write(
 
 
 def _network_alone(form: Format, plain: Subject, int8: Int8 | None) -> Run:
-    """Return what the network of a file with preprocessing computes by itself."""
+    """Return the function that executes the network of a file without its preprocessing."""
     if int8 is None:
         return module_run(plain.module)
     with tempfile.TemporaryDirectory() as folder:
@@ -157,25 +157,26 @@ def _network_alone(form: Format, plain: Subject, int8: Int8 | None) -> Run:
 def write_unchecked(
     form: Format, subject: Subject, path: Path, calibration: Calibration | None = None
 ) -> None:
-    """Write a file, with eight bits where it is calibrated, whatever it computes.
+    """Write a file without comparing it, with eight bits if there is a calibration.
 
     Raises:
-        ModelError: the model cannot be exported; MeshuffleError: the disk does not take it.
+        ModelError: the model cannot be exported.
+        MeshuffleError: the disk refuses the file.
     """
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # toolchains tell of their progress
+        with contextlib.redirect_stdout(io.StringIO()):  # toolchains print their progress
             if calibration is None:
                 form.write(subject, path)
             else:
                 form.write_int8(subject, path, calibration)
     except (MeshuffleError, OSError):
         raise
-    except Exception as error:  # a toolchain raises what it likes
+    except Exception as error:  # a toolchain may raise anything
         raise subject.refusal(error, f" to {form.name}") from error
 
 
 def some_images(spec: str, card: Card) -> list[Image.Image]:
-    """Return a few readable images of a data set, RGB, as they are."""
+    """Return up to five readable images of a data set, RGB, at their own sizes."""
     splits = open_data(spec, task=card.task, need=()).splits
     source = next(splits[name] for name in ("test", "val", "train") if name in splits)
     images: list[Image.Image] = []

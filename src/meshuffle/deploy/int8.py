@@ -1,4 +1,4 @@
-"""Eight-bit files: real images to calibrate on, and what the numbers cost in accuracy.
+"""Eight-bit files: real images to calibrate on, and the accuracy that the file loses.
 
 Calibration runs a few hundred training images through the network, to learn the range of each
 tensor (post-training quantisation). The task's first metric on the whole validation split, before
@@ -27,22 +27,23 @@ from meshuffle.tasks import make_task
 from meshuffle.tasks.base import Metric
 
 NUM_IMAGES = 300
-"""Training images to calibrate on."""
+"""The number of training images to calibrate on."""
 
 _BATCH = 32
 
 
 class Int8:
-    """What makes an eight-bit file, and judges it.
+    """The calibration of an eight-bit file, and the judgement of it.
 
     Args:
-        subject: what is exported.
-        data: DATA with a train and a val split; None is what the weights learned.
+        subject: the exported model.
+        data: DATA with a train and a val split; None is the training data of the weights.
         max_drop: points that the file may lose, ≥ 0; see `points_lost`.
-        num_images: to calibrate on, at most, ≥ 1.
+        num_images: the most images to calibrate on, ≥ 1.
 
     Raises:
-        ConfigError: a value out of range; DataError: a split is missing, or no image is readable.
+        ConfigError: a value is out of range.
+        DataError: a split is missing, or has no readable image.
     """
 
     def __init__(
@@ -63,31 +64,31 @@ class Int8:
         self.judged, self.what, _ = open_split(data, "val", subject.card)
 
     def inputs(self, batch: int = 1) -> Iterator[NDArray[np.float32]]:
-        """Yield the calibration images as the network's inputs."""
+        """Yield the calibration images as inputs of the network, float32 [batch, 3, H, W]."""
         for images_NCHW in self.images_NCHW.split(batch):
             yield self.subject.card.preprocess.normalise(images_NCHW).contiguous().numpy()
 
     @cached_property
     def before(self) -> float:
-        """The metric of the model."""
+        """The metric of the model on the validation split."""
         return self._metric(module_run(self.subject.module))
 
     def judge(self, run: Run, name: str) -> Change:
-        """Return what the file that `run` executes has lost.
+        """Return how much worse the file is that `run` executes; `name` is its format.
 
         Raises:
-            ParityError: more than `max_drop` points.
+            ParityError: the file loses more than `max_drop` points.
         """
         metric = self.task.metrics[0]
         before, after = self.before, self._metric(run)
         points, num = points_lost(metric, before, after), len(self.judged)
-        said = f"{metric.text(before)} → {metric.number(after)} on {num} images of {self.what}"
+        text = f"{metric.text(before)} → {metric.number(after)} on {num} images of {self.what}"
         if not points <= self.max_drop:
             raise ParityError(
-                f"{name} in int8 loses too much: {said}, {points:.2f} points; --max-drop "
-                f"(={self.max_drop:g}) says how much it may be. Nothing was written"
+                f"{name} in int8 loses too much: {text}, {points:.2f} points; --max-drop "
+                f"(={self.max_drop:g}) is the limit. Nothing was written"
             )
-        return Change(metric.key, before, after, points, num, said)
+        return Change(metric.key, before, after, points, num, text)
 
     def _metric(self, run: Run) -> float:
         preprocess, pieces = self.subject.card.preprocess, []
@@ -103,7 +104,7 @@ class Int8:
 
 
 def module_run(module: nn.Module) -> Run:
-    """Return what executes a module, in PyTorch."""
+    """Return the function that executes a module in PyTorch."""
 
     @torch.inference_mode()
     def run(x: NDArray[Any]) -> NDArray[np.float32]:
@@ -114,9 +115,9 @@ def module_run(module: nn.Module) -> Run:
 
 
 def points_lost(metric: Metric, before: float, after: float) -> float:
-    """Return how much worse `after` is, in percent points; of other units, in percent of `before`.
+    """Return how much worse `after` is: in percentage points, or else in percent of `before`.
 
-    Negative where it is better.
+    It is negative if `after` is better.
     """
     lost = after - before if metric.lower else before - after
     return lost if metric.unit == "%" else 100 * lost / max(abs(before), 1e-12)

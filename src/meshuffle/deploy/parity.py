@@ -1,4 +1,4 @@
-"""Does an exported file compute what the model computes? Every format asks here.
+"""Check that an exported file computes what the model computes; all formats use it.
 
 Shape suffixes: N batch, C channels (in an image) or classes (in logits), H height, W width.
 """
@@ -17,25 +17,30 @@ from meshuffle.deploy.formats.base import Run
 from meshuffle.errors import ParityError
 
 TOLERANCE = 1e-4
-"""Largest error as a share of the largest |logit|.
+"""The largest allowed error, relative to the largest |logit|.
 
 The noise of float32 is near 1e-6, and up to 3e-5 in deep untrained networks, which are as far
 from their own float64 result.
 """
 
 IMAGE_TOLERANCE = 0.3
-"""The same from an image's pixels on.
+"""The same for a file with preprocessing, from the pixels of the image on.
 
-Measured 2e-5 at most on 40 photos, whose levels are Pillow's; and 0.13 where Pillow 13 resamples
-the heights first, so that a fifth of all levels are off by one, and the weights are random.
+The largest measured error is 2e-5 on 40 photos whose levels are Pillow's. It is 0.13 if the weights
+are random and Pillow 13 resamples the heights first, so that a fifth of the levels are off by one.
 """
 
 
 @dataclass(frozen=True)
 class Change:
-    """The task's first metric on the validation split: of the model, and of the file.
+    """The task's first metric on the validation split, of the model and of its eight-bit file.
 
-    `points`: how much worse the file is; see `int8.points_lost`.
+    Attributes:
+        metric: key of the metric.
+        before, after: its value for the model and for the file.
+        points: how much worse the file is; see `int8.points_lost`.
+        num_images: size of the split.
+        text: all of it in words.
     """
 
     metric: str
@@ -56,15 +61,15 @@ class Parity:
     Attributes:
         max_abs_error: max |file − model| over all logits.
         max_relative_error: `max_abs_error` / max |logit of the model|.
-        top1_agreement: images, or their pixels, with the same most likely class, in percent; None
-            where the outputs are no classes.
-        batch_sizes: of the batches that were compared.
+        top1_agreement: percentage of images, or of pixels, with the same most probable class;
+            None if the outputs are not classes.
+        batch_sizes: sizes of the compared batches.
         file_bytes: size of the file.
-        runtime: what ran the file, with its version.
-        input: what the file takes.
-        change: of an eight-bit file, what it lost.
-        image_relative_error, image_agreement: of a file with preprocessing, from the same images
-            through Pillow and the model: `max_relative_error` and `top1_agreement`.
+        runtime: name and version of the runtime that executed the file.
+        input: description of the file's input.
+        change: loss of an eight-bit file.
+        image_relative_error, image_agreement: `max_relative_error` and `top1_agreement` of a file
+            with preprocessing, compared with Pillow and the model on the same images.
     """
 
     max_abs_error: float
@@ -109,11 +114,11 @@ def check_parity(
 
     Args:
         run: float32 [N, 3, H, W] to logits float32 [N, C], or other outputs [N, …].
-        tolerance: largest allowed `max_relative_error`, above 0; None: it is only told.
-        argmax: the largest along dim 1 is the answer.
+        tolerance: largest allowed `max_relative_error`, above 0; None allows any.
+        argmax: the answer is the index of the largest output along dim 1.
 
     Raises:
-        ParityError: another shape, a value that is not finite, or an error above `tolerance`.
+        ParityError: the shape differs, a value is not finite, or the error is above `tolerance`.
     """
     expected = [model(x_NCHW).numpy() for x_NCHW in batches_NCHW]
     found = [run(x_NCHW.numpy()) for x_NCHW in batches_NCHW]
@@ -132,7 +137,7 @@ def check_parity(
         file_bytes=path.stat().st_size,
         runtime=runtime,
     )
-    # Negated, so that an error that is not a number fails too.
+    # The comparison is negated so that an error of nan fails too.
     if tolerance is not None and not parity.max_relative_error <= tolerance:
         raise ParityError(
             f"the exported file disagrees with the model: {parity}; the relative error may be at "
@@ -147,7 +152,7 @@ def compare(
     """Return `max_abs_error`, `max_relative_error` and `top1_agreement` of `Parity`."""
     a_NC, b_NC = np.concatenate(expected), np.concatenate(found)
     error = float(np.abs(a_NC - b_NC).max())
-    # The floor is for a model whose outputs are all zero.
+    # The floor avoids a division by zero for a model whose outputs are all zero.
     relative = error / max(float(np.abs(a_NC).max()), float(np.finfo(np.float32).tiny))
     agreement = 100.0 * float((a_NC.argmax(1) == b_NC.argmax(1)).mean()) if argmax else None
     return error, relative, agreement
@@ -157,13 +162,15 @@ def compare(
 def check_images(
     parity: Parity, plain: Run, views: list[Tensor], found: list[NDArray[np.float32]]
 ) -> Parity:
-    """Return `parity` with what the way from the image through Pillow and `plain` says.
+    """Return `parity` with the comparison with Pillow followed by `plain`.
 
     Args:
-        plain: the network without preprocessing; of an eight-bit file, with eight bits too.
+        plain: executes the network without preprocessing, in eight bits if the file is.
+        views: batches of images preprocessed by Pillow, float32 [N, 3, H, W].
+        found: outputs of the file for the same images, [N, …].
 
     Raises:
-        ParityError: an error above `IMAGE_TOLERANCE`.
+        ParityError: the error is above `IMAGE_TOLERANCE`.
     """
     expected = [plain(x_NCHW.numpy()) for x_NCHW in views]
     _, relative, agreement = compare(expected, found, parity.top1_agreement is not None)

@@ -1,10 +1,10 @@
-"""Preprocessing inside the file: uint8 images of any size to the network's outputs.
+"""Preprocessing inside the exported file, which then takes uint8 images of any size.
 
 Pillow's antialiased resize is linear along each side, so a side is one matrix, made in the graph
 from the image's size: entry (i, j) is the weight of pixel j in output i. Crop, black edges and the
-cut of long strips only move the indices. As in Pillow, widths come first (but Pillow 13 at times
-begins with the heights: a level of 256 apart), the levels are rounded after each side, and all sums
-are of whole numbers, so that every runtime gets the same ones.
+cut of long strips only move the indices. As in Pillow, the width is resampled first (Pillow 13
+sometimes begins with the height, and then differs by one level of 256), and the levels are rounded
+after each side. All sums are of whole numbers, so that every runtime computes the same ones.
 
 Shape suffixes: N batch, H and W of the image, h and w of the network's input.
 """
@@ -30,11 +30,11 @@ def with_preprocessing(
     """Return `subject` with its preprocessing inside, checked on `images`.
 
     Args:
-        images: RGB, as they are in the data; at least one. A batch is one of them, shifted.
-        any_size: the size of the images is open; else it is that to which they are resized.
+        images: at least one RGB image of the data; each batch consists of shifts of one of them.
+        any_size: whether the size of the images is open; otherwise it is `own_size`.
 
     Raises:
-        ConfigError: preprocessing that has no graph.
+        ConfigError: the preprocessing cannot be a graph.
     """
     preprocess = subject.card.preprocess
     preprocessed = partial(Preprocessed, preprocess=preprocess)
@@ -51,7 +51,8 @@ def with_preprocessing(
 def own_size(preprocess: Preprocess) -> tuple[int, int]:
     """Return (height, width) of the images that a file of fixed size takes.
 
-    They need no resizing: a square of the short side where images are cropped, else the crop.
+    Such images need no resizing: it is a square of the short side if they are cropped, and
+    otherwise the size of the crop.
     """
     if preprocess.fit == "stretch" or preprocess.resize is None:
         return preprocess.size
@@ -68,11 +69,11 @@ class Preprocessed(nn.Module):
     """`Preprocess.framed` and `normalise` in front of a network.
 
     Args:
-        network: float32 [N, 3, h, w], normalised, to outputs.
-        preprocess: antialiased, bilinear or bicubic.
+        network: takes normalised float32 [N, 3, h, w].
+        preprocess: its interpolation is bilinear or bicubic; both are antialiased.
 
     Raises:
-        ConfigError: another interpolation.
+        ConfigError: the interpolation is another one.
     """
 
     factor: Tensor
@@ -133,9 +134,10 @@ class Preprocessed(nn.Module):
 
 
 def _resized(own: Tensor, other: Tensor, short: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return where a side's used part begins, how long that is, and its length when resized.
+    """Return the first pixel of the used part of a side, its length, and its length once resized.
 
-    The shorter side becomes `short`; of a longer one than 16 times it, the middle is used.
+    The shorter side becomes `short`. If the longer side is more than 16 times as long, only its
+    middle is used.
     """
     least = torch.minimum(own, other)
     used = torch.where(least == short, own, torch.minimum(own, MAX_ASPECT * least))

@@ -1,4 +1,4 @@
-"""`predict --plan auto`: replicas that see different images, as many as are fastest here."""
+"""`predict --plan auto`: the number of replicas that is fastest on this machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from meshuffle.planner.plan import Plan
 from meshuffle.weights import open_weights, require_repeated
 
 WORTH_IMAGES = 2000
-"""With fewer, to measure and to start ranks takes longer than it can save."""
+"""With fewer images, measuring and starting ranks takes longer than it can save."""
 
 _BATCH = 16
 
@@ -29,10 +29,10 @@ def spread_over(
     Args:
         target, model: see `load_model`.
         batch: images at a time, over all replicas.
-        say: called with a line that says what was measured.
+        say: called with a line about each step.
 
     Raises:
-        RunError, ModelError: there are no such weights.
+        RunError, ModelError: the weights do not exist or cannot be used.
     """
     env = rank_env()
     if env is not None:
@@ -50,7 +50,7 @@ def spread_over(
     backend = Backend(TORCH, str(target), model)
     size = card.preprocess.size
     speeds = {one: measured(backend, one, (_BATCH,), size)[_BATCH] for one in possible}
-    # Each replica has to start, and to load the weights.
+    # Each replica must start and load the weights, so fewer are better.
     best = min(nearly_fastest(speeds), key=lambda one: one.replicas)
     listed = ", ".join(f"{one} {speed:.0f}" for one, speed in speeds.items())
     say(f"plan dp={best.replicas}, images/s without decoding: {listed}")

@@ -1,4 +1,4 @@
-"""What is exported: a module on the CPU, its program, real inputs, and what its file says."""
+"""The exported model: a module on the CPU, its program, real inputs, and the file's metadata."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ from meshuffle.tasks import make_task
 from meshuffle.weights import Card
 
 BATCH_SIZES = (1, 2, 5)
-"""A batch size that was baked into the graph shows in at least one of these."""
+"""The sizes of the compared batches: a batch size baked into the graph fails on one of them."""
 
 
 class Subject:
-    """A model as every format takes it; captured once for all that share a largest batch.
+    """A model as every format takes it; formats with the same largest batch share one capture.
 
     Args:
-        network: on any device and in any mode; it stays as it is.
+        network: on any device and in any mode; it is not changed.
         card: its classes and preprocessing go into the file.
-        images_NCHW: uint8 RGB [N, 3, H, W], N ≥ 1, real images for the comparison.
-        decoded: what users need behind the network is part of it, as boxes of a detector.
+        images_NCHW: real images for the comparison, uint8 RGB [N, 3, H, W], N ≥ 1.
+        decoded: include what users need after the network, such as the boxes of a detector.
 
     Attributes:
-        module: what the file is to compute, on the CPU, in float32 and eval mode.
-        batches: its inputs for the comparison, 1, 2 and 5 images, or what the task takes instead;
-            `takes_images` says which.
+        module: computes what the file should compute; on the CPU, in float32 and eval mode.
+        batches: its inputs for the comparison: 1, 2 and 5 images, or other inputs of the task.
+        takes_images: whether `batches` are images.
         sides: names of the dims 1, 2, … of the inputs whose size is open.
-        plain: of a module with preprocessing, the subject without it; `views` are the inputs of
-            that one, of the same images.
-        outputs: name of the outputs in the file; `argmax`: the largest along dim 1 is the answer.
+        plain: the subject without preprocessing, if this one has preprocessing.
+        views: inputs of `plain` for the same images.
+        outputs: name of the outputs in the file.
+        argmax: whether the answer is the index of the largest output along dim 1.
 
     Raises:
-        DataError: unfit images.
+        DataError: the images do not fit.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Subject:
 
     @property
     def example(self) -> Tensor:
-        """Inputs to capture with: two images, since torch.export bakes in a 1."""
+        """The inputs to capture with: two images, because torch.export bakes in a batch of 1."""
         return self.batches[1]
 
     def with_preprocessing(
@@ -76,12 +77,13 @@ class Subject:
         *,
         any_size: bool,
     ) -> Subject:
-        """Return the same for images, uint8 [N, H, W, 3].
+        """Return the same model for images, uint8 [N, H, W, 3].
 
         Args:
             preprocessed: puts the preprocessing in front of a network.
-            batches: images, 1, 2 and 5; views: the inputs of the plain module of the same ones.
-            any_size: H and W are open.
+            batches: batches of 1, 2 and 5 images.
+            views: the same images as inputs of the plain module.
+            any_size: whether H and W are open.
         """
         made = copy.copy(self)
         made.module, made.batches = preprocessed(self.module).eval(), batches
@@ -93,13 +95,13 @@ class Subject:
 
     @property
     def shape(self) -> list[int | None]:
-        """The shape of the inputs; None is open."""
+        """The shape of the inputs, with None for open sizes."""
         fixed = self.example.shape[1 + len(self.sides) :]
         return [None, *[None for _ in self.sides], *fixed]
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What a file says of itself: the card under `meshuffle`, and its main parts to read."""
+        """The metadata of a file: the card under `meshuffle`, and its main parts to read."""
         return {
             "model": self.card.model,
             "classes": json.dumps(self.card.classes),
@@ -111,18 +113,18 @@ class Subject:
     def program(self, max_batch: int | None = None) -> ExportedProgram:
         """Return the module as torch.export's program, with a dynamic batch of at most `max_batch`.
 
-        It is captured with as many images: toolchains that decide by the size of the example take
-        it for the upper bound.
+        It is captured with `max_batch` images, because some toolchains take the size of the
+        example as the upper bound.
 
         Raises:
-            ModelError: it cannot be captured, for example with its batch size baked in.
+            ModelError: the module cannot be captured, for example if its batch size is baked in.
         """
         if max_batch not in self._programs:
             self._programs[max_batch] = self.captured(self.module, max_batch)
         return self._programs[max_batch]
 
     def preprocessed(self, network: nn.Module) -> nn.Module:
-        """Return `network` behind the subject's preprocessing, where it has one."""
+        """Return `network` behind the subject's preprocessing, if there is one."""
         return network if self._preprocessed is None else self._preprocessed(network)
 
     def preprocessing(self) -> ExportedProgram:
@@ -130,7 +132,7 @@ class Subject:
         return self.captured(self.preprocessed(nn.Identity()))
 
     def captured(self, module: nn.Module, max_batch: int | None = None) -> ExportedProgram:
-        """Return the program of `module`, which takes what the subject's own takes."""
+        """Return the program of `module`, which takes the same inputs as the subject."""
         example = self.example
         if max_batch:
             example = example[:1].repeat(max_batch, *[1] * (example.ndim - 1))
@@ -141,11 +143,11 @@ class Subject:
         except (RuntimeError, ValueError) as error:
             raise self.refusal(error) from error
         for node in program.graph.nodes:
-            node.meta.pop("stack_trace", None)  # paths of this machine
+            node.meta.pop("stack_trace", None)  # it holds paths of this machine
         return program
 
     def refusal(self, error: Exception, where: str = "") -> ModelError:
-        """Return the error that says why the module cannot be exported, in a line."""
+        """Return the error that says in one line why the module cannot be exported."""
         reason = " ".join(str(error).split()) or type(error).__name__
         return ModelError(f"{type(self.module).__name__} cannot be exported{where}: {reason[:400]}")
 
@@ -159,10 +161,10 @@ def parity_batches(images_NCHW: Tensor, preprocess: Preprocess) -> list[Tensor]:
     """Return normalised float32 batches of 1, 2 and 5 images, each with images of its own.
 
     Args:
-        images_NCHW: uint8 RGB [N, 3, H, W] of real images; used again in turn where N < 8.
+        images_NCHW: real images, uint8 RGB [N, 3, H, W]; they are repeated if N < 8.
 
     Raises:
-        DataError: no image, or not uint8 [N, 3, H, W].
+        DataError: there is no image, or they are not uint8 [N, 3, H, W].
     """
     shape = tuple(images_NCHW.shape)
     if images_NCHW.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3 or not shape[0]:

@@ -1,7 +1,7 @@
-"""The same model in every runtime that is installed: fast, small, and still right?
+"""Compare speed, size and accuracy of a model in every installed runtime.
 
-    backends: what is compared        subject: model and images      worker: one backend, alone
-    run: rounds in which they take turns      show: table, CSV and picture
+    backends: the rows        subject: model and images      worker: one backend, in one process
+    run: rounds in which the backends take turns             show: table, CSV and picture
 
-Nothing is imported here: a worker whose runtime needs no torch must not load it.
+Nothing is imported here, because a worker whose runtime does not need torch must not load it.
 """

@@ -1,4 +1,4 @@
-"""What a benchmark compares: one entry is one row."""
+"""The backends that a benchmark compares; each is one row of its table."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Backend:
     """A way to execute a model.
 
     Attributes:
-        name: of its row.
-        format: of its file; None is PyTorch itself.
-        precision: of the arithmetic.
-        int8: its weights and activations are quantised.
-        compiled: by torch.compile.
+        name: name of its row.
+        format: format of its file; None is PyTorch itself.
+        precision: precision of the arithmetic.
+        int8: whether weights and activations are quantised.
+        compiled: whether torch.compile compiles the network.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Backend:
     compiled: bool = False
 
     def require(self) -> None:
-        """Raise `ConfigError` where it cannot run here."""
+        """Raise `ConfigError` if it cannot run on this machine."""
         if self.format is not None:
             find_format(self.format).require(self.int8)
         if self.precision == "bfloat16" and not has_bfloat16():
@@ -52,10 +52,10 @@ BACKENDS = (
 
 
 def find_backends(names: Iterable[str] = ()) -> list[Backend]:
-    """Return those with these names, eager always first; all where none is given.
+    """Return eager and the backends with these names, in order; without names, all of them.
 
     Raises:
-        ConfigError: there is none of a name.
+        ConfigError: no backend has such a name.
     """
     known = {backend.name: backend for backend in BACKENDS}
     asked = [name.strip() for name in names]
@@ -68,7 +68,7 @@ def find_backends(names: Iterable[str] = ()) -> list[Backend]:
 
 
 def has_bfloat16() -> bool:
-    """Whether the CPU has instructions for it; elsewhere runtimes compute in float32 instead."""
+    """Return whether the CPU has bfloat16 instructions; without, runtimes compute in float32."""
     if platform.machine() in ("arm64", "aarch64"):
         return True
     info = Path("/proc/cpuinfo")

@@ -1,10 +1,10 @@
-"""What `meshuffle bench` does: every backend in turn, round after round, on the same images.
+"""`meshuffle bench`: measure every backend in turn, for several rounds, on the same images.
 
     subject ──one file per format──▶ workers ──outputs──▶ accuracy, agreement
                                         └──rounds: latency at batch 1, images/s at the best batch
 
-Machines drift, so backends take turns within a round and figures are medians over the rounds.
-Only one computes at a time.
+The speed of a machine drifts, so backends take turns within a round, and figures are medians over
+the rounds. Only one backend computes at a time.
 """
 
 from __future__ import annotations
@@ -32,28 +32,32 @@ from meshuffle.errors import ConfigError, MeshuffleError, in_words
 from meshuffle.weights import save_weights
 
 BATCHES = (1, 8, 32, 64)
-"""The batches of which the fastest is taken; 1 is the batch of the latency."""
+"""The batch sizes that are tried for the highest rate; the latency is measured with 1."""
 
 AGREEMENT = 99.0
-"""In percent, what `--best` asks of a backend."""
+"""The agreement with eager, in percent, that `--best` requires."""
 
-_EXAMPLES = 8  # images that a written file is checked on
+_EXAMPLES = 8  # images that check a written file
 _TRY_S, _LATENCY_S, _RATE_S = 0.4, 0.5, 1.0  # seconds of one measurement
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of a backend.
+    """The measurements of a backend.
 
     Attributes:
-        backend: its name; `runtime`: what executes it, with its version.
-        images_per_s: median over the rounds, at `batch`, the fastest; `spread`: (most − least) /
-            median of them, in percent.
-        latency_ms, latency_p95_ms: of one image.
+        backend: name of the backend.
+        images_per_s: median of the rounds, at the fastest batch size.
+        batch: that batch size.
+        spread: (highest − lowest) / median of `images_per_s` over the rounds, in percent.
+        latency_ms, latency_p95_ms: median and 95th percentile of the time for one image.
         accuracy: the task's first metric on the images; None without labels.
-        agreement: with eager, in percent; see `BenchSubject.agreement`.
-        file_bytes: of the model's file, or files.
-        load_s: until the first answer, imports included; peak_bytes: of its process's memory.
+        agreement: agreement with eager in percent; see `BenchSubject.agreement`.
+        file_bytes: size of the model's files.
+        load_s: seconds until the first answer, including imports.
+        peak_bytes: peak memory of its process.
+        threads: CPU threads.
+        runtime: name and version of the runtime.
     """
 
     backend: str
@@ -73,13 +77,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What a benchmark found.
+    """The results of a benchmark.
 
     Attributes:
-        rows: those that ran, in the order of `BACKENDS`.
-        missing: backend → why it did not run.
-        model, images: what was measured; `metric`: what `accuracy` is.
-        machine: the processor; `load`: what it was busy with before, in cores.
+        rows: the backends that ran, in the order of `BACKENDS`.
+        missing: the reason why a backend did not run, by its name.
+        model, images: descriptions of the model and of the images.
+        metric: name of the metric in `Row.accuracy`.
+        machine: name of the processor.
+        load: number of busy cores before the benchmark.
     """
 
     rows: tuple[Row, ...]
@@ -92,7 +98,7 @@ class Report:
 
     @property
     def best(self) -> Row:
-        """The fastest of those that agree with eager."""
+        """The fastest of the backends that agree with eager."""
         return max(
             (row for row in self.rows if row.agreement >= AGREEMENT), key=lambda r: r.images_per_s
         )
@@ -114,15 +120,15 @@ def bench(
 
     Args:
         target: a run folder, a weights file, or the name of a model, which gets random weights.
-        backends: names of `BACKENDS`; none is all. Eager is always there, to compare with.
-        threads: of the CPU, for each; 0 is one per core.
+        backends: names of `BACKENDS`; none means all. Eager always runs, for the comparison.
+        threads: CPU threads of each backend; 0 is one per core.
         rounds, images: ≥ 1.
-        data: DATA of the images; None is what the weights know, and digits for a bare model.
+        data: DATA of the images; None is that of the weights, or digits for a bare model.
         model, input_size: see `open_subject`.
-        say: gets lines on how far it is.
+        say: called with lines about the progress.
 
     Raises:
-        ConfigError: an unknown backend, or a number below its least.
+        ConfigError: a backend is unknown, or a number is below its minimum.
         MeshuffleError: eager itself fails.
     """
     for name, value, least in (
@@ -163,7 +169,7 @@ def bench(
 
 
 class _Entrant:
-    """A backend that takes part, and what was measured of it."""
+    """A backend that takes part, and its measurements."""
 
     def __init__(self, backend: Backend, worker: Worker, file_bytes: int, runtime: str) -> None:
         self.backend, self.worker = backend, worker
@@ -206,7 +212,7 @@ class _Entrant:
 
 
 class _Maker:
-    """Writes the files that backends open, and opens them."""
+    """Writes the files of the backends, and opens them."""
 
     def __init__(self, subject: BenchSubject, folder: Path, threads: int, model: str) -> None:
         self.subject, self.folder, self.threads, self.model = subject, folder, threads, model
@@ -220,7 +226,7 @@ class _Maker:
         self.reference: NDArray[np.float32] | None = None
 
     def enter(self, backend: Backend, stack: contextlib.ExitStack) -> _Entrant:
-        """Return the backend with its model open; its outputs have been judged."""
+        """Return the backend with its model open and its outputs judged."""
         backend.require()
         path, file_bytes, runtime = self._file(backend)
         worker = Worker(Job(backend, path, self.images, self.threads, self.model))

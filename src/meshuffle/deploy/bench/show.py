@@ -1,4 +1,4 @@
-"""A benchmark's report: as a table, as CSV, and as a picture."""
+"""A benchmark's report as a table, as CSV, and as a picture."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HEADER = (
 
 
 def table(report: Report) -> str:
-    """Return the report as lines for people: rows, what was left out, and the conditions."""
+    """Return the report as text: the rows, the backends left out, and the conditions."""
     lines = [_HEADER, *map(_line, report.rows)]
     lines += [f"{name}: left out: {reason}" for name, reason in report.missing.items()]
     threads, busy = report.rows[0].threads, report.load
@@ -34,7 +34,7 @@ def table(report: Report) -> str:
 
 
 def best_line(report: Report) -> str:
-    """Return which backend to take, in words."""
+    """Return the line that names the best backend."""
     row, eager = report.best, report.rows[0]
     gain = row.images_per_s / eager.images_per_s
     return (
@@ -56,7 +56,7 @@ def save(report: Report, folder: Path) -> tuple[Path, Path]:
     """Write `bench.csv` and `bench.png` to `folder`; returns their paths.
 
     Raises:
-        MeshuffleError: the disk does not take them; older files are as they were.
+        MeshuffleError: the disk refuses them; older files are unchanged.
     """
     text = io.StringIO()
     columns = [field.name for field in fields(Row)]
@@ -78,7 +78,7 @@ def save(report: Report, folder: Path) -> tuple[Path, Path]:
 
 
 def draw(report: Report) -> Figure:
-    """Return images/s and latency of each backend as bars, the fastest on top."""
+    """Return a bar chart of images/s and latency of each backend, the fastest on top."""
     rows = sorted(report.rows, key=lambda row: row.images_per_s)
     figure = Figure(figsize=(9, 1.4 + 0.34 * len(rows)), layout="constrained")
     rates, latencies = figure.subplots(1, 2, sharey=True)

@@ -1,4 +1,4 @@
-"""What is benchmarked: a network, real images for it, and what is known of them."""
+"""The subject of a benchmark: a network, real images for it, and their targets."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ from meshuffle.weights import Card, build_model, load_model
 _BATCH = 32
 _SIZE = 224
 _AGREES = 0.01
-"""Of other answers than classes: the largest ‖a − b‖ / ‖b‖ of an image that counts as agreement."""
+"""For outputs that are not classes: the largest ‖a − b‖ / ‖b‖ that counts as agreement."""
 
 
 @dataclass(frozen=True)
 class BenchSubject:
-    """A network and the images that all backends get.
+    """A network, and the images that all backends get.
 
     Attributes:
-        network: in eval mode on the CPU; with random weights where only a model was named.
-        card: what it is.
-        what: the images, in words.
-        x_NCHW: float32, normalised; `views_NCHW`: the same, uint8.
+        network: in eval mode on the CPU; with random weights if only a model was named.
+        card: card of the network.
+        what: description of the images.
+        x_NCHW: the images normalised, float32 [N, 3, H, W].
+        views_NCHW: the same images, uint8.
         train: images to calibrate eight-bit files on; None takes the same ones.
-        targets: of the images, one tensor a batch; None where nothing is known of them.
+        targets: targets of the images, one tensor per batch; None if they are unknown.
     """
 
     network: nn.Module
@@ -49,7 +50,7 @@ class BenchSubject:
 
     @property
     def metric(self) -> str:
-        """What `accuracy` is, for people."""
+        """The name of the metric that `accuracy` returns."""
         return make_task(self.card).metrics[0].label
 
     def inputs(self, batch: int = 1) -> Iterator[NDArray[np.float32]]:
@@ -61,7 +62,7 @@ class BenchSubject:
             yield self.card.preprocess.normalise(images_NCHW).contiguous().numpy()
 
     def accuracy(self, outputs: NDArray[np.float32]) -> float | None:
-        """Return the task's first metric of the outputs for all images, where it is known."""
+        """Return the task's first metric of the outputs for all images; None without targets."""
         if self.targets is None:
             return None
         task = make_task(self.card)
@@ -71,10 +72,10 @@ class BenchSubject:
         return task.conclude(rows)[task.metrics[0].key]
 
     def agreement(self, outputs: NDArray[Any], reference: NDArray[Any]) -> float:
-        """Return in percent how often the answer is the reference's, image by image.
+        """Return the percentage of images whose outputs agree with the reference's.
 
-        For classes (of images or of pixels) the answer is the most likely one; other outputs agree
-        where they are within 1 % of the reference's norm.
+        Classes (of images or pixels) agree if the most probable one is the same; other outputs
+        agree if they differ by at most 1 % of the reference's norm.
         """
         if make_task(self.card).argmax:
             return 100 * float((outputs.argmax(1) == reference.argmax(1)).mean())
@@ -86,17 +87,18 @@ class BenchSubject:
 def open_subject(
     target: str, *, num: int, data: str | None, model: str | None, input_size: int | None
 ) -> BenchSubject:
-    """Return what `target` means: weights where such a path exists, else a model's name.
+    """Return the subject that `target` names: weights if such a path exists, else a model.
 
     Args:
-        num: images, ≥ 1, spread evenly over the split.
-        data: DATA of the images; None is what the weights know, and digits for a bare model.
+        num: number of images, ≥ 1, spread evenly over the split.
+        data: DATA of the images; None is that of the weights, or digits for a bare model.
         model: see `load_model`.
-        input_size: of a bare model, pixels; None is 224.
+        input_size: side of a bare model's input in pixels; None is 224.
 
     Raises:
-        ModelError: there is no such model; ConfigError: an input size for weights, which have one;
-            DataError: no image can be read.
+        ModelError: there is no such model.
+        ConfigError: an input size is given for weights, which have their own.
+        DataError: no image can be read.
     """
     path = Path(target)
     if path.exists():
@@ -106,7 +108,9 @@ def open_subject(
         task = make_task(card)
         task.require()
         if task.deployed_inputs(1) is not None:
-            raise ConfigError(f"{target}: what {card.task} makes needs no images: no bench")
+            raise ConfigError(
+                f"{target}: a {card.task} model takes no images, so bench cannot run it"
+            )
         source, what, card = open_split(data, None, card)
     else:
         preprocess = Preprocess.imagenet(input_size or _SIZE)
@@ -127,7 +131,7 @@ def open_subject(
 
 
 def _train(data: str | None, card: Card) -> ImageSource | None:
-    """Return the training images; None for data of which there is a test split alone."""
+    """Return the training images; None for data that have only a test split."""
     try:
         return open_split(data, "train", card)[0]
     except DataError:

@@ -1,4 +1,4 @@
-"""One backend in a process of its own: its memory is its own, and it computes when it is asked.
+"""One backend in a process of its own, so that its memory can be measured; it computes on request.
 
 parent ──Job──▶ worker: opens the model ──Opened──▶
        ──Task: outputs of all images, or time──▶ ──answer──▶   … until the pipe closes
@@ -31,10 +31,13 @@ _BATCH = 32  # of the images whose outputs are compared
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker opens.
+    """The model that a worker opens, and its images.
 
-    `path`: the model's file, for PyTorch a weights file; `images`: float32 [N, 3, H, W] as .npy;
-    `model`: see `load_model`.
+    Attributes:
+        path: the model's file; a weights file for PyTorch.
+        images: a .npy file of float32 [N, 3, H, W].
+        threads: CPU threads.
+        model: see `load_model`.
     """
 
     backend: Backend
@@ -65,12 +68,12 @@ class Worker:
         self._ask("outputs", path)
 
     def time(self, batch: int, seconds: float) -> list[float]:
-        """Return how long each call with `batch` images took, in ms, for about `seconds`."""
+        """Call the model with `batch` images for about `seconds`; return the ms of each call."""
         times: list[float] = self._ask("time", batch, seconds)
         return times
 
     def peak_bytes(self) -> int:
-        """Return the most memory that the process has held; 0 where the system does not say."""
+        """Return the peak memory of the process; 0 if the system does not report it."""
         peak: int = self._ask("peak_bytes")
         return peak
 
@@ -103,8 +106,8 @@ class Worker:
 
 
 def _work(job: Job, pipe: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when it ends
-    if "MESHUFFLE_DEBUG" not in os.environ:  # runtimes tell of the host's devices
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    if "MESHUFFLE_DEBUG" not in os.environ:  # runtimes print notes on the machine's devices
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     images = np.load(job.images, mmap_mode="r")
     bench: _Bench | None = None
@@ -130,7 +133,7 @@ def _work(job: Job, pipe: Connection) -> None:
 def _tell(pipe: Connection, act: Callable[[], Any]) -> bool:
     try:
         answer = (True, act())
-    except Exception as error:  # noqa: BLE001  # the parent says it, in one line
+    except Exception as error:  # noqa: BLE001  # the parent reports it in one line
         answer = (False, in_words(error))
     pipe.send(answer)
     return answer[0]
@@ -158,7 +161,7 @@ class _Bench:
         return times
 
     def batch(self, size: int, at: int, *, full: bool = False) -> NDArray[np.float32]:
-        """Return images `at` … `at + size`; `full`: from the beginning again behind the last."""
+        """Return images `at` … `at + size`; with `full`, the first follow again after the last."""
         if not full:
             return np.array(self.images[at : at + size])
         return self.images[np.arange(at, at + size) % len(self.images)]

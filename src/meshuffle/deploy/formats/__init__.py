@@ -1,6 +1,6 @@
-"""The file formats by name: a module with a class each, and one entry in `FORMATS`.
+"""The file formats by name: each is a module with a class, and an entry in `FORMATS`.
 
-The modules are imported when they are asked for, and import their toolchains when they work.
+A module is imported when its format is requested, and imports its toolchain when it needs it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ FORMATS: Mapping[str, str] = {
     "litert": "LiteRt",
     "pt2": "Pt2",
 }
-"""Name, which is also that of the module, and its class."""
+"""The name of each format, which is also that of its module, and its class."""
 
 
 def find_format(name: str) -> Format:
-    """Return a format; its packages need not be installed, see `Format.require`.
+    """Return the format called `name`; its packages need not be installed, see `Format.require`.
 
     Raises:
-        ConfigError: there is none of this name.
+        ConfigError: no format has this name.
     """
     if name not in FORMATS:
         hint = did_you_mean(name, FORMATS)

@@ -1,6 +1,6 @@
-"""What every file format can do: write a captured model, open the file, say what is in it.
+"""The interface of the file formats: write a captured model, open the file, read its metadata.
 
-Nothing here imports torch: a process that only opens a file needs the file's runtime alone.
+Nothing here imports torch, so that a process that opens a file needs only the file's runtime.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from meshuffle.deploy.subject import Subject
 
 Run = Callable[[NDArray[Any]], NDArray[Any]]
-"""Inputs of N images to their outputs [N, …], float32.
+"""A function from inputs of N images to their outputs [N, …], float32.
 
-The inputs are float32 [N, 3, H, W], normalised; or, with preprocessing inside, uint8 RGB
-[N, H, W, 3].
+The inputs are normalised float32 [N, 3, H, W], or uint8 RGB [N, H, W, 3] if the preprocessing is
+part of the file.
 """
 
 Precision = Literal["float32", "bfloat16"]
@@ -36,21 +36,21 @@ class Calibration(Protocol):
     """Real inputs, from which an eight-bit file learns the range of each tensor."""
 
     def inputs(self, batch: int = 1) -> Iterator[NDArray[np.float32]]:
-        """Yield them, `batch` images at a time."""
+        """Yield the inputs, `batch` images at a time."""
 
 
 class Format(ABC):
     """A file format and the runtime that executes it.
 
     Attributes:
-        name: of `--to`.
-        suffix: of its files.
-        packages: that it needs besides Meshuffle's own: what pip calls it → what Python imports.
-        int8_packages: the same, for `write_int8`.
-        extra: Meshuffle's extra that brings them.
-        precisions: in which `open` can compute.
-        max_batch: the largest that its files take at once; None is any.
-        any_size: files with preprocessing take images of any size.
+        name: value of `--to`.
+        suffix: suffix of its files.
+        packages: additional packages that it needs: name for pip → name for `import`.
+        int8_packages: packages that only `write_int8` needs.
+        extra: Meshuffle's extra that installs them.
+        precisions: precisions that `open` can compute in.
+        max_batch: the largest batch that its files take at once; None is any.
+        any_size: whether files with preprocessing take images of any size.
     """
 
     name: ClassVar[str]
@@ -64,38 +64,37 @@ class Format(ABC):
 
     @abstractmethod
     def write(self, subject: Subject, path: Path) -> None:
-        """Write the model to `path`, and what belongs to it beside, in a folder of its own."""
+        """Write the model to `path`, and further files beside it; the folder holds nothing else."""
 
     def write_int8(self, subject: Subject, path: Path, calibration: Calibration) -> None:
         """Write the model with eight-bit weights and activations.
 
         Args:
-            calibration: inputs of the network, `subject.plain` where there is preprocessing, which
-                stays as it is.
+            calibration: inputs of the network without preprocessing, which is not quantised.
         """
         raise NotImplementedError
 
     @abstractmethod
     def load(self, path: Path, threads: int, precision: Precision) -> Run:
-        """Return what executes the file, up to `max_batch` images; see `open`."""
+        """Return the function that executes the file on up to `max_batch` images; see `open`."""
 
     @abstractmethod
     def metadata(self, path: Path) -> dict[str, str]:
-        """Return what the file says of itself; see `Subject.metadata`."""
+        """Return the metadata of the file; see `Subject.metadata`."""
 
     @abstractmethod
     def runtime(self, path: Path) -> str:
-        """Return what executes the file, with its version."""
+        """Return the name and version of the runtime that executes the file."""
 
     def open(self, path: Path, threads: int = 0, precision: Precision = "float32") -> Run:
-        """Return what executes the file at `path`.
+        """Return the function that executes the file at `path`, for batches of any size.
 
         Args:
-            threads: of the CPU, ≥ 0; 0 is the runtime's choice.
-            precision: of the arithmetic; inputs and outputs stay float32.
+            threads: CPU threads, ≥ 0; 0 lets the runtime choose.
+            precision: precision of the arithmetic; inputs and outputs are float32.
 
         Raises:
-            ConfigError: it is not installed, or does not know the precision.
+            ConfigError: the runtime is not installed, or does not compute in this precision.
         """
         self.require()
         if precision not in self.precisions:
@@ -105,9 +104,11 @@ class Format(ABC):
         return run if self.max_batch is None else _in_pieces(run, self.max_batch)
 
     def require(self, int8: bool = False) -> None:
-        """Raise `ConfigError` where a package is missing, with the command that helps."""
+        """Raise `ConfigError` if a package is missing, with the command that installs it."""
         if int8 and type(self).write_int8 is Format.write_int8:
-            raise ConfigError(f"--int8: {self.name} has none here; onnx, openvino, executorch have")
+            raise ConfigError(
+                f"--int8: {self.name} is not supported; use onnx, openvino, executorch"
+            )
         packages = {**self.packages, **(self.int8_packages if int8 else {})}
         missing = [pip for pip, module in packages.items() if find_spec(module) is None]
         if missing:
@@ -118,7 +119,7 @@ class Format(ABC):
 
 
 def _in_pieces(run: Run, most: int) -> Run:
-    """Return `run` for batches of any size, of which it sees `most` images at a time."""
+    """Return `run` for batches of any size; it gets at most `most` images at a time."""
 
     def in_pieces(x: NDArray[Any]) -> NDArray[np.float32]:
         if len(x) <= most:

@@ -1,4 +1,4 @@
-"""ExecuTorch: a `.pte` for phones and small machines, its arithmetic by XNNPACK.
+"""ExecuTorch: a `.pte` for phones and small machines, executed by XNNPACK.
 
 The metadata are methods of the program that return text.
 """
@@ -25,7 +25,7 @@ _PREFIX = "meshuffle_"
 
 
 class ExecuTorch(Format):
-    """A program whose memory is planned for batches of up to 32; larger ones run in pieces."""
+    """A program whose memory is planned for batches of up to 32; larger batches run in pieces."""
 
     name = "executorch"
     suffix = ".pte"
@@ -35,7 +35,7 @@ class ExecuTorch(Format):
     any_size = False
 
     def write(self, subject: Subject, path: Path) -> None:
-        """Lower the captured program to XNNPACK where that knows the op."""
+        """Lower the captured program to XNNPACK, as far as it supports the ops."""
         path.write_bytes(_lowered(subject.program(self.max_batch), subject.metadata))
 
     def write_int8(self, subject: Subject, path: Path, calibration: Calibration) -> None:
@@ -60,7 +60,7 @@ class ExecuTorch(Format):
         path.write_bytes(_lowered(program, subject.metadata))
 
     def load(self, path: Path, threads: int, precision: Precision) -> Run:
-        """Return the program; `threads` are those of the whole process."""
+        """Return the function that executes the program; `threads` applies to the whole process."""
         import torch
         from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
 
@@ -76,11 +76,11 @@ class ExecuTorch(Format):
         return run
 
     def metadata(self, path: Path) -> dict[str, str]:
-        """Return what the program's methods say."""
+        """Return the texts that the program's methods return."""
         program = _program(path)
         names = [name for name in program.method_names if name.startswith(_PREFIX)]
-        said = {name: program.load_method(name).execute([])[0] for name in names}
-        return {name.removeprefix(_PREFIX): text for name, text in said.items()}
+        texts = {name: program.load_method(name).execute([])[0] for name in names}
+        return {name.removeprefix(_PREFIX): text for name, text in texts.items()}
 
     def runtime(self, path: Path) -> str:
         """Return ExecuTorch's version."""
@@ -99,7 +99,7 @@ def _lowered(program: ExportedProgram, metadata: Mapping[str, str]) -> bytes:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    program = copy.deepcopy(program)  # it is shared with other formats
+    program = copy.deepcopy(program)  # other formats share it
     _slice_for_split(program)
     edge = to_edge_transform_and_lower(
         program,
@@ -110,7 +110,7 @@ def _lowered(program: ExportedProgram, metadata: Mapping[str, str]) -> bytes:
 
 
 def _slice_for_split(program: ExportedProgram) -> None:
-    """Take slices in place of chunks: ExecuTorch 1.5 on torch 2.15 fixes the batch at a chunk."""
+    """Replace splits by slices: ExecuTorch 1.5 on torch 2.15 fixes the batch size at a split."""
     import torch
 
     aten: Any = torch.ops.aten

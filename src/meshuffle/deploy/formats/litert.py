@@ -1,7 +1,7 @@
-"""LiteRT (once TensorFlow Lite): a `.tflite` for phones, which takes one image at a time.
+"""LiteRT (formerly TensorFlow Lite): a `.tflite` for phones, which takes one image at a time.
 
-litert-torch needs torch below 2.15, and so an environment of its own. The metadata is a side-car,
-`model.tflite.json`.
+litert-torch needs torch below 2.15 and therefore an environment of its own. The metadata are in a
+side-car, `model.tflite.json`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class LiteRt(Format):
-    """A file for one image: the converter has no reshape of a batch whose size is open."""
+    """A file for one image, because the converter cannot reshape a batch of open size."""
 
     name = "litert"
     suffix = ".tflite"
@@ -34,7 +34,7 @@ class LiteRt(Format):
     any_size = False
 
     def require(self, int8: bool = False) -> None:
-        """Raise `ConfigError` where litert-torch is missing, which this torch may not allow."""
+        """Raise `ConfigError` if litert-torch is missing, which this torch may not allow."""
         if int8:
             super().require(int8)
         if find_spec("litert_torch") is None:
@@ -45,14 +45,14 @@ class LiteRt(Format):
             )
 
     def write(self, subject: Subject, path: Path) -> None:
-        """Convert the module as it is for one image, and write the side-car."""
+        """Convert the module for one image, and write the side-car."""
         import litert_torch
 
         litert_torch.convert(subject.module, (subject.batches[0],)).export(str(path))
         _side_car(path).write_text(json.dumps(subject.metadata, indent=2))
 
     def load(self, path: Path, threads: int, precision: Precision) -> Run:
-        """Return an interpreter."""
+        """Return the function that runs an interpreter."""
         from ai_edge_litert.interpreter import Interpreter
 
         interpreter = Interpreter(model_path=str(path), num_threads=threads or None)
@@ -68,9 +68,9 @@ class LiteRt(Format):
         return run
 
     def metadata(self, path: Path) -> dict[str, str]:
-        """Return what stands in the side-car."""
-        said: dict[str, str] = json.loads(_side_car(path).read_text())
-        return said
+        """Return the content of the side-car."""
+        metadata: dict[str, str] = json.loads(_side_car(path).read_text())
+        return metadata
 
     def runtime(self, path: Path) -> str:
         """Return LiteRT's version."""

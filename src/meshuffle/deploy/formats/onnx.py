@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from meshuffle.deploy.subject import Subject
 
-_VIEW, _FRONT = "preprocess/view", "preprocess/"  # what it makes; before the names in its graph
-_LOG_ERRORS = 3  # ONNX Runtime's severity: below it are notes on the host's devices
+_VIEW, _FRONT = "preprocess/view", "preprocess/"  # output, and prefix, of the preprocessing
+_LOG_ERRORS = 3  # ONNX Runtime's severity; below it are notes on the devices of the machine
 
 
 class Onnx(Format):
@@ -31,22 +31,22 @@ class Onnx(Format):
     suffix = ".onnx"
 
     def write(self, subject: Subject, path: Path) -> None:
-        """Translate; it is captured before: torch would try three ways, with a report on each."""
+        """Translate the captured program; given a module, torch would try three ways to capture it."""
         program = _translate(subject.program(), subject.outputs)
         _describe(program, subject.metadata)
         path.write_bytes(program.SerializeToString())
 
     def write_int8(self, subject: Subject, path: Path, calibration: Calibration) -> None:
-        """Quantise with ONNX Runtime, each output channel of a weight with a scale of its own.
+        """Quantise with ONNX Runtime, with one scale per output channel of a weight.
 
-        Weights have seven bits: with eight, processors without VNNI instructions overflow (here
-        top-1 fell from 98.6 to 90.5 % on digits).
+        Weights have seven bits, because with eight processors without VNNI overflow (top-1 fell
+        from 98.6 to 90.5 % on digits).
         """
         import onnx
         from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
-        # Beside the folder, as what is in there is kept.
+        # In another folder, because every file beside `path` is kept.
         with tempfile.TemporaryDirectory() as folder:
             plain, folded, quantised = (Path(folder, f"{i}.onnx") for i in range(3))
             self.write(subject.plain or subject, plain)
@@ -69,7 +69,7 @@ class Onnx(Format):
         path.write_bytes(program.SerializeToString())
 
     def load(self, path: Path, threads: int, precision: Precision) -> Run:
-        """Return a session on the CPU."""
+        """Return the function that runs a session on the CPU."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -101,7 +101,7 @@ class Onnx(Format):
 
 
 class _Reader:
-    """The calibration images as ONNX Runtime asks for them."""
+    """The calibration images in the form that ONNX Runtime reads."""
 
     def __init__(self, name: str, calibration: Calibration) -> None:
         self._name, self._inputs = name, calibration.inputs()
@@ -122,7 +122,7 @@ def _translate(program: ExportedProgram, outputs: str) -> onnx.ModelProto:
 
 
 def _joined(front: onnx.ModelProto, back: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the model that hands the output of `front` to `back`."""
+    """Return the model that passes the output of `front` to `back`."""
     from onnx import compose
 
     front = compose.add_prefix(front, _FRONT, rename_inputs=False, rename_outputs=False)
@@ -131,7 +131,7 @@ def _joined(front: onnx.ModelProto, back: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _describe(program: onnx.ModelProto, metadata: dict[str, str]) -> None:
-    """Put the card into the file, and take out where on this machine each node was traced."""
+    """Put the metadata into the file, and remove the paths of this machine."""
     from onnx.helper import set_model_props
 
     graph = program.graph

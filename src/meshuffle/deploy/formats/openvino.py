@@ -1,6 +1,6 @@
-"""OpenVINO: its own reader of torch.export's program; an `.xml` and a `.bin` beside it.
+"""OpenVINO: an `.xml` and a `.bin` beside it, which its own reader makes of torch.export's program.
 
-The weights stay float32. The metadata is `rt_info`, under `meshuffle`.
+The weights stay float32. The metadata are in `rt_info`, under `meshuffle`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
 
 class OpenVino(Format):
-    """Two files, which stay together."""
+    """Two files, which must stay together."""
 
     name = "openvino"
     suffix = ".xml"
@@ -53,7 +53,7 @@ class OpenVino(Format):
         _save(model, subject, path)
 
     def load(self, path: Path, threads: int, precision: Precision) -> Run:
-        """Return the model compiled for the CPU, for the shortest time of one call."""
+        """Return the function that runs the model, compiled for the CPU and for low latency."""
         import openvino
 
         config: dict[str, Any] = {
@@ -72,7 +72,7 @@ class OpenVino(Format):
         return run
 
     def metadata(self, path: Path) -> dict[str, str]:
-        """Return what stands in `rt_info` under `meshuffle`."""
+        """Return the entries of `rt_info` under `meshuffle`."""
         import openvino
 
         section = openvino.Core().read_model(path).get_rt_info()[_SECTION]
@@ -96,7 +96,7 @@ def _converted(subject: Subject, program: ExportedProgram) -> Any:
 
 
 def _joined(front: Any, back: Any) -> Any:
-    """Return the model that hands the output of `front` to `back`."""
+    """Return the model that passes the output of `front` to `back`."""
     import openvino
 
     (result,), (entry,) = front.get_results(), back.get_parameters()

@@ -1,6 +1,6 @@
-"""PyTorch's own: torch.export's program in a `.pt2`, run by PyTorch without the model's code.
+"""PyTorch's own format: torch.export's program in a `.pt2`, which needs no code of the model.
 
-The metadata are the archive's extra files.
+The metadata are extra files of the archive.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _KEYS = ("model", "classes", "preprocess", "input", "meshuffle")
 
 
 class Pt2(Format):
-    """The program as it was captured."""
+    """The captured program, unchanged."""
 
     name = "pt2"
     suffix = ".pt2"
@@ -32,7 +32,7 @@ class Pt2(Format):
         torch.export.save(subject.program(), path, extra_files=dict(subject.metadata))
 
     def load(self, path: Path, threads: int, precision: Precision) -> Run:
-        """Return the loaded program; `threads` are those of the whole process."""
+        """Return the function that executes the program; `threads` applies to the whole process."""
         import torch
 
         if threads:
@@ -47,7 +47,7 @@ class Pt2(Format):
         return run
 
     def metadata(self, path: Path) -> dict[str, str]:
-        """Return the extra files."""
+        """Return the contents of the extra files."""
         import torch
 
         found = dict.fromkeys(_KEYS, "")

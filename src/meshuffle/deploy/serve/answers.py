@@ -1,4 +1,4 @@
-"""The JSON of a service, as OpenAPI describes it; what is sent is made without these classes."""
+"""The JSON of a service, for OpenAPI alone: answers are built without these classes."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ Share = Field(ge=0, le=1)
 
 
 class Problem(BaseModel):
-    """What was wrong."""
+    """Why a request failed."""
 
     status: int = Field(ge=400, le=599, description="The HTTP status.")
     message: str
 
 
 class Error(BaseModel):
-    """Every answer that is no success has this form."""
+    """The form of every answer that reports a failure."""
 
     error: Problem
 
 
 class State(BaseModel):
-    """How the service is."""
+    """The state of the service."""
 
     status: str
 
@@ -34,13 +34,13 @@ class Likely(BaseModel):
 
 
 class Prediction(BaseModel):
-    """What is predicted of one image."""
+    """The prediction for one image."""
 
-    file: str = Field(description="The name that the image came with.")
+    file: str = Field(description="The name of the uploaded file.")
 
 
 class ClassifyPrediction(Prediction):
-    """The likeliest class; `top`: the likeliest five."""
+    """The most probable class, and in `top` the five most probable ones."""
 
     label: str
     probability: float = Share
@@ -48,7 +48,7 @@ class ClassifyPrediction(Prediction):
 
 
 class MultilabelPrediction(Prediction):
-    """The labels from probability 0.5 on, the likeliest first; and the likeliest one."""
+    """The most probable label, and in `labels` all from probability 0.5 on, best first."""
 
     label: str
     probability: float = Share
@@ -56,7 +56,7 @@ class MultilabelPrediction(Prediction):
 
 
 class Box(BaseModel):
-    """A box: left, top, right, bottom in pixels of the upright image."""
+    """A box as left, top, right, bottom in pixels of the upright image."""
 
     label: str
     score: float = Share
@@ -64,22 +64,22 @@ class Box(BaseModel):
 
 
 class DetectPrediction(Prediction):
-    """The boxes, the best first."""
+    """The boxes, best first."""
 
     boxes: list[Box]
 
 
 class SegmentPrediction(Prediction):
-    """Percent of the image by class, the largest first."""
+    """The percentage of the image that each class covers, largest first."""
 
     shares: dict[str, float]
     mask: str | None = Field(
-        None, description="With mask=1: a PNG in base64; the values of its pixels are classes."
+        None, description="With mask=1: a PNG in base64 whose pixel values are class numbers."
     )
 
 
 class RegressPrediction(Prediction):
-    """The values by target, in their units."""
+    """The value of each target, in its own unit."""
 
     values: dict[str, float | None]
 
@@ -94,26 +94,26 @@ PREDICTIONS: dict[str, type[Prediction]] = {
 
 
 class ModelAnswer(BaseModel):
-    """What is served."""
+    """The model that is served."""
 
     model: str
     task: str
-    classes: list[str] = Field(description="In the order of their numbers.")
-    colours: list[str] = Field(description="In which the page shows them.")
+    classes: list[str] = Field(description="The names, in the order of the class numbers.")
+    colours: list[str] = Field(description="The colour of each class on the page.")
     input: list[int] = Field(description="Height and width of the network's input.")
     backend: str
     limits: dict[str, float]
 
 
 def answer_of(task: str) -> type[BaseModel]:
-    """Return the class of what /predict answers for a task."""
+    """Return the schema of what /predict answers for a task."""
     one = PREDICTIONS.get(task, Prediction)
     made: type[BaseModel] = create_model(
         "Answer",
-        __doc__="What is predicted of the images, in the order in which they came.",
+        __doc__="The predictions, in the order of the images in the request.",
         model=(str, ...),
         task=(str, ...),
         predictions=(list[one], ...),  # type: ignore[valid-type]
-        ms=(float, Field(ge=0, description="From the request's first byte to its answer.")),
+        ms=(float, Field(ge=0, description="The time from the request to its answer.")),
     )
     return made

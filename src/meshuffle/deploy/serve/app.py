@@ -1,4 +1,4 @@
-"""The HTTP side of a replica: routes, errors in one form, and what OpenAPI says of them."""
+"""The HTTP side of a replica: routes, errors in one form, and their OpenAPI description."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _REFUSALS: Mapping[int, str] = {
     400: "The request is malformed, or its body is empty.",
     401: "The bearer token is missing or wrong.",
     413: "Too many bytes, pixels or images.",
-    415: "The content type, or an image's format, is none of those that are read.",
-    422: "An image, or a parameter, cannot be read.",
-    429: "Too many requests at once; try again.",
-    500: "A fault of the service; its log has more.",
+    415: "The content type, or the format of an image, is not supported.",
+    422: "An image or a parameter cannot be read.",
+    429: "Too many requests at once; try again later.",
+    500: "The service failed; its log says why.",
     503: "The service is starting or stopping.",
-    504: "The request took longer than it may.",
+    504: "The request took longer than the limit.",
 }
 _PATHS = ("/", "/docs", "/openapi.json", "/predict", "/model", "/health", "/ready", "/metrics")
 _BEARER = HTTPBearer(auto_error=False, description="The token of --token-file.")
@@ -58,13 +58,13 @@ _BODY = {
 
 @dataclass(frozen=True)
 class About:
-    """What a service says of itself. `backend`: what executes the network."""
+    """The description of a service; `backend` names what executes the network."""
 
     card: Card
     backend: str = ""
 
     def to_dict(self, limits: Mapping[str, float]) -> dict[str, Any]:
-        """Return what /model answers."""
+        """Return the answer of /model."""
         card = self.card
         return {
             "model": card.model,
@@ -81,7 +81,7 @@ def build_app(service: Service, about: About, token: str | None = None) -> FastA
     """Return the application of one replica.
 
     Args:
-        token: what `Authorization: Bearer …` must carry, but for /health, /ready and the pages.
+        token: the bearer token that /predict, /model and /metrics require; None requires none.
     """
     app = FastAPI(
         title="Meshuffle",
@@ -102,12 +102,12 @@ def build_app(service: Service, about: About, token: str | None = None) -> FastA
 def _add_predict(app: FastAPI, service: Service, about: About, guarded: list[Any]) -> None:
     card = about.card
     head = {"model": card.model, "task": card.task}
-    told = about.to_dict(asdict(service.limits))
+    description = about.to_dict(asdict(service.limits))
     kept_out = [401] if guarded else []
 
     @app.post(
         "/predict",
-        summary="Predict of one image or several",
+        summary="Predict one image or several",
         dependencies=guarded,
         response_class=Response,
         responses={
@@ -118,9 +118,9 @@ def _add_predict(app: FastAPI, service: Service, about: About, guarded: list[Any
     )
     async def predict(
         request: Request,
-        mask: Annotated[bool, Query(description="Add the mask, of a segmentation.")] = False,
+        mask: Annotated[bool, Query(description="Add the mask of a segmentation.")] = False,
     ) -> Response:
-        """The body is an image file as it is, or multipart/form-data with one in each part."""
+        """The body is one image file, or multipart/form-data with an image in each part."""
         started = time.perf_counter()
         with service.admitted():
             try:
@@ -135,7 +135,7 @@ def _add_predict(app: FastAPI, service: Service, about: About, guarded: list[Any
 
     @app.get(
         "/model",
-        summary="What is served",
+        summary="Describe the model",
         dependencies=guarded,
         response_class=Response,
         responses={
@@ -144,11 +144,11 @@ def _add_predict(app: FastAPI, service: Service, about: About, guarded: list[Any
         },
     )
     async def model() -> Response:
-        return _json(told)
+        return _json(description)
 
     @app.get(
         "/metrics",
-        summary="Metrics of all replicas for Prometheus",
+        summary="Return the metrics of all replicas for Prometheus",
         dependencies=guarded,
         response_class=Response,
         responses={
@@ -163,18 +163,18 @@ def _add_predict(app: FastAPI, service: Service, about: About, guarded: list[Any
 def _add_state(app: FastAPI, service: Service) -> None:
     @app.get(
         "/health",
-        summary="Whether the process lives",
+        summary="Check that the process lives",
         response_class=Response,
-        responses={200: {"model": State, "description": "It does."}},
+        responses={200: {"model": State, "description": "The process lives."}},
     )
     async def health() -> Response:
         return _json({"status": "ok"})
 
     @app.get(
         "/ready",
-        summary="Whether it takes requests",
+        summary="Check that the service takes requests",
         response_class=Response,
-        responses={200: {"model": State, "description": "It does."}, **_refusals(503)},
+        responses={200: {"model": State, "description": "It takes requests."}, **_refusals(503)},
     )
     async def ready() -> Response:
         if service.state != "ready":
@@ -215,11 +215,11 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def fault(_: Request, error: Exception) -> Response:
-        return _error(500, "a fault of the service; its log has more")
+        return _error(500, "the service failed; its log says why")
 
 
 class _Guard:
-    """Lets those in who know the token."""
+    """Admits requests that carry the token."""
 
     def __init__(self, token: str) -> None:
         self._token = token.encode()
@@ -244,13 +244,13 @@ def _error(status: int, message: str, headers: Mapping[str, str] | None = None) 
 
 
 def _json(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """Return plain data as a response; names that are no UTF-8 come out as escapes."""
+    """Return plain data as a response; names that are not UTF-8 are escaped."""
     content = json.dumps(value).encode()
     return Response(content, status, dict(headers or {}), "application/json")
 
 
 class _Counted:
-    """Counts what the application answers."""
+    """Counts and times the answers of the application."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._metrics = app, service.metrics
@@ -273,5 +273,5 @@ class _Counted:
         try:
             await self._app(scope, receive, noted)
         except Exception:
-            note(500)  # which is sent further out
+            note(500)  # an outer handler sends it
             raise

@@ -1,4 +1,4 @@
-"""What executes the network in a replica: torch, or a file that agrees with it."""
+"""The ways to execute the network in a replica: torch, or a file that agrees with it."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _NUM_IMAGES = 8
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to execute the network; plain data, so that any process can open it.
+    """A way to execute the network, as plain data, so that any process can open it.
 
     Attributes:
-        name: `torch`, or of a format.
-        source: the weights' path for torch, else the file.
+        name: `torch`, or the name of a file format.
+        source: path of the weights for torch, and of the exported file otherwise.
         model: repeats the name of a `package.module:function` model.
-        device: `cpu`, or `cuda`: a GPU of its own for each rank.
-        plan: how the ranks of a replica compute together; of torch alone.
+        device: `cpu`, or `cuda`, which gives each rank a GPU of its own.
+        plan: how the ranks of a replica compute together; only torch takes more than one rank.
     """
 
     name: str
@@ -49,22 +49,22 @@ class Backend:
 
     @property
     def takes_pixels(self) -> bool:
-        """Whether images go in as uint8 (N, h, w, 3), and what the task answers from comes out.
+        """Whether it takes uint8 images (N, h, w, 3) and returns what `Task.answer` takes.
 
-        So it is where ranks share an image: each normalises its part, and masks come back.
+        It does if ranks share an image: each normalises its part, and the masks are gathered.
         """
         return parse_plan(self.plan).num_ranks > 1
 
     def blank(self, num: int, size: tuple[int, int]) -> NDArray[Any]:
-        """Return images (height, width) to try it with."""
+        """Return `num` blank inputs for images of `size` (height, width)."""
         if self.takes_pixels:
             return np.zeros((num, *size, 3), np.uint8)
         return np.zeros((num, 3, *size), np.float32)
 
     def open(self, threads: int, index: int = 0) -> Run:
-        """Return what executes it, in this process; `index`: of the replica."""
+        """Return the function that executes it in this process, for replica number `index`."""
         if self.name != TORCH:
-            torch.set_num_threads(1)  # what is left to torch is small
+            torch.set_num_threads(1)  # little work is left to torch
             return find_format(self.name).open(Path(self.source), threads=threads)
         num_gpus = torch.cuda.device_count() if self.device == "cuda" else 0
         given = (self.source, self.model, self.plan)
@@ -81,7 +81,7 @@ class Backend:
 
 
 def _torch_run(network: nn.Module, device: torch.device) -> Run:
-    """Execute as `evaluate` does, channels-last and in float32."""
+    """Return the function that executes `network` as `evaluate` does: channels-last, float32."""
     network = network.to(device).requires_grad_(False)
 
     @torch.inference_mode()
@@ -101,10 +101,10 @@ def candidates(choice: str, num_gpus: int) -> list[str]:
     """Return the names of the backends to measure.
 
     Args:
-        choice: of `--backend`; `auto` is all that are installed, or torch where there are GPUs.
+        choice: value of `--backend`; `auto` is every installed one, or torch if there are GPUs.
 
     Raises:
-        ConfigError: an unknown one, or one that is not installed.
+        ConfigError: the backend is unknown or not installed.
     """
     known = (TORCH, *(name for name in _FILES if name in FORMATS))
     if choice in known:
@@ -129,15 +129,16 @@ def _is_installed(name: str) -> bool:
 def prepare(
     name: str, target: Path, model: str | None, scratch: Path, say: Callable[[str], None]
 ) -> Backend:
-    """Return a backend, once its file is written and agrees with the network.
+    """Return a backend whose file exists and agrees with the network.
 
-    The file is kept in the run's folder, under the weights' digest, and used again.
+    The file is kept in the run's folder, named by the digest of the weights, and reused.
 
     Args:
-        scratch: a folder for files of weights whose own folder cannot be written.
+        scratch: folder for the file if the folder of the weights cannot be written.
 
     Raises:
-        ParityError: the file computes something else; ModelError: the format cannot express it.
+        ParityError: the file computes something else.
+        ModelError: the format cannot express the network.
     """
     weights = find_weights(target)
     if name == TORCH:
@@ -155,7 +156,7 @@ def prepare(
 
 
 def _digest(weights: Path) -> str:
-    """Return what tells these weights, as this version writes them, from all others."""
+    """Return a digest of the weights and of the versions that write their file."""
     state = hashlib.sha256(f"{__version__} {torch.__version__} ".encode())
     with weights.open("rb") as file:
         while part := file.read(1 << 20):
@@ -173,7 +174,7 @@ def _is_writable(folder: Path) -> bool:
 
 
 def _sample_images(card: Card) -> Tensor:
-    """Return smooth random images in the evaluation view, uint8 [N, 3, H, W], to compare on."""
+    """Return smooth random images, uint8 [N, 3, H, W], to compare the file and the network on."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand((_NUM_IMAGES, 3, 8, 8), generator=generator) * 255
     fine = nn.functional.interpolate(coarse, card.preprocess.size, mode="bicubic")

@@ -1,9 +1,9 @@
-"""Images of many requests become batches.
+"""Join the images of many requests into batches.
 
     ask ──▶ waiting ──batch of at most N──▶ work, in a thread of its own ──▶ answers in order
 
-A batch begins as soon as the thread is free. It waits for more images only where some are known
-to be on their way (`expect`), and no longer than the window.
+A batch starts as soon as the thread is free. It waits for more images only if some are announced
+(`expect`), and never longer than the window.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Result = TypeVar("Result")
 
 
 class Batcher(Generic[Item, Result]):
-    """Collects items into batches; used by one event loop.
+    """Collects items into batches, for one event loop.
 
     Args:
-        work: items to as many results, in their order; called by one thread.
-        max_batch: items, at least 1.
-        window_s: how long an item may wait, with the thread free, for others that are expected.
+        work: maps items to as many results, in the same order; one thread calls it.
+        max_batch: the most items of a batch, at least 1.
+        window_s: how long an item may wait for announced ones while the thread is free.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class Batcher(Generic[Item, Result]):
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to work, in the running event loop."""
+        """Start to work in the running event loop."""
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:
-        """Stop; what still waits is cancelled."""
+        """Stop, and cancel the items that still wait."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -62,7 +62,7 @@ class Batcher(Generic[Item, Result]):
             self._changed.set()
 
     async def ask(self, item: Item) -> Result:
-        """Return the result of `item`; where the caller is cancelled, nothing is computed."""
+        """Return the result of `item`; if the caller is cancelled first, nothing is computed."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
         self._waiting.append((item, future, loop.time()))
@@ -72,7 +72,7 @@ class Batcher(Generic[Item, Result]):
     async def _run(self) -> None:
         while True:
             await self._until_ready()
-            batch = self._taken()
+            batch = self._next_batch()
             if batch:
                 await self._answer(batch)
 
@@ -90,7 +90,7 @@ class Batcher(Generic[Item, Result]):
                 async with asyncio.timeout(timeout):
                     await self._changed.wait()
 
-    def _taken(self) -> list[tuple[Item, asyncio.Future[Result]]]:
+    def _next_batch(self) -> list[tuple[Item, asyncio.Future[Result]]]:
         batch: list[tuple[Item, asyncio.Future[Result]]] = []
         while self._waiting and len(batch) < self._max_batch:
             item, future, _ = self._waiting.popleft()
@@ -107,7 +107,7 @@ class Batcher(Generic[Item, Result]):
             for _, future in batch:
                 future.cancel()
             raise
-        except Exception as error:  # noqa: BLE001  # it belongs to those who asked
+        except Exception as error:  # noqa: BLE001  # every caller of the batch gets it
             for _, future in batch:
                 if not future.done():
                     future.set_exception(error)

@@ -1,4 +1,4 @@
-"""From the bytes of images to what the task predicts, as `meshuffle predict` does it.
+"""From the bytes of images to predictions, as `meshuffle predict` computes them.
 
 Shape suffixes: N images, C channels, H height, W width.
 """
@@ -31,15 +31,15 @@ _START_OF_SCAN = b"\xff\xda"
 
 @dataclass(frozen=True)
 class View:
-    """What the network sees of an image: uint8 [3, h, w]; `size`: (width, height) of the image."""
+    """The network's view of an image, uint8 [3, h, w]; `size` is the image's (width, height)."""
 
     pixels_CHW: Tensor
     size: tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Told:
-    """What the task predicts of an image; row `row` of `rows` is what it made it from."""
+class Answer:
+    """The prediction for one image, and row `row` of the `rows` that it was made from."""
 
     prediction: dict[str, Any]
     rows: Rows
@@ -48,12 +48,13 @@ class Told:
 
 
 class Engine:
-    """A model that is ready to answer.
+    """A model that is ready to predict.
 
     Args:
         card: of the weights.
-        run: executes the network: float32 [N, 3, H, W], normalised, to its outputs [N, …].
-        takes_pixels: instead, from uint8 images to what the task answers from; see `Backend`.
+        run: executes the network: normalised float32 [N, 3, H, W] to its outputs [N, …].
+        takes_pixels: `run` takes uint8 images instead, and returns what `Task.answer` takes; see
+            `Backend`.
         max_batch: the largest N.
         max_pixels: see `Limits`.
     """
@@ -68,10 +69,10 @@ class Engine:
         self._pixels_NHWC = torch.empty((max_batch, height, width, 3), dtype=torch.uint8)
 
     def read(self, upload: Upload) -> View:
-        """Decode an image and bring it to the network's geometry; any number of threads may.
+        """Decode an image and bring it to the network's geometry; threads may call it at once.
 
         Raises:
-            Refused: 413 too many pixels; 415 no image format that we read; 422 broken.
+            Refused: 413 too many pixels; 415 an unsupported format; 422 a broken image.
         """
         name, content = upload.name, upload.content
         # In compressed data 0xFF is followed by 0, so that this counts the scans and little else.
@@ -84,8 +85,8 @@ class Engine:
         return View(self.card.preprocess.to_uint8(image), image.size)
 
     @torch.inference_mode()
-    def answer(self, views: Sequence[View]) -> list[Told]:
-        """Predict of at most `max_batch` images; one thread at a time."""
+    def answer(self, views: Sequence[View]) -> list[Answer]:
+        """Predict at most `max_batch` images; one thread may call it at a time."""
         num = len(views)
         pixels_NHWC = self._pixels_NHWC[:num]
         for row, view in enumerate(views):
@@ -97,16 +98,16 @@ class Engine:
             outputs = torch.from_numpy(self._run(x_NCHW.contiguous().numpy()))
         rows = {name: rows_N.numpy() for name, rows_N in self.task.answer(outputs).items()}
         return [
-            Told(finite(self.task.prediction(rows, i, view.size)), rows, i, view.size)
+            Answer(finite(self.task.prediction(rows, i, view.size)), rows, i, view.size)
             for i, view in enumerate(views)
         ]
 
-    def mask(self, told: Told) -> str | None:
-        """Return the predicted mask as a PNG in base64, its pixel values being classes.
+    def mask(self, answer: Answer) -> str | None:
+        """Return the predicted mask as a PNG in base64, or None if the task has no masks.
 
-        None where the task has none.
+        Its pixel values are class numbers.
         """
-        image = self.task.mask(told.rows, told.row, told.size)
+        image = self.task.mask(answer.rows, answer.row, answer.size)
         return None if image is None else base64.b64encode(_png(image)).decode()
 
 

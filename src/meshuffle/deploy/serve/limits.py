@@ -1,4 +1,4 @@
-"""What a service takes, and how it refuses the rest."""
+"""The limits of a service, and the exception that refuses a request."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from dataclasses import dataclass
 from meshuffle.errors import ConfigError
 
 MAX_SCANS = 100
-"""Of a JPEG; cameras write 1, progressive encoders about 10. A file of thousands decodes for
-hours, whatever its size."""
+"""The most scans of a JPEG. Cameras write 1, progressive encoders about 10; a file with thousands
+takes hours to decode, whatever its size."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of a service; each has its HTTP status.
+    """The limits of a service; beyond each, a request gets the HTTP status in parentheses.
 
     Attributes:
-        body_bytes: of a request (413).
-        pixels: width × height of an image, seen from its header before it is decoded (413).
-        images: of a request (413).
-        requests: that are read, wait or are computed at the same time, over all replicas (429).
-        seconds: of a request, from its first byte to its answer (504).
+        body_bytes: size of a request's body (413).
+        pixels: width × height of an image, read from its header before it is decoded (413).
+        images: number of images in a request (413).
+        requests: number of requests in progress at the same time, over all replicas (429).
+        seconds: time from a request's first byte to its answer (504).
 
     Raises:
-        ConfigError: one of them is not above 0.
+        ConfigError: a limit is not above 0.
     """
 
     body_bytes: int = 16_000_000
@@ -47,9 +47,12 @@ class Limits:
 
 
 class Refused(Exception):
-    """A request that is not answered with predictions; it becomes a JSON error.
+    """A request that is refused; it is answered by a JSON error.
 
-    `status`: HTTP's; `message`: one line for the client; `headers`: further ones.
+    Attributes:
+        status: HTTP status.
+        message: one line for the client.
+        headers: additional HTTP headers.
     """
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""How fast the network runs here: alone, and in several processes at once."""
+"""Measure how fast the network runs here: alone, and in several processes at once."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ Way = TypeVar("Way")
 
 @dataclass(frozen=True)
 class Layout:
-    """Replicas, of so many ranks with so many threads each.
+    """A number of replicas, each of `ranks` ranks with `threads` threads.
 
-    `images_per_s`: of all together; 0 is not measured.
+    `images_per_s` is the sum over the replicas; 0 means not measured.
     """
 
     replicas: int
@@ -47,7 +47,7 @@ class Layout:
 
 
 def images_per_s(run: Run, x: NDArray[Any], seconds: float) -> float:
-    """Return how many images a second `run` computes, given a batch of them again and again."""
+    """Return the images per second of `run` when it computes the batch `x` repeatedly."""
     started, num, elapsed = time.perf_counter(), 0, 0.0
     while elapsed < seconds or not num:
         run(x)
@@ -63,7 +63,7 @@ def nearly_fastest(speeds: Mapping[Way, float]) -> list[Way]:
 
 
 def best_batch(found: dict[int, float]) -> int:
-    """Return the smallest batch that is nearly as fast as the fastest."""
+    """Return the smallest batch that is nearly as fast as the fastest one."""
     return min(nearly_fastest(found))
 
 
@@ -77,7 +77,7 @@ def layouts(cores: int, num_gpus: int, ranks: int = 1) -> list[Layout]:
 
 
 def best_layout(found: list[Layout]) -> Layout:
-    """Return the one with most replicas of those that are nearly as fast as the fastest.
+    """Return the layout with most replicas among those that are nearly as fast as the fastest.
 
     More replicas also share the decoding and the HTTP between more processes.
     """
@@ -88,10 +88,10 @@ def best_layout(found: list[Layout]) -> Layout:
 def measured(
     backend: Backend, layout: Layout, batches: Sequence[int], size: Size, seconds: float = _SECONDS
 ) -> dict[int, float]:
-    """Return images per second by batch, of all replicas of a layout, that run at once.
+    """Return images per second by batch size, summed over replicas that run at the same time.
 
     Raises:
-        MeshuffleError: a process ended, for example for lack of memory.
+        MeshuffleError: a process failed or ended, for example for lack of memory.
     """
     context = multiprocessing.get_context("forkserver")
     ends, workers = [], []
@@ -107,7 +107,7 @@ def measured(
         for end in ends:
             _received(end, layout)
         for end in ends:
-            end.send("all are there")
+            end.send("start")
         found = [_received(end, layout) for end in ends]
         return {batch: sum(one[batch] for one in found) for batch in batches}
     finally:
@@ -142,9 +142,9 @@ def _work(
         run = backend.open(threads, index)
         inputs = {batch: backend.blank(batch, size) for batch in batches}
         for x in inputs.values():
-            run(x)  # plans, allocates
+            run(x)  # the first call plans and allocates
         end.send({})
         end.recv()
         end.send({batch: images_per_s(run, x, seconds) for batch, x in inputs.items()})
-    except Exception as error:  # noqa: BLE001  # the parent says it
+    except Exception as error:  # noqa: BLE001  # the parent reports it
         end.send(in_words(error))

@@ -1,7 +1,7 @@
-"""What a service counts, in Prometheus' text format, over all replicas.
+"""The metrics of a service over all replicas, in Prometheus' text format.
 
-Replicas share a folder (`PROMETHEUS_MULTIPROC_DIR`), which prometheus_client reads when it is
-imported: so nothing imports this file before the variable is set.
+Replicas share a folder, which prometheus_client looks up in `PROMETHEUS_MULTIPROC_DIR` when it is
+imported; therefore nothing imports this file before the variable is set.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
-    """The counters of one replica, and the text of all."""
+    """The counters of one replica, and the text of all replicas."""
 
     def __init__(self) -> None:
         own = self._registry = CollectorRegistry()
@@ -38,33 +38,33 @@ class Metrics:
         )
         self.request_seconds = Histogram(
             "meshuffle_request_seconds",
-            "From a request's first byte to its answer.",
+            "Time from a request's first byte to its answer.",
             ("path",),
             buckets=_SECONDS,
             **_at(own),
         )
-        self.images = Counter("meshuffle_images", "Images that were predicted.", **_at(own))
+        self.images = Counter("meshuffle_images", "Predicted images.", **_at(own))
         self.batch_images = Histogram(
             "meshuffle_batch_images", "Images in a batch.", buckets=_SIZES, **_at(own)
         )
         self.batch_seconds = Histogram(
-            "meshuffle_batch_seconds", "Computing a batch.", buckets=_SECONDS, **_at(own)
+            "meshuffle_batch_seconds", "Time to compute a batch.", buckets=_SECONDS, **_at(own)
         )
         self.read_seconds = Histogram(
             "meshuffle_read_seconds",
-            "Decoding and resizing an image.",
+            "Time to decode and resize an image.",
             buckets=_SECONDS,
             **_at(own),
         )
         self.in_flight = Gauge(
             "meshuffle_requests_in_flight",
-            "Requests for predictions that are read, wait or are computed.",
+            "Requests for predictions in progress.",
             multiprocess_mode="livesum",
             **_at(own),
         )
 
     def text(self) -> bytes:
-        """Return the metrics of all replicas, or of this process where there is no folder."""
+        """Return the metrics of all replicas, or of this process if there is no shared folder."""
         if FOLDER not in os.environ:
             return generate_latest(self._registry)
         registry = CollectorRegistry()

@@ -1,4 +1,4 @@
-"""The pages for people: one to try the model, one that shows what OpenAPI says.
+"""The pages for people: one to try the model, and one that shows the OpenAPI description.
 
 Both are complete: a browser fetches nothing else, and the policy lets it run nothing else.
 """
@@ -24,7 +24,7 @@ _TEMPLATES = Environment(
 
 @functools.cache
 def start_page() -> HTMLResponse:
-    """Return the page on which a person tries the model."""
+    """Return the page to try the model on."""
     return _page(files(__package__).joinpath("page.html").read_text("utf-8"))
 
 
@@ -34,7 +34,7 @@ def api_page(openapi: Mapping[str, Any]) -> HTMLResponse:
 
 
 def _page(text: str) -> HTMLResponse:
-    """Return HTML that may run its own scripts and styles, and nothing from elsewhere."""
+    """Return HTML with a policy that allows its own scripts and styles, and nothing else."""
     allowed = " ".join(f"{tag}-src {_digests(tag, text)};" for tag in ("script", "style"))
     policy = (
         f"default-src 'none'; {allowed} img-src 'self' blob: data:; connect-src 'self'; "

@@ -1,7 +1,7 @@
-"""uvicorn's HTTP/1.1, with an end to what a client may hold open or send unasked.
+"""uvicorn's HTTP/1.1, with limits on what a client may hold open or send unasked.
 
-uvicorn itself bounds neither the bytes of a request's head, nor the seconds that it may take, nor
-what is thrown away behind an early answer, nor how long an answer may wait to be fetched.
+uvicorn itself limits neither the bytes of a request's head, nor the seconds that it may take, nor
+the bytes that are discarded after an early answer, nor the time until a client reads its answer.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ _NO_HTTP = b'{"error": {"status": 400, "message": "this is no HTTP request"}}'
 
 @dataclass(frozen=True)
 class Patience:
-    """What a connection may take. `seconds`: for a request's head, for the rest of a body that is
-    not wanted any more, and until some of an answer is fetched; `ignored_bytes`: of such a rest.
+    """The limits of a connection.
+
+    Attributes:
+        seconds: for a request's head, for the rest of a body after an early answer, and until the
+            client reads more of an answer.
+        ignored_bytes: for the rest of a body after an early answer.
     """
 
     seconds: float
@@ -31,10 +35,10 @@ class Connection(HttpToolsProtocol):
     """A client's connection.
 
     Args:
-        closed: called when it ends.
+        closed: called when the connection ends.
 
     Attributes:
-        last: there is no further request after the one that is running, or that comes next.
+        last: whether the current request, or else the next one, is the last.
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class Connection(HttpToolsProtocol):
 
     @property
     def last(self) -> bool:
-        """Whether it ends with the next answer."""
+        """Whether the connection ends with the next answer."""
         return self._last
 
     @last.setter
@@ -63,19 +67,19 @@ class Connection(HttpToolsProtocol):
             self.cycle.keep_alive = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin, and wait for a request."""
+        """Wait for the first request."""
         super().connection_made(transport)
         self._reading = self._give_up_later()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End."""
+        """Stop the timers and report the end."""
         for timer in (self._reading, self._writing):
             _cancel(timer)
         super().connection_lost(exc)
         self._closed()
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes; a head that does not end is cut off."""
+        """Take bytes, and abort if the head becomes too long."""
         super().data_received(data)
         if self._in_head:
             self._head_bytes += len(data)
@@ -83,14 +87,14 @@ class Connection(HttpToolsProtocol):
                 self.transport.abort()
 
     def on_message_begin(self) -> None:
-        """A request begins; its head must end in time."""
+        """Start the time limit of a request's head."""
         super().on_message_begin()
         self._in_head, self._head_bytes, self._ignored_bytes = True, 0, 0
         _cancel(self._reading)
         self._reading = self._give_up_later()
 
     def on_headers_complete(self) -> None:
-        """The head is there; the application takes over."""
+        """Stop the time limit; the application takes over."""
         super().on_headers_complete()
         self._in_head = False
         _cancel(self._reading)
@@ -98,7 +102,7 @@ class Connection(HttpToolsProtocol):
             self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
-        """Pass a part of the body on, or throw it away where it has been answered before."""
+        """Pass on a part of the body, or count it if the request is already answered."""
         super().on_body(body)
         if self.cycle.response_complete:
             self._ignored_bytes += len(body)
@@ -106,30 +110,30 @@ class Connection(HttpToolsProtocol):
                 self.transport.abort()
 
     def on_message_complete(self) -> None:
-        """The request is read."""
+        """Stop the time limit of a discarded body."""
         super().on_message_complete()
         if not self._in_head:
             _cancel(self._reading)
 
     def on_response_complete(self) -> None:
-        """The answer is written, perhaps to a request that is still coming in."""
+        """Start the time limit of the rest of the body, if there is one."""
         super().on_response_complete()
         if self.cycle.response_complete and self.cycle.more_body and not self._in_head:
             _cancel(self._reading)
             self._reading = self._give_up_later()
 
     def pause_writing(self) -> None:
-        """The client does not fetch its answer."""
+        """Start the time limit of a client that does not read its answer."""
         super().pause_writing()
         self._writing = self._give_up_later()
 
     def resume_writing(self) -> None:
-        """It does."""
+        """Stop that time limit."""
         super().resume_writing()
         _cancel(self._writing)
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP, in the form that all errors have."""
+        """Answer bytes that are not HTTP, in the form of all errors."""
         head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
         self.transport.write(STATUS_LINE[400] + head % len(_NO_HTTP) + _NO_HTTP)
         self.transport.close()

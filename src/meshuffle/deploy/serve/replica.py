@@ -1,9 +1,10 @@
-"""One process of a service: gets connections from the supervisor and answers their requests.
+"""One process of a service: it gets connections from the supervisor and answers their requests.
 
     supervisor ──`connection` with a socket, `stop`──▶ replica
-               ◀──`up`, `ready`, `count TAKEN CLOSED`── (connections since it last told)
+               ◀──`up`, `ready`, `count TAKEN CLOSED`── (connections since the last report)
 
-The fork server loads this file once for all replicas; what reads the environment is imported later.
+The fork server loads this file once for all replicas. Modules that read the environment are
+imported later.
 """
 
 from __future__ import annotations
@@ -40,19 +41,22 @@ UP, READY, COUNT = b"up", b"ready", b"count"
 MESSAGE_BYTES = 64
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 GRACE_S = 1.0
-"""For how long a connection without a request is kept when the service stops."""
+"""The seconds for which a connection without a request is kept when the service stops."""
 _KEEP_ALIVE_S = 30
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a replica is made from; plain data.
+    """Everything that a replica is made from, as plain data.
 
     Attributes:
-        card: that of the weights, as JSON; `runs_on`: what executes them, in words.
-        threads: of the backend; `readers`: that decode.
-        max_batch, window_s: see `Batcher`; `max_requests`: of one replica.
-        metrics: the folder that the replicas share.
+        card: card of the weights, as JSON.
+        runs_on: description of the backend.
+        threads: CPU threads of the backend.
+        readers: number of threads that decode images.
+        max_batch, window_s: see `Batcher`.
+        max_requests: the most requests in progress in one replica.
+        metrics: folder that the replicas share.
     """
 
     backend: Backend
@@ -69,7 +73,7 @@ class Recipe:
 
 
 def main(recipe: Recipe, index: int, channel: socket.socket) -> None:
-    """Serve until the supervisor says stop, or is gone. `index`: of the replica."""
+    """Serve as replica number `index` until the supervisor says stop, or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the supervisor decides
     os.environ[METRICS_FOLDER] = recipe.metrics
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
@@ -77,13 +81,13 @@ def main(recipe: Recipe, index: int, channel: socket.socket) -> None:
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(Replica(recipe, index, channel).run())
-    except Exception as error:  # noqa: BLE001  # one line; the supervisor acts on the exit
+    except Exception as error:  # noqa: BLE001  # the supervisor acts on the exit code
         print(f"replica {index + 1}: {in_words(error)}", file=sys.stderr)  # noqa: T201
         sys.exit(1)
 
 
 def allow_handles() -> None:
-    """Let this process open as many files and sockets as the system lets it."""
+    """Let this process open as many files and sockets as the system allows."""
     with contextlib.suppress(ValueError, OSError):
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -108,7 +112,7 @@ class Replica:
         self._opening: set[asyncio.Task[object]] = set()
 
     async def run(self) -> None:
-        """Serve HTTP at once, predictions when the model is there, and end in order."""
+        """Serve HTTP at once and predictions once the model is loaded; then end in order."""
         from meshuffle.deploy.serve.app import About, build_app
 
         card = Card.from_json(self._recipe.card)
@@ -154,11 +158,11 @@ class Replica:
         )
         blank = View(torch.zeros((3, *card.preprocess.size), dtype=torch.uint8), (1, 1))
         for num in {1, recipe.max_batch}:
-            engine.answer([blank] * num)  # plans, allocates
+            engine.answer([blank] * num)  # the first call plans and allocates
         return engine
 
     def _hear(self) -> None:
-        """Take the next message; at its end the supervisor is gone."""
+        """Take the next message; an empty one means that the supervisor has ended."""
         try:
             message, handles, _, _ = socket.recv_fds(self._channel, MESSAGE_BYTES, 1)
         except BlockingIOError:
@@ -173,7 +177,7 @@ class Replica:
 
     def _open(self, connection: socket.socket) -> None:
         self._num_taken += 1
-        self._tell_counts()
+        self._report_counts()
         connection.setblocking(False)
         made = self._loop.connect_accepted_socket(self._new_connection, connection)
         task = self._loop.create_task(made)
@@ -182,7 +186,7 @@ class Replica:
 
     def _opened(self, task: asyncio.Task[object]) -> None:
         self._opening.discard(task)
-        if task.exception() is not None:  # the client has gone already
+        if task.exception() is not None:  # the client has left already
             self._close()
 
     def _new_connection(self) -> Connection:
@@ -200,22 +204,22 @@ class Replica:
 
     def _close(self) -> None:
         self._num_closed += 1
-        self._tell_counts()
+        self._report_counts()
 
-    def _tell_counts(self) -> None:
+    def _report_counts(self) -> None:
         if self._num_taken or self._num_closed:
-            with contextlib.suppress(OSError):  # told later, or there is nobody to tell
+            with contextlib.suppress(OSError):  # it is reported later, or the supervisor has ended
                 self._channel.send(b"%s %d %d" % (COUNT, self._num_taken, self._num_closed))
                 self._num_taken = self._num_closed = 0
 
     async def _tick(self) -> None:
         while True:
             self._state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
-            self._tell_counts()
+            self._report_counts()
             await asyncio.sleep(1)
 
     async def _drain(self) -> None:
-        """Answer what has come; a client gets an instant to send what it was about to."""
+        """Answer the open requests; clients have `GRACE_S` to send one that they had begun."""
         self._service.state = "stopping"
         connections = self._state.connections
         for connection in connections:

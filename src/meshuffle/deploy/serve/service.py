@@ -1,4 +1,4 @@
-"""One replica's service: admits requests, reads their images, and has them answered in batches."""
+"""One replica's service: it admits requests, reads their images and predicts them in batches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
 from meshuffle.deploy.serve.batching import Batcher
-from meshuffle.deploy.serve.engine import Engine, Told, View
+from meshuffle.deploy.serve.engine import Answer, Engine, View
 from meshuffle.deploy.serve.limits import Limits, Refused
 from meshuffle.deploy.serve.metrics import Metrics
 from meshuffle.deploy.serve.upload import Upload
@@ -20,15 +20,15 @@ Value = TypeVar("Value")
 
 
 class Service:
-    """What stands between HTTP and the engine.
+    """The part between HTTP and the engine.
 
     Args:
-        max_requests: of this replica, at the same time; the rest is refused.
-        readers: threads that decode.
+        max_requests: the most requests in progress in this replica; others are refused.
+        readers: number of threads that decode images.
         max_batch, window_s: see `Batcher`.
 
     Attributes:
-        state: `starting` until `begin` has an engine, `stopping` from `end` on.
+        state: `starting` until `begin` gets an engine, `stopping` once the service ends.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class Service:
         self._num_requests = 0
 
     def begin(self, engine: Engine) -> None:
-        """Be ready, in the running event loop."""
+        """Take requests from now on, in the running event loop."""
         self._engine = engine
         self._batcher.start()
         self.state = "ready"
 
     async def end(self) -> None:
-        """Stop; requests should have been answered before."""
+        """Stop; the requests should be answered by then."""
         self.state = "stopping"
         await self._batcher.stop()
         self._readers.shutdown(cancel_futures=True)
@@ -65,7 +65,7 @@ class Service:
         """Count a request for the length of a `with` block.
 
         Raises:
-            Refused: 503 before there is a model; 429 where there are as many as may be.
+            Refused: 503 before the model is loaded; 429 at the limit of requests.
         """
         if self._engine is None:
             raise Refused(503, "the service is starting", {"retry-after": "5"})
@@ -80,10 +80,10 @@ class Service:
             self.metrics.in_flight.dec()
 
     async def predict(self, uploads: Sequence[Upload], *, mask: bool) -> list[dict[str, Any]]:
-        """Return what the task predicts of each image; of several that fail the first is told.
+        """Return the prediction for each image, or raise the error of the first that fails.
 
         Args:
-            mask: add the mask, where the task has one.
+            mask: add the mask, if the task has one.
         """
         if len(uploads) == 1:
             return [await self._one(uploads[0], mask)]
@@ -97,12 +97,12 @@ class Service:
     async def _one(self, upload: Upload, mask: bool) -> dict[str, Any]:
         with self._batcher.expect():
             view = await self._in_thread(self._read, upload)
-        told = await self._batcher.ask(view)
+        answer = await self._batcher.ask(view)
         self.metrics.images.inc()
-        prediction = {"file": upload.name, **told.prediction}
+        prediction = {"file": upload.name, **answer.prediction}
         if mask:
             assert self._engine is not None
-            drawn = await self._in_thread(self._engine.mask, told)
+            drawn = await self._in_thread(self._engine.mask, answer)
             prediction |= {} if drawn is None else {"mask": drawn}
         return prediction
 
@@ -116,10 +116,10 @@ class Service:
         self.metrics.read_seconds.observe(time.perf_counter() - started)
         return view
 
-    def _answer(self, views: Sequence[View]) -> list[Told]:
+    def _answer(self, views: Sequence[View]) -> list[Answer]:
         assert self._engine is not None
         started = time.perf_counter()
-        told = self._engine.answer(views)
+        answers = self._engine.answer(views)
         self.metrics.batch_seconds.observe(time.perf_counter() - started)
         self.metrics.batch_images.observe(len(views))
-        return told
+        return answers

@@ -1,9 +1,9 @@
-"""A network that several processes compute together: a replica of more than one rank.
+"""A replica of several ranks: processes that compute a network together.
 
     the replica, rank 0 ──images as uint8, over a pipe──▶ the other ranks
-    all: their parts of the network, talking to each other ──▶ rank 0: what the task answers from
+    each rank: its part of the network, by collectives ──▶ rank 0: what `Task.answer` takes
 
-The images come over a pipe, not by a broadcast: ranks may wait for hours until somebody asks.
+A pipe carries the images, not a broadcast, because ranks may wait for hours until a request comes.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ ToRun = Callable[[nn.Module, torch.device], Run]
 
 @dataclass(frozen=True)
 class Member:
-    """One rank of a replica; plain data.
+    """One rank of a replica, as plain data.
 
     Attributes:
         source, model, plan: see `Backend`.
         device: `cpu` or `cuda:INDEX`.
-        port: at which rank 0 waits for the others.
+        port: TCP port at which rank 0 waits for the others.
     """
 
     source: str
@@ -59,7 +59,10 @@ class Member:
     port: int
 
     def join(self, to_run: ToRun, stack: contextlib.ExitStack) -> Run:
-        """Return what computes this rank's part, once all have joined; `stack` leaves them."""
+        """Join the other ranks and return the function that computes this rank's part.
+
+        Closing `stack` leaves the group.
+        """
         torch.set_num_threads(self.threads)
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port)}
         plan, device = parse_plan(self.plan), torch.device(self.device)
@@ -75,16 +78,16 @@ class Member:
 
 
 class SplitNetwork:
-    """Executes the network with further ranks, which it starts; this process is rank 0.
+    """Executes the network as rank 0, with other ranks that it starts.
 
-    Where one of them ends, this process ends too: alone it cannot answer.
+    If one of them ends, this process ends too, because it cannot answer alone.
 
     Raises:
         MeshuffleError: this rank could not start.
     """
 
     def __init__(self, members: list[Member], to_run: ToRun) -> None:
-        context = fork_server(__name__)  # this process is a fork: it has none yet
+        context = fork_server(__name__)  # a fork has no fork server yet
         self._ends: list[Connection] = []
         others: list[BaseProcess] = []
         for member in members[1:]:
@@ -95,7 +98,9 @@ class SplitNetwork:
             self._ends.append(end)
             others.append(other)
         leaving = threading.Event()
-        multiprocessing.util.Finalize(None, leaving.set, exitpriority=0)  # it then ends the others
+        multiprocessing.util.Finalize(
+            None, leaving.set, exitpriority=0
+        )  # multiprocessing then ends the others
         threading.Thread(target=_end_with, args=(others, leaving), daemon=True).start()
         self._joined = contextlib.ExitStack()
         try:
@@ -107,14 +112,14 @@ class SplitNetwork:
             raise
 
     def __call__(self, x: NDArray[np.uint8]) -> NDArray[Any]:
-        """Return what the task answers from, of images (N, h, w, 3)."""
+        """Return what `Task.answer` takes, for uint8 images (N, h, w, 3)."""
         for end in self._ends:
             end.send(x)
         return self._run(x)
 
 
 def _end_with(others: list[BaseProcess], leaving: threading.Event) -> None:
-    """Wait until one of them ends, and end."""
+    """Wait until one of the other ranks ends, then end this process."""
     multiprocessing.connection.wait([other.sentinel for other in others])
     if leaving.is_set():
         return
@@ -124,12 +129,12 @@ def _end_with(others: list[BaseProcess], leaving: threading.Event) -> None:
 
 
 def _follow(end: Connection, member: Member, to_run: ToRun) -> None:
-    """Compute with rank 0 until it is gone."""
+    """Compute with rank 0 until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.ExitStack() as stack:
         try:
             run = member.join(to_run, stack)
-        except Exception as error:  # noqa: BLE001  # one line; rank 0 acts on the exit
+        except Exception as error:  # noqa: BLE001  # rank 0 acts on the exit code
             print(f"rank {member.rank}: {in_words(error)}", file=sys.stderr)  # noqa: T201
             sys.exit(1)
         with contextlib.suppress(EOFError, OSError):
@@ -140,7 +145,7 @@ def _follow(end: Connection, member: Member, to_run: ToRun) -> None:
 def members_of(
     source: str, model: str | None, plan: str, *, threads: int, index: int, num_gpus: int
 ) -> list[Member]:
-    """Return the ranks of replica `index`; `num_gpus`: 0 is the CPU."""
+    """Return the ranks of replica `index`, on the CPU if `num_gpus` is 0."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""What `meshuffle serve` does, as a function: choose by measurement, then serve."""
+"""`meshuffle serve` as a function: choose the fastest way by measurement, then serve."""
 
 from __future__ import annotations
 
@@ -44,14 +44,15 @@ _BACKLOG = 1024
 
 @dataclass(frozen=True)
 class Options:
-    """How to serve; None is chosen by measurement.
+    """The options of a service; None means that a measurement chooses.
 
     Attributes:
-        port: 0 is a free one.
-        replicas, threads: processes, and threads of each.
-        batch: the largest; `window_ms`: see `Batcher`.
-        plan: splits the network over the ranks of a replica: tp and pp.
-        token: that clients must send; None lets all in.
+        port: TCP port; 0 takes a free one.
+        replicas, threads: number of processes, and CPU threads of each.
+        batch: the most images of a batch.
+        window_ms: see `Batcher`.
+        plan: how the ranks of a replica split the network, by tp and pp.
+        token: bearer token that clients must send; None admits everybody.
         model: repeats the name of a `package.module:function` model.
     """
 
@@ -79,7 +80,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a service runs on. `speeds`: images per second on one thread, by backend."""
+    """The chosen way to run a service; `speeds`: images/s of one replica, by backend."""
 
     backend: Backend
     layout: Layout
@@ -98,19 +99,20 @@ def serve(
 
     Args:
         target: a run folder or a weights file.
-        say: called with lines about what is going on.
-        ready: called once with what is served, where, and how fast.
+        say: called with lines about the progress.
+        ready: called once with a description of the running service.
 
     Raises:
-        ConfigError: an option, or the address; RunError, ModelError: the weights.
+        ConfigError: an option or the address is wrong.
+        RunError, ModelError: the weights cannot be used.
     """
     _, card = open_weights(target, options.model)
     require_repeated(card.model, options.model)
     if card.task == "generate":
-        raise ConfigError(f"{target}: a run of generate makes images; it answers nothing of one")
+        raise ConfigError(f"{target}: a generate model makes images; it cannot predict one")
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     names = _names(options, card, num_gpus)
-    num_gpus = num_gpus if names == [TORCH] else 0  # the files run on the CPU
+    num_gpus = num_gpus if names == [TORCH] else 0  # exported files run on the CPU
     with (
         bound(options.host, options.port) as listener,
         tempfile.TemporaryDirectory(prefix="meshuffle-serve-") as scratch,
@@ -119,13 +121,13 @@ def serve(
         choice = choose(names, target, card, options, Path(scratch), num_gpus, say)
         metrics = Path(scratch) / "metrics"
         metrics.mkdir()
-        told = describe(listener, card, choice, options)
+        description = describe(listener, card, choice, options)
         supervisor = Supervisor(
             listener,
             _recipe(card, choice, options, str(metrics)),
             choice.layout.replicas,
             say=say,
-            ready=lambda: ready(told),
+            ready=lambda: ready(description),
         )
         asyncio.run(supervisor.run())
 
@@ -134,7 +136,8 @@ def _names(options: Options, card: Card, num_gpus: int) -> list[str]:
     """Return the backends to choose from.
 
     Raises:
-        ConfigError: none is possible; PlanError: nor is the plan.
+        ConfigError: no backend is possible.
+        PlanError: the plan cannot be served.
     """
     plan = options.plan
     if plan.dp > 1 or plan.dp_kind or plan.threads:
@@ -153,7 +156,7 @@ def bound(host: str, port: int) -> socket.socket:
     """Return a listening socket.
 
     Raises:
-        ConfigError: no such address here, or the port is in use.
+        ConfigError: this machine has no such address, or the port is in use.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -177,10 +180,10 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def read_token(file: Path | None) -> str | None:
-    """Return the token of a file, or else of the environment; None where there is none.
+    """Return the token from a file, or else from the environment, or else None.
 
     Raises:
-        ConfigError: it is empty, cannot be read, or cannot be sent in a header.
+        ConfigError: the token is empty, cannot be read, or cannot be sent in a header.
     """
     if file is None:
         token, where = os.environ.get(TOKEN_VARIABLE), TOKEN_VARIABLE
@@ -207,10 +210,10 @@ def choose(
     num_gpus: int,
     say: Say,
 ) -> Choice:
-    """Return the fastest way to execute the network here; what is given is not measured.
+    """Return the fastest way to execute the network here; given options are not measured.
 
     Raises:
-        MeshuffleError: no backend works; of several, the first reason.
+        MeshuffleError: no backend works; it is the error of the first one.
     """
     ranks = options.plan.num_ranks
     alone = dataclasses.replace(layouts(num_cores(), num_gpus, ranks)[0], replicas=1)
@@ -278,7 +281,7 @@ def _recipe(card: Card, choice: Choice, options: Options, metrics: str) -> Recip
 def describe(
     listener: socket.socket, card: Card, choice: Choice, options: Options
 ) -> dict[str, Any]:
-    """Return what is told at the start, as plain data."""
+    """Return the description of a service that is printed at its start, as plain data."""
     host, port = listener.getsockname()[:2]
     return {
         "url": f"http://{f'[{host}]' if ':' in host else host}:{port}",

@@ -1,8 +1,8 @@
-"""The process that accepts connections, and keeps the replicas that answer them.
+"""The process that accepts connections and keeps the replicas running that answer them.
 
-Each connection goes to the replica that has the fewest. (Replicas that accept from one socket
-themselves share the load as the kernel happens to wake them: one may have all connections.) Until
-a replica says that it has taken one, it is kept here, for another where the replica dies.
+Each connection goes to the replica that has the fewest. (If replicas accepted from one socket
+themselves, the kernel would decide which one wakes up, and one could get all connections.) A
+connection is kept here until a replica confirms it, so that another can get it if the replica dies.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from meshuffle.deploy.serve import replica as child
 from meshuffle.deploy.serve.replica import GRACE_S, MESSAGE_BYTES, Recipe
 from meshuffle.errors import RankFailed
 
-_MAX_CONNECTIONS = 1000  # of a replica; further ones wait in the kernel
+_MAX_CONNECTIONS = 1000  # per replica; further ones wait in the kernel
 _ACCEPTED_AT_ONCE = 64
-_TRIES = 3  # starts in a row that fail, before the service gives up
-_LAST_S = 3.0  # that a replica gets beyond its limits to end, before it is killed
+_TRIES = 3  # after so many failed starts in a row the service gives up
+_LAST_S = 3.0  # a replica that takes longer than its limits and this to end is killed
 
 
 @dataclass(eq=False)
@@ -38,7 +38,7 @@ class _Replica:
     is_up: bool = False
     is_ready: bool = False
     num_open: int = 0
-    sent: deque[socket.socket] = field(default_factory=deque)  # and not taken yet
+    sent: deque[socket.socket] = field(default_factory=deque)  # not confirmed yet
     started: float = field(default_factory=time.monotonic)
 
 
@@ -46,7 +46,7 @@ class Supervisor:
     """Runs a service on a listening socket.
 
     Args:
-        say: called with a line about what happens.
+        say: called with a line about each event.
         ready: called once, when all replicas take requests.
     """
 
@@ -62,22 +62,22 @@ class Supervisor:
         self._listener, self._recipe, self._num_replicas = listener, recipe, num_replicas
         self._say, self._ready = say, ready
         self._replicas: dict[int, _Replica] = {}
-        self._listening = self._told_ready = False
+        self._listening = self._reported_ready = False
         self._stop, self._changed = asyncio.Event(), asyncio.Event()
         self._num_failed = 0
         self._failure: RankFailed | None = None
 
     async def run(self) -> None:
-        """Serve until SIGINT or SIGTERM; then what was accepted is answered.
+        """Serve until SIGINT or SIGTERM; then answer the accepted connections.
 
         Raises:
-            RankFailed: replicas end as they start.
+            RankFailed: replicas fail at their start.
         """
         self._loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             self._loop.add_signal_handler(number, self._asked_to_stop)
         self._listener.setblocking(False)
-        child.allow_handles()  # of its own, connections that no replica has taken yet
+        child.allow_handles()  # for connections that no replica has confirmed yet
         try:
             for index in range(self._num_replicas):
                 self._start(index)
@@ -115,7 +115,7 @@ class Supervisor:
             one.is_up = True
         elif word == child.READY:
             one.is_ready, self._num_failed = True, 0
-            self._tell_ready()
+            self._report_ready()
         elif word == child.COUNT:
             num_taken, num_closed = map(int, numbers)
             one.num_open -= num_closed
@@ -126,14 +126,14 @@ class Supervisor:
             one.is_up = False
         self._listen()
 
-    def _tell_ready(self) -> None:
+    def _report_ready(self) -> None:
         are_ready = [one.is_ready for one in self._replicas.values()]
-        if not self._told_ready and all(are_ready) and len(are_ready) == self._num_replicas:
-            self._told_ready = True
+        if not self._reported_ready and all(are_ready) and len(are_ready) == self._num_replicas:
+            self._reported_ready = True
             self._ready()
 
     def _gone(self, one: _Replica) -> None:
-        """A replica has ended: clear up, and start another where it should not have."""
+        """Clean up after a replica that ended, and start another one unless the service stops."""
         self._loop.remove_reader(one.process.sentinel)
         self._loop.remove_reader(one.channel)
         one.channel.close()
@@ -149,14 +149,14 @@ class Supervisor:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         self._num_failed += not one.is_ready
         if self._num_failed == _TRIES:
-            self._failure = RankFailed(f"replicas end as they start: the last one {how}")
+            self._failure = RankFailed(f"replicas fail at their start: the last one {how}")
             self._stop.set()
             return
         self._say(f"replica {one.index + 1} {how}; another one takes its place")
         self._start(one.index)
 
     def _listen(self) -> None:
-        """Accept while there is a replica to take a connection; else let them wait."""
+        """Accept connections only while a replica can take one."""
         should = self._next() is not None and not self._stop.is_set()
         if should and not self._listening:
             self._loop.add_reader(self._listener, self._accept)
@@ -165,29 +165,29 @@ class Supervisor:
         self._listening = should
 
     def _next(self) -> _Replica | None:
-        """Return the replica for the next connection: one that is ready, before others."""
+        """Return the replica for the next connection, preferably one that is ready."""
         free = [
             one for one in self._replicas.values() if one.is_up and one.num_open < _MAX_CONNECTIONS
         ]
         return min(free, key=lambda one: (not one.is_ready, one.num_open), default=None)
 
     def _accept(self) -> bool:
-        """Hand on what waits; returns whether all of it was taken."""
+        """Hand on the waiting connections; return whether none is left."""
         for _ in range(_ACCEPTED_AT_ONCE):
             try:
                 connection, _ = self._listener.accept()
-            except OSError:  # none is left, it has gone, or there are no handles
+            except OSError:  # none is left, the client has left, or there are no handles
                 return True
             self._hand_on(connection)
         self._listen()
         return False
 
     def _hand_on(self, connection: socket.socket) -> None:
-        """Give a connection to a replica; where none takes it, it is closed."""
+        """Give a connection to a replica, or close it if no replica takes it."""
         while (one := self._next()) is not None:
             try:
                 socket.send_fds(one.channel, [child.CONNECTION], [connection.fileno()])
-            except OSError:  # it is ending
+            except OSError:  # the replica is ending
                 one.is_up = False
                 continue
             one.num_open += 1
@@ -205,7 +205,7 @@ class Supervisor:
         self._stop.set()
 
     async def _drain(self) -> None:
-        """Hand on what the kernel has accepted, and let the replicas end."""
+        """Hand on the connections that the kernel has accepted, and let the replicas end."""
         self._listen()
         while self._next() is not None and not self._accept():
             pass

@@ -1,4 +1,8 @@
-"""From an HTTP request to the images' bytes, with an end to reading wherever a limit is passed."""
+"""From an HTTP request to the images' bytes; reading stops as soon as a limit is exceeded.
+
+starlette's own form parser does not fit: it drops the image of a part that is cut off, turns parts
+without a file name into text, and writes to the disk from 1 MB on.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +26,20 @@ RAW_TYPES = (
     "application/octet-stream",
 )
 _RAW_NAME = "body"
-_MAX_DIGITS = 18  # of a length in bytes
-_SHOWN_NAME = 100  # characters of a file's name in messages and answers
+_MAX_DIGITS = 18  # of a declared length in bytes
+_SHOWN_NAME = 100  # characters of a file's name that messages and answers show
 
 
 @dataclass(frozen=True)
 class Upload:
-    """An image as it came. `name`: what the client calls it; `content`: the file."""
+    """An uploaded image file, under the client's name for it."""
 
     name: str
     content: bytes
 
 
 async def read_upload(request: Request, limits: Limits) -> list[Upload]:
-    """Return the images of a request, at least one.
+    """Return the images of a request; there is at least one.
 
     Raises:
         Refused: 400 malformed or empty; 413 too many bytes or images; 415 another content type.
@@ -58,7 +62,7 @@ async def read_upload(request: Request, limits: Limits) -> list[Upload]:
 
 
 async def _chunks(request: Request, limits: Limits) -> AsyncIterator[bytes]:
-    """Yield the body, at most `limits.body_bytes` of it."""
+    """Yield the body in chunks, of at most `limits.body_bytes` in all."""
     too_large = Refused(413, f"the body is larger than {limits.body_bytes:,} bytes")
     declared = request.headers.get("content-length", "0")
     if not (declared.isascii() and declared.isdigit()):
@@ -69,7 +73,7 @@ async def _chunks(request: Request, limits: Limits) -> AsyncIterator[bytes]:
     try:
         async for chunk in request.stream():
             num_bytes += len(chunk)
-            if num_bytes > limits.body_bytes:  # of a body that did not declare its length
+            if num_bytes > limits.body_bytes:  # the body did not declare its length
                 raise too_large
             yield chunk
     except ClientDisconnect:
@@ -77,7 +81,7 @@ async def _chunks(request: Request, limits: Limits) -> AsyncIterator[bytes]:
 
 
 async def _parts(chunks: AsyncIterator[bytes], boundary: bytes, limits: Limits) -> list[Upload]:
-    """Return the parts of a multipart body; each is an image, whatever its field is called."""
+    """Return the parts of a multipart body; each is an image, whatever the name of its field."""
     if not boundary:
         raise Refused(400, f"{MULTIPART} without a boundary")
     try:
