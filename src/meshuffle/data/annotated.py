@@ -1,7 +1,7 @@
-"""Images with targets of any task, in flat arrays: what every annotation format becomes.
+"""Image files with targets of any task, in flat arrays; most formats open as such a source.
 
-A COCO of 118,000 images and 860,000 boxes is some ten arrays, which forks share and spawned
-workers receive quickly. Masks are decoded when they are asked for.
+COCO with 118,000 images and 860,000 boxes takes about ten arrays, which forks share and spawned
+workers receive quickly. Masks are decoded on request.
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ class Targets(Protocol):
 class AnnotatedSource:
     """Image files below `root`, with `targets` of any task.
 
-    `root`: "" where the paths stand for themselves. `sizes`: (width, height) as the annotation
-    has them, int32 [N, 2]: an image of another size is an `ImageError`, because its target would
-    lie elsewhere than its content.
+    Attributes:
+        root: folder that `paths` are relative to; "" if they are used as they are.
+        labels: see `ImageSource`, int64 [N].
+        sizes: annotated (width, height), int32 [N, 2]. An image of another size is an
+            `ImageError`, because its target would not match its content.
     """
 
     root: Path | str
@@ -62,7 +64,7 @@ class AnnotatedSource:
         return image
 
     def target(self, index: int) -> Any:
-        """Return what is known of image `index`; raises `ImageError` for a broken mask."""
+        """Return the target of image `index`; raises `ImageError` for a broken mask."""
         return self.targets[index]
 
     def name(self, index: int) -> str:
@@ -79,7 +81,7 @@ class AnnotatedSource:
 
 @dataclass(frozen=True, eq=False)
 class LabelTargets:
-    """One class per image: `values` int64 [N]."""
+    """One class per image; `values` is int64 [N]."""
 
     values: NDArray[np.int64]
 
@@ -89,7 +91,7 @@ class LabelTargets:
 
 @dataclass(frozen=True, eq=False)
 class RowTargets:
-    """One vector per image: `values` [N, C] of 0/1 (any dtype), or [N, T] of numbers."""
+    """One vector per image; `values` is [N, C] of 0 and 1, or [N, T] of numbers."""
 
     values: NDArray[Any]
 
@@ -99,10 +101,13 @@ class RowTargets:
 
 @dataclass(frozen=True, eq=False)
 class BoxTargets:
-    """Boxes of all images, one after another; those of image i are offsets[i] … offsets[i+1].
+    """The boxes of all images in a row; image i has those from offsets[i] to offsets[i+1].
 
-    `xyxy`: float32 [M, 4], pixels, or shares of the image's width and height where `files`
-    says where the images are, whose size is then read from their headers.
+    Attributes:
+        xyxy: float32 [M, 4], in pixels; or, if `files` is given, as shares of the image's width
+            and height, which are then read from the headers of those files.
+        labels: class of each box, int64 [M].
+        offsets: int64 [N + 1].
     """
 
     xyxy: NDArray[np.float32]
@@ -122,10 +127,11 @@ class BoxTargets:
 
 @dataclass(frozen=True, eq=False)
 class MaskTargets:
-    """Mask files below `root`, one per image of `images`.
+    """Mask files below `root`, one for each of `images`.
 
-    `table`: int16 [256], from a label id in the file to a class, 255 for what counts
-    nothing, −1 for an id that nobody declared.
+    Attributes:
+        table: the class of each label id, int16 [256]; 255 for ids that do not count, −1 for ids
+            that are not declared.
     """
 
     root: Path
@@ -152,7 +158,7 @@ class MaskTargets:
 
 
 def unlabelled(paths: Sequence[str], classes: tuple[str, ...]) -> AnnotatedSource:
-    """Return image files of which nothing is known; labels and targets are 0."""
+    """Return image files without annotations as a source; its labels and targets are 0."""
     table = PathTable([os.fsencode(path) for path in paths])
     labels = np.zeros(len(paths), dtype=np.int64)
     return AnnotatedSource("", table, labels, classes, LabelTargets(labels))
@@ -174,7 +180,7 @@ def image_size(path: str) -> tuple[int, int]:
 
 
 def _lies_on_its_side(image: Image.Image) -> bool:
-    """Pillow would decode a PNG without any EXIF to its end to find out."""
+    """Avoid asking for the EXIF of a PNG without any: Pillow would decode the whole image."""
     if image.format == "PNG" and not any("exif" in str(k) or "xmp" in str(k) for k in image.info):
         return False
     return image.getexif().get(EXIF_ORIENTATION) in _ON_THEIR_SIDE
@@ -183,8 +189,8 @@ def _lies_on_its_side(image: Image.Image) -> bool:
 def read_ids(path: str) -> NDArray[Any]:
     """Return the label ids of a mask, uint8, uint16 or int32 [H, W]; raises `ImageError`.
 
-    A PNG with a palette gives the indices, not the colours; a grey one its values, also
-    where grey is stored as three equal channels.
+    The ids of a PNG with a palette are its indices; those of a grey one are its values, also if
+    grey is stored as three equal channels.
     """
     try:
         with Image.open(path, formats=("PNG",)) as image:

@@ -1,8 +1,8 @@
-"""Training views of images, each a function of the image and of its draw alone.
+"""Training views of images; each depends only on the image and on its draw.
 
-torchvision's v2 transforms take their random numbers from torch's CPU generator. It is
-seeded by the draw for one sample and put back afterwards, so a view depends on no worker,
-rank, order or resume point, and the caller's random state stays as it was.
+torchvision's v2 transforms take their random numbers from torch's CPU generator. It is seeded by
+the draw of each sample and restored afterwards, so that a view does not depend on workers, ranks,
+order or resume point, and the caller's random state is unchanged.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from meshuffle.data.preprocess import Preprocess, to_tensor
 from meshuffle.errors import ConfigError
 
 _Step = Callable[[Any], Any]
-_MANY = 10_000  # from this many training photos on, stronger augmentation pays
+_MANY = 10_000  # with this many training photos, stronger augmentation helps
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """What training does to its images; the default is nothing.
+    """The augmentation of training images; the default does nothing.
 
     `random_resized_crop`: smallest part of the area, in (0, 1]; None takes the evaluation
     geometry. `flip`: probability of a mirror image. `affine_degrees`: rotation in ± degrees;
@@ -72,7 +72,7 @@ class AugmentConfig:
 
 
 def augmentation_for(data: Data) -> AugmentConfig:
-    """Return defaults that suit the images: no flips for digits, crops for photos."""
+    """Return defaults by the kind of images: no flips for digits, crops for photos."""
     if data.task in ("detect", "segment"):
         return AugmentConfig(random_resized_crop=0.5, flip=0.5)
     if data.style == "symbols":
@@ -95,7 +95,7 @@ class TrainTransform:
         self._steps = _steps(config, preprocess)
 
     def __call__(self, image: Image.Image, draw: int) -> Tensor:
-        """Return the training view of an RGB image that `draw` stands for."""
+        """Return the training view of an RGB image that `draw` selects."""
         view: Any = image
         with seeded(draw):
             for step in self._steps:
@@ -103,7 +103,7 @@ class TrainTransform:
         return view
 
     def pair(self, image: Image.Image, target: Any, draw: int) -> tuple[Tensor, Tensor]:
-        """Return the view and the target, which says the same of every view."""
+        """Return the view, and the target, which is the same for every view."""
         return self(image, draw), torch.as_tensor(target)
 
 
@@ -127,7 +127,7 @@ class EvalTransform:
 def seeded(draw: int) -> Iterator[None]:
     """Seed torch's CPU generator by `draw` inside, and restore its state afterwards.
 
-    Not `torch.manual_seed`, which would also reset the generators of the accelerators.
+    `torch.manual_seed` would also reset the generators of the accelerators.
     """
     generator = torch.default_generator
     state = generator.get_state()
@@ -139,7 +139,7 @@ def seeded(draw: int) -> Iterator[None]:
 
 
 def _steps(config: AugmentConfig, preprocess: Preprocess) -> list[_Step]:
-    """Geometry and colour on the PIL image, cheaper than on a tensor, then the bytes."""
+    """Return geometry and colour steps on PIL images, which are cheaper, then those on bytes."""
     steps: list[_Step] = [_framing(config, preprocess)]
     if config.flip:
         steps.append(_Sometimes(config.flip, _mirror))

@@ -1,4 +1,4 @@
-"""What a data set is to the rest of Meshuffle: named splits of labelled RGB images."""
+"""The interface of a data set: named splits of RGB images with labels and targets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class ImageSource(Protocol):
-    """One split: N images with what is known of each; labels are indices into `classes`."""
+    """One split: N images with their targets; labels are indices into `classes`."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -28,11 +28,11 @@ class ImageSource(Protocol):
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """One label per image, int64 [N]; of other tasks than classification, for even splits."""
+        """One label per image, int64 [N]; tasks without classes use it for even splits."""
 
     @property
     def in_memory(self) -> bool:
-        """Whether `image` costs no file access, so that worker processes do not pay."""
+        """Whether `image` reads no file, so that worker processes do not help."""
 
     def __len__(self) -> int: ...
 
@@ -40,25 +40,29 @@ class ImageSource(Protocol):
         """Return image `index` in mode RGB; raises `ImageError`."""
 
     def target(self, index: int) -> Any:
-        """Return what a model is to say of image `index`: the task decides its type."""
+        """Return the target of image `index`; its type depends on the task."""
 
     def name(self, index: int) -> str:
-        """Return what to call image `index` in a message: a path, or `digits[17]`."""
+        """Return the name of image `index` for messages: a path, or `digits[17]`."""
 
     def content(self, index: int) -> bytes:
-        """Return the bytes of the file, or of the pixels, for finding exact duplicates."""
+        """Return the bytes of the file or of the pixels, to find exact duplicates."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """A data set: its splits, and what suits its images.
+    """A data set: its splits, and defaults for its images.
 
-    `splits`: keys among train, val, test. `input_size`: the suggested crop in pixels.
-    `style`: symbols (digits: a mirror image is another thing), thumbnails (small pictures)
-    or photos; it chooses the default augmentation and geometry. `mean`, `std`: per RGB
-    channel on the 0 … 1 scale. `titles`: readable names of classes, where known. `task`: what
-    the targets of the sources are for.
-    `ignored`: files that were passed over (hidden, or no image by their extension).
+    Attributes:
+        spec: the text that opened it.
+        splits: sources by name: train, val, test.
+        input_size: the suggested crop in pixels.
+        style: symbols (digits, whose mirror images mean something else), thumbnails (small
+            pictures) or photos; it selects the default augmentation and geometry.
+        mean, std: of each RGB channel on the scale 0 … 1.
+        titles: readable names of classes, if known.
+        ignored: files that were left out, and corrections of annotations.
+        task: the task that the targets are for.
     """
 
     spec: str
@@ -74,13 +78,13 @@ class Data:
 
     @property
     def flips(self) -> bool:
-        """Whether a mirrored image is still of its class."""
+        """Whether a mirror image has the same class."""
         return self.style != "symbols"
 
 
 @dataclass(frozen=True, eq=False)
 class ArraySource:
-    """A split in memory. `pixels`: uint8 [N, H, W] grey or [N, H, W, 3] RGB."""
+    """A split in memory; `pixels` is uint8 [N, H, W] grey or [N, H, W, 3] RGB."""
 
     title: str
     classes: tuple[str, ...]
@@ -111,14 +115,14 @@ class ArraySource:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """Some images of another source, in the given order and possibly with other labels."""
+    """Some images of another source, in the given order and perhaps with other labels."""
 
     source: ImageSource
     indices: NDArray[np.int64]
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
     lookup: NDArray[np.int64] | None = None
-    """Of other classes than the source's: the new index of each."""
+    """The new index of each class of the source, if the classes differ."""
 
     @property
     def in_memory(self) -> bool:
@@ -160,9 +164,9 @@ def stratified_split(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return sorted indices (rest, part): `part` holds `fraction` of every class.
 
-    Rounded to the nearest count per class, but at least one image of a class stays in the
-    rest, and at least one goes to the part where a class has two or more. Depends on the
-    labels, the fraction and the seed alone.
+    The count of each class is rounded, but at least one of its images stays in the rest, and at
+    least one goes to the part if it has two or more. The result depends only on the labels, the
+    fraction and the seed.
     """
     keys = hash64(seed, np.arange(len(labels)))
     part = np.zeros(len(labels), dtype=bool)

@@ -1,4 +1,4 @@
-"""Look at a data set before training on it: counts, broken files, duplicates, a picture."""
+"""Check a data set before training: counts, broken files, duplicates, a picture."""
 
 from __future__ import annotations
 
@@ -25,15 +25,20 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `check_data` found.
+    """The results of `check_data`.
 
-    `counts`: {split: {class: images}}, broken ones included; of boxes the objects, of masks the
-    images that show the class, and of numbers to learn the images that have one. `absent`:
-    {split: classes that other splits have}. `unreadable`: (name, reason). `leaks`: exact
-    duplicates (name, name) between two splits; `repeated`: within one split. `ignored`: what was
-    passed over, or put right.
-    `smallest`, `largest`: (width, height) by area. `imbalance`: images of the largest over
-    the smallest class of train (or of the only split), or None where a class is empty.
+    Attributes:
+        counts: {split: {class: number}}: images, also broken ones; objects, if they have boxes;
+            images that show the class, if they have masks; readable images, for regression.
+        absent: {split: its classes without any image}.
+        unreadable: (name, reason) of each broken image.
+        leaks: exact duplicates (name, name) between two splits.
+        repeated: exact duplicates within one split.
+        ignored: see `Data`.
+        smallest, largest: (width, height) of the images with smallest and largest area.
+        imbalance: images of the largest class / those of the smallest, in train (or in the only
+            split); None if a class is empty.
+        grid: path of the picture.
     """
 
     spec: str
@@ -52,11 +57,11 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found that spoils a training or its evaluation."""
+        """Whether no problem was found that harms training or evaluation."""
         return not self.problems()
 
     def problems(self) -> list[str]:
-        """Return one line for each kind of trouble; the empty list is a clean bill."""
+        """Return one line for each kind of problem."""
         lines = [
             f"{split} lacks {len(names)} classes: {shortened(names)}"
             for split, names in self.absent.items()
@@ -100,7 +105,7 @@ class CheckReport:
 
 @dataclass(frozen=True)
 class _Sample:
-    """What one image told us. `error` is None for a good one."""
+    """The facts about one image; `error` is None for a readable one."""
 
     name: str
     digest: bytes
@@ -117,8 +122,8 @@ def check_data(
 ) -> CheckReport:
     """Read every image of `spec` and report; also save a grid of samples as a PNG.
 
-    `progress(done, total)` is called after each image. Raises `DataError` only where there
-    is no data set to look at.
+    `progress(done, total)` is called after each image. Raises `DataError` only if the data set
+    cannot be opened.
     """
     data = open_data(spec, task=task, need=())
     total = sum(len(source) for source in data.splits.values())
@@ -136,7 +141,7 @@ def check_data(
 
 
 def _look_at_all(source: ImageSource) -> Iterator[_Sample]:
-    """Yield a sample per image, in order; threads, because decoding releases the GIL."""
+    """Yield a sample per image, in order; it uses threads, because decoding releases the GIL."""
     chunk = 256
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         for start in range(0, len(source), chunk):
@@ -157,7 +162,7 @@ def _look_at(source: ImageSource, index: int) -> _Sample:
 
 
 def _classes_in(target: Any, num_classes: int) -> NDArray[np.int64]:
-    """Return how often each class is in a target: its boxes, and once for anything else."""
+    """Return how often each class is in a target: the number of its boxes, otherwise 0 or 1."""
     if isinstance(target, Boxes):
         return np.bincount(target.labels, minlength=num_classes)
     if isinstance(target, np.ndarray) and target.ndim == 1:

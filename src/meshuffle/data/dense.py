@@ -1,7 +1,7 @@
-"""Views of images whose target has places in it: boxes, or a label per pixel.
+"""Views of images with dense targets: boxes, or a label per pixel.
 
-The whole image is stretched to the network's input; training takes a random part of it, and
-mirrors it by chance. The target goes with the pixels.
+The whole image is stretched to the network's input; training takes a random part of it and mirrors
+it at random. The target is transformed with the pixels.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class DenseEvalTransform(EvalTransform):
 
 
 class DenseTrainTransform(TrainTransform):
-    """A random part of the image, mirrored by chance, and its target: a function of the draw.
+    """A random part of the image, mirrored at random, and its target; the draw decides both.
 
     Raises:
-        ConfigError: the augmentation has parts that would move the pixels only.
+        ConfigError: the augmentation would move the pixels without the target.
     """
 
     def __init__(self, config: AugmentConfig, preprocess: Preprocess) -> None:
@@ -73,26 +73,27 @@ def build_train_transform(
     """Return the transform of a training image, a function of the image and its draw.
 
     Args:
-        dense: its target has places in it.
+        dense: whether its target is dense.
     """
     return (DenseTrainTransform if dense else TrainTransform)(config, preprocess)
 
 
 def build_eval_transform(preprocess: Preprocess, *, dense: bool = False) -> EvalTransform:
-    """Return the transform of an image that is judged; `dense` as above."""
+    """Return the transform of an image in evaluation; see `build_train_transform`."""
     return (DenseEvalTransform if dense else EvalTransform)(preprocess)
 
 
 def target_in(
     target: Boxes | NDArray[np.uint8], image: tuple[int, int], window: Window, size: tuple[int, int]
 ) -> Tensor:
-    """Return what is known of a part of an image.
+    """Return the target of a part of an image.
 
-    Of boxes, float32 [M, 5]: class and x1, y1, x2, y2 as shares of the part; those whose centre is
-    in it, clipped (as SSD's crops, arXiv 1512.02325). Of a mask, uint8 [h, w] by nearest pixels.
+    Boxes become float32 [M, 5]: class and x1, y1, x2, y2 as shares of the part. Those whose centre
+    lies in the part are kept, and clipped (like SSD's crops, arXiv 1512.02325). A mask becomes
+    uint8 [h, w] of its nearest pixels.
 
     Args:
-        image: (width, height) in pixels.
+        image: (width, height) of the image in pixels.
         window: the part.
         size: (h, w) of the view.
     """

@@ -1,4 +1,4 @@
-"""What the readers of annotations share: problems in one error, files that must exist, splits."""
+"""Helpers of the readers: one error for all problems, checks of files and classes, splits."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _HARMLESS_SHARE = 1000
 
 
 class Problems:
-    """What is wrong with single entries, for one error that shows the first few.
+    """Collects bad entries, for one error that shows the first few.
 
-    `notes` are what was put right, or left out, without harm: for `Data.ignored`.
+    `notes` are harmless corrections and omissions, for `Data.ignored`.
     """
 
     def __init__(self, where: str) -> None:
@@ -39,18 +39,18 @@ class Problems:
         self._empty: list[str] = []
 
     def add(self, entry: str) -> None:
-        """Remember one bad entry: which, and what is wrong with it."""
+        """Remember one bad entry, as text: its name and what is wrong with it."""
         self._wrong.append(entry)
 
     def add_empty(self, entry: str) -> None:
-        """Remember an object without any area. See `raise_any`."""
+        """Remember an object without any area; see `raise_any`."""
         self._empty.append(entry)
 
     def raise_any(self, num_objects: int = 0) -> None:
-        """Raise `DataError` for what was added, if anything was.
+        """Raise `DataError` if there are bad entries.
 
-        Objects without area are left out with a note while they are at most one in 1,000 of
-        `num_objects`: COCO's own train2017 has two among 860,001.
+        Objects without area are only noted if they are at most one in 1,000 of `num_objects`:
+        COCO's own train2017 has two among 860,001.
         """
         if len(self._empty) * _HARMLESS_SHARE <= num_objects:
             self.notes += [f"{entry}: left out" for entry in self._empty]
@@ -85,7 +85,7 @@ def split_options(path: str, known: Sequence[str]) -> tuple[str, dict[str, str]]
 
 
 def existing_file(path: str | Path) -> Path:
-    """Return `path` with `~` expanded; `DataError` with a did-you-mean if it is no file."""
+    """Return `path` with `~` expanded; raise `DataError` with a suggestion if it is no file."""
     file = Path(path).expanduser()
     if file.is_file():
         return file
@@ -124,7 +124,7 @@ def _file_names(folder: Path) -> frozenset[str]:
     try:
         with os.scandir(folder) as entries:
             return frozenset(entry.name for entry in entries if not entry.is_dir())
-    except OSError:  # a folder that is not there holds none of the files
+    except OSError:  # a folder that does not exist holds no file
         return frozenset()
 
 
@@ -145,7 +145,7 @@ def stem(path: str) -> str:
 
 
 def repeated(names: Iterable[str]) -> list[str]:
-    """Return the names that come more than once, each once."""
+    """Return the names that occur more than once, each of them once."""
     seen: set[str] = set()
     twice: dict[str, None] = {}
     for name in names:
@@ -167,12 +167,12 @@ def split_of(name: str) -> str | None:
 
 
 def only_split(need: Sequence[str]) -> str:
-    """Return what an unsplit data set is: train, or test where nothing else is asked for."""
+    """Return the split that an unsplit data set is: train, or test if only that is needed."""
     return "test" if tuple(need) == ("test",) else "train"
 
 
 def check_names(where: str, classes: Sequence[str]) -> None:
-    """Raise `DataError` for class names that are empty or come twice."""
+    """Raise `DataError` for class names that are empty or occur twice."""
     if "" in classes:
         raise DataError(f"{where}: class {list(classes).index('')} has no name")
     if twice := repeated(classes):
@@ -180,7 +180,7 @@ def check_names(where: str, classes: Sequence[str]) -> None:
 
 
 def check_train(where: str, labels: NDArray[np.int64], classes: Sequence[str], entry: str) -> None:
-    """Raise `DataError` where a classifier cannot learn all classes, or there is only one."""
+    """Raise `DataError` if a class has no `entry` in train, or if there is only one class."""
     check_filled(where, labels, classes, entry)
     if len(classes) == 1:
         raise DataError(
@@ -202,7 +202,7 @@ def check_filled(where: str, labels: NDArray[np.int64], classes: Sequence[str], 
 
 
 def lacking(labels: NDArray[np.int64], classes: Sequence[str]) -> list[str]:
-    """Return the classes that none of `labels`, int64 [N], is; −1 is no class."""
+    """Return the classes that do not occur in `labels`, int64 [N], where −1 is no class."""
     counts = np.bincount(labels[labels >= 0], minlength=len(classes))
     return [name for name, count in zip(classes, counts, strict=True) if not count]
 
@@ -217,9 +217,9 @@ def assemble(
     need: Sequence[str],
     ignored: Sequence[str] = (),
 ) -> Data:
-    """Return the data set; where val is needed and missing, 20 % of train become val.
+    """Return the data set; if val is missing, 20 % of train, chosen by `seed`, become val.
 
-    Raises `DataError` where a split that is needed has no image.
+    With `need=()` nothing is split. Raises `DataError` if a needed split has no image.
     """
     found = {key: source for key, source in splits.items() if len(source)}
     if need and "val" not in found and "train" in found:

@@ -1,9 +1,9 @@
-"""Decode one image file to RGB, or say in one line why it cannot be used.
+"""Decode one image file to RGB, or raise an error that says in one line why it cannot be used.
 
     bytes ──header──▶ pixel limit ──decode──▶ EXIF orientation ──▶ 8-bit RGB
 
-16-bit grey values are scaled (65535 → 255), never clipped. Transparency is composited on
-white. CMYK and palettes are converted. Of an animation the first frame is taken.
+16-bit grey values are scaled (65535 → 255), never clipped. Transparency is composited on white.
+CMYK and palettes are converted. An animation is reduced to its first frame.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def decode_image(
     `path_or_bytes`: a file, or its content. `max_pixels`: width × height above which the
     image is refused from its header, before any pixel is decoded; 1 … 178,956,970 (above
     that Pillow itself refuses).
-    `name`: what to call the image in an error; by default the path.
+    `name`: the name of the image in an error; by default its path.
 
     Raises `ImageError`, one line with the name and a `kind`, when the file is missing, unreadable,
     empty, truncated, not an image of a known format, or too large.
@@ -122,7 +122,7 @@ def _no_warnings() -> Iterator[None]:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation. A broken EXIF block does not cost us a good picture."""
+    """Apply the EXIF orientation; a broken EXIF block is ignored."""
     try:
         with _no_warnings():
             orientation = image.getexif().get(EXIF_ORIENTATION)
@@ -149,14 +149,14 @@ def _to_rgba(image: Image.Image) -> Image.Image:
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
-    values = np.array(image, dtype=np.float32)  # enough: no value of 16 bits is near a tie
+    values = np.array(image, dtype=np.float32)  # float32 is exact enough for 16 bits
     np.clip(values, 0, 65535, out=values)
     np.divide(values, 257, out=values)
     return Image.fromarray(np.rint(values, out=values).astype(np.uint8)).convert("RGB")
 
 
 def _unopened(file: BinaryIO, label: str) -> ImageError:
-    """Return what to say of a file that Pillow does not open."""
+    """Return the error for a file that Pillow does not open."""
     file.seek(0)
     start = file.read(12)
     return ImageError(

@@ -39,23 +39,26 @@ _MAX_WORKERS = 8  # per rank; beyond it the decoding of a rank rarely limits
 
 
 class Transform(Protocol):
-    """What turns an image into bytes for the network; `size` is (height, width)."""
+    """A function from an image to its view as bytes; `size` is (height, width) of the view."""
 
     size: tuple[int, int]
 
     def pair(self, image: Image.Image, target: Any, draw: int) -> tuple[Tensor, Tensor]:
-        """Return uint8 [3, height, width], and what is known of this view."""
+        """Return the view, uint8 [3, height, width], and its target."""
 
 
 @dataclass
 class Batch:
     """One rank's valid samples of one step; N may be 0.
 
-    `images`: uint8 [N, 3, H, W], channels-last in memory. `targets`: [N, …], what the task
-    learns; of a classifier the labels, int64 [N]. Where samples have different numbers of rows
-    (boxes), the missing ones are −1. `indices` (in the source), `draws`, `positions` (in the
-    rank's part of the batch, before broken images left): int64 [N]. `skipped`: one message per
-    broken image.
+    Attributes:
+        images: uint8 [N, 3, H, W], channels-last in memory.
+        targets: targets of the task, [N, …]; labels, int64 [N], for a classifier. If samples have
+            different numbers of rows (boxes), the missing ones are −1.
+        indices: indices in the source, int64 [N].
+        draws: draws of the augmentation, int64 [N].
+        positions: places in the rank's part of the batch, counted with broken images, int64 [N].
+        skipped: one message per broken image.
     """
 
     images: Tensor
@@ -121,10 +124,10 @@ def eval_loader(
 
 
 def auto_workers(source: ImageSource, num_ranks: int = 1, threads: int | None = None) -> int:
-    """Return how many worker processes one of `num_ranks` ranks on this machine should use.
+    """Return how many worker processes each of `num_ranks` ranks on this machine should use.
 
-    For images in memory one, where `threads` leave a core of the rank idle; for files the rank's
-    cores less one, at most 8.
+    For images in memory it is one, if `threads` leaves a core of the rank idle, and otherwise none.
+    For files it is the cores of the rank minus one, at most 8.
     """
     cores = num_cores() // num_ranks
     if source.in_memory:
@@ -133,14 +136,14 @@ def auto_workers(source: ImageSource, num_ranks: int = 1, threads: int | None = 
 
 
 def prepare_workers() -> None:
-    """Let the imports of worker processes, a few seconds, begin beside what comes next."""
+    """Start the imports of the worker processes, which take a few seconds, in the background."""
     _fork_server()
 
 
 class SkipLog:
-    """Remembers broken images over a run, and tells each of them once.
+    """Remembers the broken images of a run, so that each is reported once.
 
-    `strict=True` raises the first as `ImageError` instead.
+    With `strict=True` the first one raises `ImageError`.
     """
 
     def __init__(self, *, strict: bool = False) -> None:
@@ -162,7 +165,7 @@ class SkipLog:
 
 
 class _Samples(Dataset[Batch]):
-    """A data set whose item is a whole batch: a list of sample keys in, a Batch out."""
+    """A data set that returns a whole `Batch` for a list of sample keys."""
 
     def __init__(self, source: ImageSource, transform: Transform) -> None:
         self._source = source
@@ -184,14 +187,14 @@ class _Samples(Dataset[Batch]):
         return Batch(images, _joined(targets), indices, draws, positions, skipped)
 
     def _stack(self, views: list[Tensor]) -> Tensor:
-        """Channels-last, as PIL has the pixels: a plain copy, and the faster format."""
+        """Stack in channels-last, as PIL stores pixels: a plain copy, and the faster format."""
         if not views:
             return torch.empty((0, 3, *self._transform.size), dtype=torch.uint8)
         return torch.stack([view.permute(1, 2, 0) for view in views]).permute(0, 3, 1, 2)
 
 
 def _joined(targets: list[Tensor]) -> Tensor:
-    """Stack the targets; of those with rows, missing ones become −1."""
+    """Stack the targets; missing rows become −1."""
     if not targets:
         return torch.empty(0, dtype=torch.int64)
     if len({target.shape for target in targets}) == 1:

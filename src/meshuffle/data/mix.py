@@ -1,4 +1,4 @@
-"""Mixup and CutMix inside pairs of neighbours, so that the number of ranks changes nothing.
+"""Mixup and CutMix within pairs of neighbours, so that the number of ranks changes nothing.
 
 torchvision mixes a batch with itself rolled by one, which ties a sample to whatever the
 rank's batch holds beside it. Here the samples at positions 2k and 2k + 1 of the global batch
@@ -77,4 +77,4 @@ def _draw(config: AugmentConfig, draw: int, images: Tensor) -> tuple[float, Box,
 
 @lru_cache
 def _transform(kind: type[v2.Transform], alpha: float) -> v2.Transform:
-    return kind(alpha=alpha, num_classes=2)  # the number of classes is not used for drawing
+    return kind(alpha=alpha, num_classes=2)  # drawing ignores the number of classes

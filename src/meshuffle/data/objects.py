@@ -1,4 +1,4 @@
-"""Boxes of one split, as COCO, VOC and YOLO have them, and the sources made of them."""
+"""The boxes of one split of COCO, VOC or YOLO, and the sources made from them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class BoxList:
         problems: Problems,
         name: Callable[[int], str],
     ) -> Objects:
-        """Return the boxes, tidy; `name(m)` says what to call the m-th box that was added."""
+        """Return the checked boxes; `name(m)` is the name of the m-th added box for messages."""
         owners = np.array(self._owners, dtype=np.int64)
         numbers = np.array(self._numbers, dtype=np.float64).reshape(-1, 4)
         xyxy, good = _tidy(numbers, None if sizes is None else sizes[owners], problems, name)
@@ -97,10 +97,10 @@ def _tidy(
     problems: Problems,
     name: Callable[[int], str],
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Return the boxes cut to their images, and which of them are good.
+    """Return the boxes cut to their images, and a mask of the good ones.
 
     A box that reaches out by more than a pixel (or 1/500 of the image), which is more than
-    rounding, is noted; one outside its image, without area or not finite is a problem.
+    rounding, is noted. One that is outside its image, not finite or without area is a problem.
     """
     far = np.ones((len(xyxy), 2)) if sizes is None else sizes.astype(np.float64)
     slack = 0.002 if sizes is None else 1.0
@@ -136,11 +136,11 @@ def _of(limits: NDArray[np.float64]) -> str:
 
 
 def largest(objects: Objects) -> NDArray[np.int64]:
-    """Return the class of each image's largest object, int64 [N]; −1 where it has none."""
+    """Return the class of each image's largest object, int64 [N]; −1 if it has none."""
     labels = np.full(len(objects.paths), -1, dtype=np.int64)
     owners = objects.owners
     order = np.lexsort((objects.areas, owners))
-    labels[owners[order]] = objects.labels[order]  # of several, the last one written stays
+    labels[owners[order]] = objects.labels[order]  # the last value written for an image stays
     return labels
 
 
@@ -151,7 +151,7 @@ def heaviest(
     num_images: int,
     num_classes: int,
 ) -> NDArray[np.int64]:
-    """Return the class with most area in each image, int64 [N]; 0 where it has no object."""
+    """Return the class with most area in each image, int64 [N]; 0 if it has no object."""
     found = np.zeros(num_images, dtype=np.int64)
     keys, where = np.unique(owners * num_classes + labels, return_inverse=True)
     sums = np.bincount(where, weights=areas, minlength=len(keys))
@@ -200,7 +200,7 @@ def path_table(paths: Sequence[str]) -> PathTable:
 
 
 def _without_bare(objects: Objects, labels: NDArray[np.int64]) -> tuple[Objects, NDArray[np.int64]]:
-    """Drop the images without a label; the boxes are of no use any more."""
+    """Return the images with a label; their boxes are not kept in order."""
     kept = np.flatnonzero(labels >= 0)
     sizes = None if objects.sizes is None else objects.sizes[kept]
     paths = [objects.paths[i] for i in kept.tolist()]
@@ -210,10 +210,9 @@ def _without_bare(objects: Objects, labels: NDArray[np.int64]) -> tuple[Objects,
 def check_classes(
     where: str, task: str, train: Objects | None, classes: Sequence[str], notes: list[str]
 ) -> None:
-    """Raise `DataError`, or note, that train has no object of a class.
+    """Note the classes that train has no object of, or raise `DataError` for a classifier.
 
-    Without any object a classifier cannot know the class. A class that is never the largest
-    object of an image is noted for classify.
+    For a classifier, a class that is never the largest object of an image is noted.
     """
     if train is None or task == "generate":
         return

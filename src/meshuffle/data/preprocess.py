@@ -1,4 +1,4 @@
-"""From an image to what the network sees: one object, stored with the weights.
+"""From an image to the network's input: one object, which is stored with the weights.
 
     PIL RGB ──to_uint8: resize, centre crop──▶ uint8 [3, h, w] ──normalise──▶ float32 NCHW
 
@@ -24,14 +24,14 @@ from meshuffle.errors import ConfigError, did_you_mean
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 Triple = tuple[float, float, float]
-_CROP_RATIO = 0.875  # ImageNet's custom: short side 256 for a crop of 224
+_CROP_RATIO = 0.875  # as usual for ImageNet: short side 256 for a crop of 224
 MAX_ASPECT = 16
-"""Of a longer strip than so many times its width, the middle is used where it is resized."""
+"""Only the middle of a longer strip than so many times its width is resized."""
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Geometry and numbers of the input; compares, prints and stores as plain data.
+    """Geometry and normalisation of the input; it compares, prints and stores as plain data.
 
     `crop`: (height, width) of the centre crop in pixels, or one number for a square.
     `resize`: length of the short side before the crop, or None to keep the size.
@@ -75,12 +75,12 @@ class Preprocess:
 
     @classmethod
     def authors(cls) -> Preprocess:
-        """Return what the authors' released networks expect: BGR, 0 … 255, not normalised."""
+        """Return the input of the authors' released networks: BGR, 0 … 255, not normalised."""
         return cls(channels="BGR", scale=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)
 
     @classmethod
     def for_data(cls, data: Data, size: int | None = None) -> Preprocess:
-        """Return what suits a data set, at its suggested size or at `size` pixels."""
+        """Return the default of a data set, at its suggested size or at `size` pixels."""
         crop = size or data.input_size
         if data.task in ("detect", "segment"):
             return cls(crop=crop, resize=None, mean=data.mean, std=data.std, fit="stretch")
@@ -113,7 +113,7 @@ class Preprocess:
 
     @property
     def mean_bytes(self) -> tuple[int, int, int]:
-        """The mean colour as RGB bytes: what is grey to the network."""
+        """The mean colour as RGB bytes, which the network sees as zero."""
         red, green, blue = (min(255, max(0, round(m / self.scale))) for m in self.mean)
         return (red, green, blue) if self.channels == "RGB" else (blue, green, red)
 
@@ -124,7 +124,7 @@ class Preprocess:
     def framed(self, image: Image.Image) -> Image.Image:
         """Return `image` resized and centre-cropped to `size`; a smaller one gets black edges.
 
-        Where the image is to be stretched, that is all that happens.
+        With `fit="stretch"` it is only resized to `size`.
         """
         if self.fit == "stretch":
             return image.resize(self.size[::-1], Image.Resampling[self.interpolation.upper()])
@@ -135,15 +135,15 @@ class Preprocess:
         return F.center_crop(image, list(self.size))
 
     def affine(self) -> tuple[Tensor, Tensor]:
-        """Return (factor, shift), float32 [3] each: what `normalise` does to a level."""
+        """Return (factor, shift), float32 [3] each, by which `normalise` maps a level."""
         std, mean = torch.tensor(self.std), torch.tensor(self.mean)
         return self.scale / std, -mean / std
 
     def normalise(self, images_NCHW: Tensor) -> Tensor:
         """Return uint8 RGB images as the network's float32 input, on the batch's device.
 
-        (x · scale − mean) / std as one multiply-add in place; keeps channels-last. There it
-        runs on rows of W·3 numbers, five times faster than broadcasting along three.
+        It computes (x · scale − mean) / std as one multiply-add in place, and keeps channels-last.
+        In that format it runs on rows of W·3 numbers, five times as fast as broadcasting over 3.
         """
         if self.channels == "BGR":
             images_NCHW = images_NCHW.flip(1)
@@ -164,7 +164,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def _tame(image: Image.Image) -> Image.Image:
-    """Keep the middle of a strip: 1×60000 would otherwise become 256×15,000,000 pixels."""
+    """Return the middle of a strip: 1×60000 would otherwise become 256×15,000,000 pixels."""
     width, height = image.size
     limit = MAX_ASPECT * min(width, height)
     if max(width, height) <= limit:

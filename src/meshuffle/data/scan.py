@@ -1,7 +1,7 @@
 """List the image files of a folder of classes, the same on every machine.
 
 Folders and files are visited in the order of their names' bytes; symbolic links are
-followed, but a link to a folder that we are already in is not entered again.
+followed, but a link to a folder that is already open is not entered again.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")  # that `image_fi
 
 @dataclass
 class ClassFolders:
-    """One folder of classes. Paths are bytes, relative to the data set's root.
+    """One folder of classes; paths are bytes, relative to the data set's root.
 
-    `files`: image files of each class, sorted. `ignored`: files passed over because they
-    are hidden, are no image by their extension, or stand beside the class folders.
+    Attributes:
+        files: image files of each class, sorted.
+        ignored: files left out because they are hidden, have no extension of an image, or lie
+            beside the class folders.
     """
 
     files: dict[str, list[bytes]] = field(default_factory=dict)
@@ -37,7 +39,7 @@ class ClassFolders:
 
 
 class PathTable:
-    """Many paths in one block of bytes: 1.3 million take 60 MB, and forks share them."""
+    """Many paths in one block of bytes: 1.3 million take 60 MB, which forks share."""
 
     def __init__(self, paths: list[bytes]) -> None:
         self._text = b"".join(paths)
@@ -53,7 +55,7 @@ class PathTable:
 
 
 def existing_folder(path: str | Path) -> Path:
-    """Return `path` with `~` expanded; `DataError` with a did-you-mean if it is no folder."""
+    """Return `path` with `~` expanded; raise `DataError` with a suggestion if it is no folder."""
     folder = Path(path).expanduser()
     try:
         if folder.is_dir():
@@ -92,9 +94,9 @@ def holds_images(folder: Path) -> int:
 
 
 def image_files(paths: Sequence[Path]) -> list[Path]:
-    """Return the files of `paths`, with those that end like an image below each folder.
+    """Return the files among `paths`, and the images below the folders among them.
 
-    Raises `DataError` where a path does not exist, or a folder holds no image.
+    Raises `DataError` if a path does not exist, or a folder holds no image.
     """
     found: list[Path] = []
     for path in paths:

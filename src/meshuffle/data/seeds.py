@@ -1,8 +1,8 @@
 """Counter-based random numbers: a 64-bit hash of (seed, epoch, index, …), with no state.
 
-Everything random in the data path (splits, the order of an epoch, the draw of each sample)
-is a hash of plain integers, so it depends on neither the machine, the number of ranks, the
-version of numpy, nor on how many numbers were drawn before a resume. The hash is splitmix64
+Everything random in the data path (splits, the order of an epoch, the draw of each sample) is a
+hash of plain integers. It depends neither on the machine, the number of ranks and the version of
+numpy, nor on how many numbers were drawn before a resume. The hash is splitmix64
 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
 """
 

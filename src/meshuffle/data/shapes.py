@@ -1,4 +1,4 @@
-"""Outlines of objects (polygons and run lengths), drawn into masks when they are asked for.
+"""Outlines of objects (polygons and run lengths), which are drawn into masks on request.
 
 A pixel belongs to a polygon when its centre lies inside, by the even-odd rule. Pillow's
 `ImageDraw.polygon` draws the border besides: 20 pixels for a rectangle of 3×4, and some 5 %
@@ -94,9 +94,9 @@ def _pixels(along: NDArray[np.float64], size: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, eq=False)
 class ShapeTargets:
-    """Masks of all images: image → objects → parts → numbers, each level by its offsets.
+    """The masks of all images: image → objects → parts → numbers, each level with offsets.
 
-    The objects of an image lie in the order in which they are drawn. `sizes`: int32 [N, 2],
+    The objects of an image are in the order in which they are drawn. `sizes`: int32 [N, 2],
     width and height. A part of runs has its numbers in `runs`, a polygon in `points`.
     """
 
@@ -138,7 +138,7 @@ class ShapeList:
         self._parts.append(parts)
 
     def finish(self, sizes: NDArray[np.int32]) -> ShapeTargets:
-        """Return the masks: what counts nothing below, and of two objects the smaller on top."""
+        """Return the masks; pixels that do not count are below, and smaller objects on top."""
         order = sorted(range(len(self._keys)), key=self._keys.__getitem__)
         owners = [self._keys[i][0] for i in order]
         points, runs, is_runs, counts = array("f"), array("i"), array("b"), array("q")

@@ -24,7 +24,7 @@ _INPUT_SIZE = {"detect": 320, "segment": 320}  # pixels, where the format sugges
 
 @dataclass(frozen=True)
 class Format:
-    """Where the opener of a format is, and the tasks that its files have targets for."""
+    """The opener of a format, and the tasks that its files have targets for."""
 
     module: str
     opener: str
@@ -60,8 +60,8 @@ def open_data(
 ) -> Data:
     """Open the data set that `spec` names; read no image yet.
 
-    `spec`: `digits`, a folder, or `FORMAT:PATH` with a format of `FORMATS`. `task`: what is to be
-    told about the images; some formats know several. `seed` chooses the val part where there is
+    `spec`: `digits`, a folder, or `FORMAT:PATH` with a format of `FORMATS`. `task`: the task that
+    the targets are for; some formats know several. `seed` chooses the val part where there is
     none. `need`: the splits that must exist, of train, val and test; others are there if the data
     set has them. `need=()` requires nothing and joins the classes of all splits: for looking at a
     data set that may be wrong.
@@ -91,7 +91,7 @@ def open_data(
 
 
 def absolute_data(spec: str) -> str:
-    """Return DATA, or weights, with the path made absolute: a run goes on from anywhere."""
+    """Return DATA, or weights, with an absolute path, so that a run continues from anywhere."""
     prefix, colon, path = spec.partition(":")
     path, mark, options = (path, "", "") if Path(path).exists() else path.partition("?")
     if Path(spec).expanduser().exists():
@@ -102,7 +102,7 @@ def absolute_data(spec: str) -> str:
 
 
 def _check_task(spec: str, form: Format, task: str) -> None:
-    """Refuse a task for which the format has no targets; to generate, images are enough."""
+    """Refuse a task for which the format has no targets; generate needs only images."""
     if task in form.tasks or (task == "generate" and "classify" in form.tasks):
         return
     ways = " or ".join(f"--task {name}" for name in form.tasks)
@@ -115,7 +115,7 @@ def _finished(data: Data, spec: str, task: str) -> Data:
 
 
 def _check_exists(spec: str) -> None:
-    """A word that is no folder may be a misspelt data set."""
+    """Raise `DataError` for a path that does not exist; a word may be a misspelt data set."""
     known = ["digits", *FORMATS]
     if not Path(spec).expanduser().exists() and "/" not in spec:
         if spec in FORMATS:

@@ -1,4 +1,4 @@
-"""What a model is to say of one image, and how it reads with other class indices."""
+"""The target of one image, and its translation to other class indices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 VOID = 255
-"""The value of a mask's pixel that counts nothing."""
+"""The value of a mask's pixels that do not count."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class Boxes:
 
 
 def remap(target: Any, lookup: NDArray[np.int64], num_classes: int) -> Any:
-    """Return `target` in other classes: what was class i becomes class `lookup[i]`.
+    """Return `target` in other classes: class i becomes class `lookup[i]`.
 
     `target`: a label, `Boxes`, a vector float32 [C] with one entry per class, or a mask
     uint8 [H, W], in which 255 stays 255. `lookup`: int64 [C], each below `num_classes` and

@@ -113,7 +113,7 @@ def _read_python(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Knows four names, and stands in for each with a function that can do no harm."""
+    """Replaces four known names by harmless functions, and refuses all others."""
 
     def find_class(self, module: str, name: str) -> Any:
         known: dict[tuple[str, str], Any] = {
@@ -129,7 +129,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _empty_array(kind: None, shape: tuple[int, ...], code: object) -> NDArray[np.uint8]:
-    return np.empty(0, dtype=np.uint8)  # its state follows, and says the real shape
+    return np.empty(0, dtype=np.uint8)  # its state follows and holds the real shape
 
 
 def _byte_dtype(code: object, *_: object) -> np.dtype[np.uint8]:

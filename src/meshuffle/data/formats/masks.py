@@ -147,7 +147,7 @@ def _count_ids(root: Path, masks: Sequence[str]) -> NDArray[np.int64]:
     def count(i: int) -> None:
         try:
             ids = read_ids(joined(root, masks[i]))
-        except ImageError:  # said when the mask is read
+        except ImageError:  # it is reported when the mask is read
             return
         counts[i] = np.bincount(ids[ids < _NUM_IDS].ravel(), minlength=_NUM_IDS)
 

@@ -31,7 +31,7 @@ class Onnx(Format):
     suffix = ".onnx"
 
     def write(self, subject: Subject, path: Path) -> None:
-        """Translate the captured program; given a module, torch would try three ways to capture it."""
+        """Translate the captured program, because torch would try three ways on a module."""
         program = _translate(subject.program(), subject.outputs)
         _describe(program, subject.metadata)
         path.write_bytes(program.SerializeToString())
