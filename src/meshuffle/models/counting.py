@@ -42,7 +42,7 @@ def count_macs(model: nn.Module, input_shape: Sequence[int]) -> int:
 
 
 class _WithoutBatchNorm(TorchFunctionMode):
-    """Pass a batch norm's input on: it counts nothing, and takes half of the time on meta."""
+    """Skips batch norms, which count nothing but take half of the time on meta."""
 
     def __torch_function__(
         self,

@@ -1,4 +1,4 @@
-"""From a detector's outputs to the boxes that it found: scores, suppression, the best ones.
+"""From a detector's outputs to boxes: scores, suppression of overlaps, and the best boxes.
 
 Shape suffixes: N images, A anchors, K logits, C classes, D detections.
 """
@@ -13,16 +13,16 @@ from torchvision.ops import batched_nms
 
 from meshuffle.models.detector import Detector, find_head
 
-SCORE_FLOOR = 0.05  # below it an output is no detection
-MAX_CANDIDATES = 400  # of a class, before suppression
-MAX_DETECTIONS = 100  # of an image
-NMS_IOU = 0.5  # of two boxes of a class that overlap more, the better one stays
+SCORE_FLOOR = 0.05  # an output below it is no detection
+MAX_CANDIDATES = 400  # per class, before suppression
+MAX_DETECTIONS = 100  # per image
+NMS_IOU = 0.5  # if two boxes of a class overlap more, only the better one stays
 
 
 class Decoded(nn.Module):
-    """A detector whose outputs are boxes: what an exported file computes.
+    """A detector whose outputs are boxes, as an exported file computes them.
 
-    All anchors are there, none is suppressed: that is a sort, which not every runtime has.
+    It returns the boxes of all anchors; suppression needs a sort, which not every runtime has.
 
     Args:
         network: (N, 3, h, w) → (N, A, K + 4).
@@ -48,26 +48,27 @@ class Decoded(nn.Module):
 
 
 def detections(head: str, outputs_NAK: Tensor, anchors_A4: Tensor) -> Tensor:
-    """Return what a detector found in N images: (N, D, 6), the best first.
+    """Return the detected boxes of N images, (N, D, 6), best first.
 
-    A row is x1, y1, x2, y2 (0 … 1), score, class; rows that are missing are −1. D ≤ 100 is that of
-    the image with most. Scores are above 0.05; of boxes of one class that overlap by more than an
-    IoU of 0.5, the best one stays.
+    A row is x1, y1, x2, y2 (0 … 1), score, class; missing rows are −1. D ≤ 100 is the largest
+    number of boxes in an image. Scores are above 0.05; if boxes of one class overlap by an IoU of
+    more than 0.5, only the best one stays.
 
     Args:
-        outputs_NAK: float (N, A, K + 4). anchors_A4: see `anchors_for`.
+        outputs_NAK: outputs of the detector, float (N, A, K + 4).
+        anchors_A4: see `anchors_for`.
     """
     kind = find_head(head)
     return _padded([_detections(kind, outputs_AK, anchors_A4) for outputs_AK in outputs_NAK])
 
 
 def best_boxes(decoded_NAC: Tensor) -> Tensor:
-    """Return `detections` from what `Decoded` gives, (N, A, 4 + C)."""
+    """Return what `detections` returns, from the outputs of `Decoded`, (N, A, 4 + C)."""
     return _padded([_best(rows_AC[:, 4:], rows_AC[:, :4].__getitem__) for rows_AC in decoded_NAC])
 
 
 def _padded(found: list[Tensor]) -> Tensor:
-    """Return (N, D, 6) of N images' boxes; rows that are missing are −1."""
+    """Return the boxes of N images as (N, D, 6); missing rows are −1."""
     if not found:
         return torch.zeros(0, 0, 6)
     return nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
@@ -81,7 +82,7 @@ def _detections(kind: type[Detector], outputs_AK: Tensor, anchors_A4: Tensor) ->
 
 
 def _best(scores_AC: Tensor, boxes_of: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return one image's boxes, the best first; `boxes_of`: anchors' indices to their boxes."""
+    """Return one image's boxes, best first; `boxes_of` maps indices of anchors to boxes."""
     likely = (scores_AC > SCORE_FLOOR).any(0).nonzero()[:, 0]
     scores, indices = scores_AC[:, likely].T.topk(min(MAX_CANDIDATES, len(scores_AC)))
     kept = scores > SCORE_FLOOR

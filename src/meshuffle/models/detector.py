@@ -1,9 +1,9 @@
-"""Detectors: a backbone, and a head that says of each anchor what is there and where.
+"""Detectors: a backbone, and a head that predicts class and box for each anchor.
 
     (N, 3, h, w) ──Features──▶ maps ──extras or pyramid──▶ maps ──heads──▶ (N, A, K + 4)
 
-An anchor is a box that the head starts from; there are A of them, by the size of the input alone.
-The last dim is K class logits, then 4 deltas, which `coder` and the anchor turn into a box. All
+An anchor is a box that the head starts from; their number A depends only on the size of the input.
+The last dim holds K class logits and 4 deltas, which `coder` and the anchor turn into a box. All
 boxes here are x1, y1, x2, y2 as shares of the image's width and height.
 
 Shape suffixes: N images, A anchors, K logits, C classes, H height, W width.
@@ -36,10 +36,10 @@ class Detector(nn.Module):
     """The base of the detectors.
 
     Attributes:
-        head_names: what is new on top of the backbone, whose parameters are `features.body.*`.
-        coder: between boxes and deltas.
-        background: 1 where logit 0 is the background's and the classes follow (softmax), so that
-            K = C + 1; 0 where each class is judged by itself (sigmoid) and K = C.
+        head_names: modules on top of the backbone, whose parameters are `features.body.*`.
+        coder: converts between boxes and deltas.
+        background: 1 if logit 0 is the background and the classes follow (softmax), so that
+            K = C + 1; 0 if each class has a sigmoid and K = C.
     """
 
     head_names: ClassVar[tuple[str, ...]]
@@ -136,7 +136,9 @@ class FPNDetector(Detector):
     _OCTAVES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
     _SIZE = 4  # of an anchor, in strides
     _NUM_ANCHORS = len(_RATIOS) * len(_OCTAVES)
-    _PRIOR = 0.01  # probability of a class at the start, so that the background does not drown all
+    _PRIOR = (
+        0.01  # initial probability of a class, so that the background does not dominate the loss
+    )
 
     def __init__(self, backbone: nn.Module, num_classes: int) -> None:
         super().__init__()
@@ -193,7 +195,7 @@ def find_head(name: str) -> type[Detector]:
     """Return the detector with this head.
 
     Raises:
-        ConfigError: there is none of this name.
+        ConfigError: no head has this name.
     """
     return find_named(HEADS, name, "detect")
 
@@ -210,7 +212,8 @@ def create_detector(
         seed: the same one gives the same weights; the global random state stays as it was.
 
     Raises:
-        ConfigError, ModelError: of the head, and of the model.
+        ConfigError: the head is unknown.
+        ModelError: the model is unknown or does not fit.
     """
     kind: Callable[[nn.Module, int], Detector] = find_head(head)
     return build_on(lambda backbone: kind(backbone, num_classes), model, seed=seed, knobs=knobs)
@@ -218,14 +221,14 @@ def create_detector(
 
 @functools.cache
 def anchors_for(head: str, size: Size) -> Tensor:
-    """Return the anchors of a head for inputs of `size` (h, w): float32 (A, 4), CPU; made once.
+    """Return the anchors of a head for inputs of `size` (h, w), float32 (A, 4) on the CPU.
 
-    They may reach out of the image.
+    They may reach out of the image. They are cached.
 
     Raises:
-        ConfigError: an unknown head, or sides that are no multiples of 32.
+        ConfigError: the head is unknown, or a side is not a multiple of 32.
     """
-    with torch.inference_mode(False):  # it may be the first time, and training needs them too
+    with torch.inference_mode(False):  # training uses the cached tensor too
         return find_head(head).anchors(size)
 
 
@@ -277,7 +280,7 @@ def _initialise(head: nn.Module, std: float) -> None:
 
 
 def _map_sizes(size: Size, strides: tuple[int, ...], num_extra: int) -> list[Size]:
-    """Return (rows, columns) of the backbone's maps, and of those behind, each half the last."""
+    """Return (rows, columns) of the backbone's maps and of the extra ones, each half the last."""
     if any(side < _MULTIPLE or side % _MULTIPLE for side in size):
         near = [max(_MULTIPLE, round(side / _MULTIPLE) * _MULTIPLE) for side in size]
         raise ConfigError(

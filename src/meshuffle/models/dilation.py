@@ -1,8 +1,8 @@
-"""Keep the map of stride 16 to the end of a backbone, by convolutions with holes (à trous).
+"""Keep stride 16 to the end of a backbone by dilated (à trous) convolutions.
 
-What made the map of stride 32 moves by one pixel now, and all that follows looks at every second
-pixel: at the pixels of the old map the numbers stay the same, and three of four are new between
-them. What depends on a whole map, as squeeze-and-excitation does, sees more pixels.
+The layer that made the map of stride 32 gets stride 1, and all layers behind it look at every
+second pixel. The pixels of the old map keep their values, and three new ones lie between them.
+Layers that depend on a whole map, such as squeeze-and-excitation, see more pixels.
 
 Sources: arXiv 1412.7062 (DeepLab), 1706.05587 section 3 (DeepLabv3).
 """
@@ -31,7 +31,7 @@ Window = nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a module: the strides of its input and of its output; 0 is no map."""
+    """One call of a module, with the strides of its input and output; 0 means no map."""
 
     name: str
     module: nn.Module
@@ -44,17 +44,17 @@ class _Call:
 
 
 def dilate(model: nn.Module) -> None:
-    """Let `model` end in a map of stride 16 in place of 32, in place; names and weights stay.
+    """Change `model` so that it ends in a map of stride 16 instead of 32; names and weights stay.
 
     Every convolution and pooling that makes the map of stride 32 takes stride 1, and those behind
-    it are dilated by 2. Has no effect on a model without such a map.
+    it are dilated by 2. A model without such a map stays as it is.
 
     Args:
-        model: takes images (N, 3, H, W); as it was built, not traced or split.
+        model: takes images (N, 3, H, W); it is neither traced nor split.
 
     Raises:
-        ModelError: something else makes that map or works on it; the message names it. The
-            model is of no use then.
+        ModelError: another module makes that map or works on it; the message names it. The model
+            must not be used then.
     """
     name = type(model).__name__
     calls = _calls(model, f"it takes no image of {_PROBE}×{_PROBE} pixels")
@@ -95,7 +95,7 @@ def _dilate_window(call: _Call, calls: list[_Call]) -> None:
 
 
 def _left(window: Window) -> Pair:
-    """Return how many pixels are put above and to the left of a map."""
+    """Return the padding above and to the left of a map, in pixels."""
     if not isinstance(window.padding, str):
         return _pair(window.padding)
     if window.padding == "valid":
@@ -124,7 +124,7 @@ def _pad(call: _Call, left: Pair, right: Pair) -> None:
 
 
 def _takes(window: Window, padding: Pair) -> bool:
-    """Whether torch lets a window pad by so much."""
+    """Return whether torch allows a window this padding."""
     if isinstance(window, nn.Conv2d):
         return True
     return all(2 * p <= k for p, k in zip(padding, _pair(window.kernel_size), strict=True))
@@ -147,7 +147,7 @@ class _MaxPool2d(nn.MaxPool2d):
 
 
 class _AvgPool2d(nn.AvgPool2d):
-    """Does so below and to the right, where the old pixels never look."""
+    """A mean pooling that pads below and to the right, where the old pixels never look."""
 
     edge: list[int]
 
@@ -166,7 +166,7 @@ def _calls(model: nn.Module, fault: str) -> list[_Call]:
     """Return the calls of all modules in an evaluation of one image, in the order they end.
 
     Args:
-        fault: what it means where that fails.
+        fault: meaning of a failure, for the error.
     """
     calls: list[_Call] = []
 
@@ -194,7 +194,7 @@ def _calls(model: nn.Module, fault: str) -> list[_Call]:
 
 
 def _stride(value: Any) -> int:
-    """Return the stride of a map (N, C, H, W), or 0 where it is none."""
+    """Return the stride of a map (N, C, H, W), or 0 if `value` is no map."""
     if not isinstance(value, Tensor) or value.ndim != 4 or value.shape[2] != value.shape[3]:
         return 0
     size = value.shape[2]

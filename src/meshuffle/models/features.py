@@ -1,4 +1,4 @@
-"""The feature maps of a classifier at several strides: what detectors and segmenters stand on."""
+"""The feature maps of a classifier at several strides, which detectors and segmenters use."""
 
 from __future__ import annotations
 
@@ -16,29 +16,28 @@ T = TypeVar("T", bound=nn.Module)
 H = TypeVar("H")
 
 BACKBONE = "features.body."
-"""Where a model that stands on `Features` has the parameters of its backbone."""
+"""The prefix of the backbone's parameters in a model that uses `Features`."""
 
-_PROBE = 128  # pixels: four strides of two and more can be told apart
+_PROBE = 128  # pixels; enough to distinguish strides up to 64
 
 
 def backbone_prefix(model: nn.Module) -> str:
-    """Return `BACKBONE` where the parameters of a backbone have it in front, else nothing."""
+    """Return `BACKBONE` if parameters of `model` have this prefix, else the empty text."""
     return BACKBONE if any(name.startswith(BACKBONE) for name in model.state_dict()) else ""
 
 
 class Features(nn.Module):
-    """A backbone without its classifier; gives one feature map per stride.
+    """A backbone without its classifier, which returns one feature map per stride.
 
-    The map of a stride is the last one of that size in the order of the forward, which is the end
-    of the stage. Parameters keep the backbone's names, under `body.`; what only the classifier
-    needs is gone.
+    The map of a stride is the last one of that size in the forward, at the end of the stage.
+    Parameters keep the backbone's names, under `body.`; those of the classifier are removed.
 
     Args:
         model: any classifier that torch.fx can trace, for images of any size.
-        strides: of the maps, ascending: 4, 8, 16 or 32.
+        strides: strides of the maps, ascending: 4, 8, 16 or 32.
 
     Raises:
-        ModelError: it cannot be traced, or has no map of such a stride.
+        ModelError: the model cannot be traced, or has no map of such a stride.
     """
 
     def __init__(self, model: nn.Module, strides: Sequence[int] = (8, 16, 32)) -> None:
@@ -88,7 +87,7 @@ def _last_nodes(model: nn.Module) -> dict[int, tuple[str, int]]:
 
 
 def _opaque(model: nn.Module) -> dict[str, Any]:
-    """Let torch.fx take our units as they are: they look at the memory format of their input."""
+    """Keep torch.fx from tracing our units, which look at the memory format of their input."""
     kinds = {type(m) for m in model.modules() if m is not model}
     return {"leaf_modules": [k for k in kinds if k.__module__.startswith(__package__ or "")]}
 
@@ -96,21 +95,21 @@ def _opaque(model: nn.Module) -> dict[str, Any]:
 def build_on(
     build: Callable[[nn.Module], T], model: str, *, seed: int, knobs: Mapping[str, Any] | None
 ) -> T:
-    """Return what `build` makes of the registry's `model`, all with random weights.
+    """Return what `build` makes of the registry's `model`, with random weights.
 
     Args:
-        model, knobs: see `create_model`; the classifier is thrown away.
-        seed: the same one gives the same weights; the global random state stays as it was.
+        model, knobs: see `create_model`; the classifier is not used.
+        seed: seed of all weights; the global random state is restored.
     """
     with seeded(seed):
         return build(create_model(model, num_classes=1000, **(knobs or {})))
 
 
 def find_named(heads: Mapping[str, H], name: str, task: str) -> H:
-    """Return the head of a name.
+    """Return the head called `name`.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: `task` has no such head.
     """
     if name not in heads:
         hint = did_you_mean(name, heads)

@@ -1,11 +1,12 @@
-"""A small GAN of ShuffleNet V2 units: one network makes images, the other judges them.
+"""A small GAN of ShuffleNet V2 units: a generator, and a discriminator that judges its images.
 
     z (N, Z) ──dense──▶ 4×4 ──grow──▶ 8×8 ──grow──▶ … ──3×3, tanh──▶ images (N, 3, s, s)
     images ──3×3──▶ s×s ──halve──▶ s/2 … ──halve──▶ 4×4 ──mean, linear──▶ logit (N, 1)
 
-A growing unit is a V2 unit that doubles the map, by nearest pixels in front of its depthwise
-convolutions, as the units of the discriminator halve it there. Widths double from `width` at full
-size with each halving, in both. Sources of the scheme: arXiv 1511.06434 (DCGAN), 1807.11164 (V2).
+A growing unit is a V2 unit that doubles the map by nearest neighbours in front of its depthwise
+convolutions, where the discriminator's units halve it. In both networks the number of channels is
+`width` at full size and doubles with each halving. Sources of the scheme: arXiv 1511.06434
+(DCGAN), 1807.11164 (V2).
 
 Shape suffixes: N images, Z numbers of noise, C channels, H height, W width.
 """
@@ -49,15 +50,15 @@ def _is_depthwise(module: nn.Module) -> bool:
 
 
 class Generator(nn.Module):
-    """Makes images of noise.
+    """The network that makes images from noise.
 
     Args:
-        size: their side in pixels: 8, 16, 32, 64 and so on.
+        size: side of the images in pixels: 8, 16, 32, 64 and so on.
         width: channels at full size.
         noise: Z.
 
     Raises:
-        ModelError: values that do not fit.
+        ModelError: a value does not fit.
     """
 
     def __init__(self, size: int = 32, width: int = WIDTH, noise: int = NOISE) -> None:
@@ -84,15 +85,14 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Says of images whether they are real: the higher the logit, the more.
+    """The network that judges images: a higher logit means that an image looks more real.
 
-    Its units have no batch norm: every weight is divided by its largest singular value instead
-    (arXiv 1802.05957), so that a logit depends on one image alone and cannot change abruptly
-    between real and made ones. The weights as they are trained are
-    `….parametrizations.weight.original`.
+    It has no batch norm. Instead every weight is divided by its largest singular value (arXiv
+    1802.05957), so that a logit depends on one image alone and changes smoothly between real and
+    made ones. The trained weights are `….parametrizations.weight.original`.
 
     Args:
-        size, width: as of `Generator`.
+        size, width: see `Generator`.
     """
 
     def __init__(self, size: int = 32, width: int = WIDTH) -> None:
@@ -115,9 +115,9 @@ class Discriminator(nn.Module):
 class SpectralNorm(nn.Module):
     """Divides a weight (O, …) by its largest singular value as a matrix of O rows.
 
-    That is estimated by the power method, one iteration with each forward in train mode. Unlike
-    torch's own it keeps the left vector alone, of any length, so that an average over many steps
-    is as good as the last one; and it is in float32 under autocast.
+    The power method estimates it, with one iteration per forward in train mode. Unlike torch's own
+    module it keeps only the left vector, of any length, so that an average of it over many steps is
+    as good as the last one; and it computes in float32 under autocast.
     """
 
     u: Tensor
@@ -149,7 +149,7 @@ def _next(matrix_OI: Tensor, u_O: Tensor) -> Tensor:
 
 
 def _bound(model: nn.Module) -> None:
-    """Put spectral norm on all weights in place of batch norm, in place."""
+    """Remove all batch norms of `model`, and add spectral norm to all its weights."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.BatchNorm2d):
@@ -172,10 +172,10 @@ def _channels(size: int, width: int) -> list[int]:
 
 
 class Made(nn.Module):
-    """A generator whose images are levels: RGB, 0 … 255, not rounded.
+    """A generator whose images are RGB levels 0 … 255, not rounded.
 
     Args:
-        flips: it makes BGR.
+        flips: whether the generator makes BGR.
     """
 
     def __init__(self, generator: Generator, flips: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Which parts of a model are its classifier and its layers, as `--freeze` needs to know."""
+"""Find the classifier and the layers of a model, for example for `--freeze`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from meshuffle.errors import ModelError
 def classifier_of(model: nn.Module) -> list[str]:
     """Return the names of the modules that turn features into logits: the head.
 
-    Asked in turn: `head_names` (our models), `get_classifier()` (timm's), and otherwise the
-    last linear layer, or the last convolution of a model without linear layers (SqueezeNet).
+    It uses `head_names` (our models), else `get_classifier()` (timm's), else the last linear layer,
+    or the last convolution of a model without linear layers (SqueezeNet).
 
     Raises:
         ModelError: the model has none of these.
@@ -59,12 +59,12 @@ def _has_parameters(module: nn.Module) -> bool:
 
 
 class Pooled(nn.Module):
-    """A classifier that returns what its head gets instead of its logits: features (N, F).
+    """A classifier that returns the input of its head instead of logits: features (N, F).
 
-    Where the head is a convolution, its input is averaged over space.
+    If the head is a convolution, its input is averaged over space.
 
     Args:
-        model: its forward is run as it is; `classifier_of` says which part the head is.
+        model: its forward is unchanged; `classifier_of` finds its head.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -1,8 +1,8 @@
-"""Weights as their makers publish them: whose they are is read from the keys.
+"""Published weights: their keys tell who made them.
 
     tensors ──recognise──▶ model and knobs, tensors under its keys, preprocessing, classes
 
-A further maker is one entry in `MAKERS`.
+Another maker is one more entry in `MAKERS`.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from meshuffle.models.registry import create_model, list_models
 
 IMAGENET_CLASSES = 1000
 _BRANCHES = (("branch_proj", "branch1"), ("branch_main", "branch2"))
-"""Of the authors' V2 units and of ours."""
+"""The names of the branches of V2 units: the authors' and ours."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """What a file of plain tensors turned out to be.
+    """The model that a file of plain tensors belongs to.
 
     Attributes:
-        model: what `create_model` takes; `knobs`: with which of its knobs.
+        model: name for `create_model`.
+        knobs: knobs for `create_model`.
         num_classes: outputs of its classifier.
-        tensors: under the model's own keys.
-        preprocess: what the weights were trained with.
-        classes: their names, or () where nobody says.
-        source: whose weights they are, for a message.
+        tensors: the tensors under the model's own keys.
+        preprocess: the preprocessing that the weights were trained with.
+        classes: names of the classes, or () if they are unknown.
+        source: the maker of the weights, for messages.
     """
 
     model: str
@@ -50,14 +51,14 @@ class Published:
 
 @dataclass(frozen=True)
 class Maker:
-    """Somebody who publishes weights of a family of our models.
+    """A publisher of weights for a family of our models.
 
     Attributes:
-        name: for a message.
-        sign: matches a key that only these files have.
+        name: name for messages.
+        sign: pattern of a key that only these files have.
         models: pattern of our names (see `list_models`).
-        knobs: of the model that the weights want.
-        renames: (pattern, replacement) from a key of theirs to ours; the first that matches.
+        knobs: knobs of the model that the weights need.
+        renames: (pattern, replacement) from their keys to ours; the first match applies.
         preprocess: from the model's name.
     """
 

@@ -1,4 +1,4 @@
-"""Segmenters: a backbone, and a head that says of each pixel what it shows.
+"""Segmenters: a backbone, and a head that predicts the class of each pixel.
 
     (N, 3, h, w) ──dilate, Features──▶ maps ──head──▶ (N, C, h/8, w/8) ──bilinear──▶ (N, C, h, w)
 
@@ -22,7 +22,7 @@ from meshuffle.models.dilation import dilate
 from meshuffle.models.features import Features, build_on, find_named
 
 HEADS: Mapping[str, tuple[int, ...]] = {"lraspp": (8, 16), "deeplabv3": (16,)}
-"""The heads by name, and the strides of the maps that they look at."""
+"""The heads by name, with the strides of the maps that they take."""
 
 _INNER_CHANNELS = 128  # of LR-ASPP
 _RATES = (6, 12, 18)  # of DeepLabv3's holes at output stride 16 (arXiv 1706.05587, section 4)
@@ -43,8 +43,8 @@ class Segmenter(nn.Module):
         head: see `HEADS`.
 
     Raises:
-        ConfigError: an unknown head.
-        ModelError: of `dilate` and `Features`.
+        ConfigError: the head is unknown.
+        ModelError: see `dilate` and `Features`.
     """
 
     head_names = ("classifier",)
@@ -91,10 +91,10 @@ class _Pooling(ASPPPooling):
 
 
 def require_head(name: str) -> tuple[int, ...]:
-    """Return the strides of the maps that a head looks at.
+    """Return the strides of the maps that a head takes.
 
     Raises:
-        ConfigError: there is no head of this name.
+        ConfigError: no head has this name.
     """
     return find_named(HEADS, name, "segment")
 
@@ -111,7 +111,8 @@ def create_segmenter(
         seed: the same one gives the same weights; the global random state stays as it was.
 
     Raises:
-        ConfigError, ModelError: of the head, and of the model.
+        ConfigError: the head is unknown.
+        ModelError: the model is unknown or does not fit.
     """
     require_head(head)
     return build_on(lambda body: Segmenter(body, num_classes, head), model, seed=seed, knobs=knobs)

@@ -1,4 +1,4 @@
-"""Building a model whose weights are read next: parameters are left as the memory was."""
+"""Build a model without initialising it, because its weights are read next."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _FILLS = frozenset(
         *(Tensor.mul_, Tensor.add_, Tensor.clamp_, Tensor.copy_),  # behind the others, to scale
     )
 )
-"""Beside the functions of `torch.nn.init`: what those call that no mode sees, and other code."""
+"""Functions that fill parameters, in addition to those of `torch.nn.init`."""
 
 
 class Unfilled(TorchFunctionMode):
-    """Skips what fills parameters, so that they take neither time nor memory.
+    """Skips functions that fill parameters, so that these take neither time nor memory.
 
-    Behind it every parameter must be loaded: what it holds may be anything.
+    Every parameter must be loaded afterwards, because its content is undefined.
     """
 
     def __torch_function__(
