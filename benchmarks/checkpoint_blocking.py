@@ -27,11 +27,11 @@ from meshuffle.comm.group import RankEnv, process_group
 from meshuffle.config import TrainConfig, resolve
 from meshuffle.data import AugmentConfig, Batch, Preprocess
 from meshuffle.planner.plan import Plan
+from meshuffle.tasks.card import Card
 from meshuffle.train.checkpoint.checksums import write_checksums
 from meshuffle.train.checkpoint.intact import find_checkpoint
 from meshuffle.train.checkpoint.saver import Saver
 from meshuffle.train.state import TrainState, augment_values, build_state
-from meshuffle.weights import Card
 from rows import append
 from train_throughput import cpu_features
 

@@ -155,10 +155,10 @@ def our_steps(batch: int, device: Any, compile_mode: str, precision: str) -> Any
     from meshuffle.config import TrainConfig, resolve
     from meshuffle.data import AugmentConfig, Batch, Preprocess, shard_bounds
     from meshuffle.planner.plan import Plan
+    from meshuffle.tasks.card import Card
     from meshuffle.train.compiling import compiled
     from meshuffle.train.state import augment_values, build_state
     from meshuffle.train.step import sum_over_ranks
-    from meshuffle.weights import Card
 
     env = rank_env()
     assert env is not None

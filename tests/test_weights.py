@@ -17,15 +17,9 @@ from meshuffle.errors import ModelError, RunError
 from meshuffle.infer.predict import evaluate
 from meshuffle.models import create_model
 from meshuffle.models.unfilled import Unfilled
+from meshuffle.tasks.card import Card
 from meshuffle.train.api import resume
-from meshuffle.weights import (
-    Card,
-    find_weights,
-    load_matching,
-    load_model,
-    read_weights,
-    save_weights,
-)
+from meshuffle.weights import find_weights, load_matching, load_model, read_weights, save_weights
 
 CARD = Card(
     model="shufflenet_v2_x0_5",

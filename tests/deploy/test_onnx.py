@@ -22,7 +22,7 @@ from meshuffle.deploy.formats.onnx import Onnx
 from meshuffle.deploy.parity import Parity, parity_batches
 from meshuffle.errors import DataError, ModelError, ParityError
 from meshuffle.models import create_model
-from meshuffle.weights import Card
+from meshuffle.tasks.card import Card
 from tests.deploy.networks import (
     CLASSES,
     PREPROCESS,

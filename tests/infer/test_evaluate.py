@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from meshuffle.data import ArraySource, Batch, Preprocess, eval_loader
 from meshuffle.infer.evaluate import Evaluation, evaluate
-from meshuffle.tasks.classify import Classify, confusion
-from meshuffle.weights import Card
+from meshuffle.report.confusion import confusion
+from meshuffle.tasks.card import Card
+from meshuffle.tasks.classify import Classify
 from tests.ranks import run_ranks
 
 CLASSES = tuple("abcdefgh")

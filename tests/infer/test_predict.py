@@ -26,8 +26,9 @@ from meshuffle.infer.predict import (
 from meshuffle.infer.replica_batches import replica_group, shared
 from meshuffle.models import create_model
 from meshuffle.planner.plan import parse_plan
+from meshuffle.tasks.card import Card
 from meshuffle.train.place import place_of
-from meshuffle.weights import Card, build_model, load_model, save_weights
+from meshuffle.weights import build_model, load_model, save_weights
 from tests.conftest import SMALL
 from tests.ranks import run_ranks
 

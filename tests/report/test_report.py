@@ -22,7 +22,7 @@ from meshuffle.infer.evaluate import Evaluation
 from meshuffle.report import page, plots, record
 from meshuffle.report.report import write_report
 from meshuffle.tasks import make_task
-from meshuffle.weights import Card
+from meshuffle.tasks.card import Card
 
 HOSTILE = "<script>alert(1)</script>"
 ATTRIBUTE = '"><img src="http://example.com/x" onerror="alert(1)">'

@@ -23,7 +23,7 @@ from meshuffle.tasks.gan import Gan
 from meshuffle.tasks.generate import Generate, sheet
 from meshuffle.train.optimiser import average
 from meshuffle.train.state import augment_values
-from meshuffle.weights import save_weights
+from meshuffle.weights import load_or_build, save_weights
 from tests.tasks.gans import (
     PREPROCESS,
     SIZE,
@@ -144,10 +144,13 @@ DATA = Data("x", ("a",), {}, input_size=32, task="generate")
 
 
 def test_settings(tmp_path: Path) -> None:
-    assert Generate.settings(TrainConfig(knobs={"width": "8", "noise": "16"}), DATA) == {}
+    assert (
+        Generate.settings(TrainConfig(knobs={"width": "8", "noise": "16"}), DATA, load_or_build)
+        == {}
+    )
     path = tmp_path / "best.safetensors"
     saved_classifier(path)
-    kept = Generate.settings(TrainConfig(knobs={"features": str(path)}), DATA)
+    kept = Generate.settings(TrainConfig(knobs={"features": str(path)}), DATA, load_or_build)
     assert kept["features"]["run"] == str(path)
 
 
@@ -169,7 +172,7 @@ def test_settings(tmp_path: Path) -> None:
 )
 def test_settings_without_a_meaning_are_refused(config: TrainConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Generate.settings(config, DATA)
+        Generate.settings(config, DATA, load_or_build)
 
 
 def test_knobs_of_a_wrong_kind_are_refused() -> None:

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from meshuffle.deploy.parity import BATCH_SIZES, on_cpu, parity_batches
 from meshuffle.errors import ModelError
 from meshuffle.tasks import make_task
-from meshuffle.weights import Card
+from meshuffle.tasks.card import Card
 
 INPUT = "input"
 """Name of the input in every file."""

@@ -7,8 +7,8 @@ import dataclasses
 from meshuffle.data import ImageSource, open_data, relabel
 from meshuffle.data.base import Data
 from meshuffle.errors import DataError
+from meshuffle.tasks.card import Card
 from meshuffle.train.run import absolute_data
-from meshuffle.weights import Card
 
 _UNNAMED = ", which name no classes: output i is taken for the data's i-th"
 

@@ -47,10 +47,11 @@ from meshuffle.planner.plan import Plan, parse_plan, read_plan
 from meshuffle.planner.schedules import make_schedule
 from meshuffle.tasks import make_task
 from meshuffle.tasks.base import Task
+from meshuffle.tasks.card import Card
 from meshuffle.tasks.features import FeatureRows
 from meshuffle.train.place import join_ranks, place_of
-from meshuffle.train.run import check_splits, threads_per_rank
-from meshuffle.weights import Card, find_weights, load_model, open_weights
+from meshuffle.train.run import threads_per_rank
+from meshuffle.weights import find_weights, load_model, open_weights
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
@@ -204,7 +205,7 @@ def judge_rank(question: Question, plan: Plan, env: RankEnv) -> tuple[Evaluation
         network = task.answering(network)
     else:
         task.require()
-    check_splits(plan, task)
+    task.check_plan(plan)
     with contextlib.ExitStack() as stack:
         control = None
         if env.world > 1:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from meshuffle.files import write_bytes
 from meshuffle.infer.evaluate import Evaluation
 from meshuffle.report import page
 from meshuffle.report.page import text
 from meshuffle.report.plots import draw_confusion
-from meshuffle.tasks.classify import confusion
+from meshuffle.tasks.base import Rows
 
 MAX_MATRIX_CLASSES = 40
 _MAX_ROWS = 20
@@ -97,3 +98,9 @@ def _per_class(confusion: np.ndarray, names: tuple[str, ...]) -> str:
     note = f'<p class="note">{"; ".join(notes)}</p>' if notes else ""
     head = ("class", "", "top-1", "images")
     return f"<h3>Accuracy per class, worst first</h3>{page.table(head, rows, 2)}{note}"
+
+
+def confusion(rows: Rows, num_classes: int) -> NDArray[np.int64]:
+    """Return how often class i (row) was taken for class j (column), int64 (C, C)."""
+    flat = rows["labels"] * num_classes + rows["top_classes"][:, 0]
+    return np.bincount(flat, minlength=num_classes**2).reshape(num_classes, num_classes)

@@ -21,9 +21,10 @@ from meshuffle.report.page import section, text
 from meshuffle.report.pipeline_diagram import timeline_section
 from meshuffle.report.plots import DARK, LIGHT, draw_chart, epoch_ticks, training_charts
 from meshuffle.report.record import Record, flatten, loss_text, number, read_record
+from meshuffle.report.sections import sections_of
 from meshuffle.tasks import make_task
 from meshuffle.tasks.base import Task
-from meshuffle.weights import Card
+from meshuffle.tasks.card import Card
 
 _MAX_ROWS = 20
 _MUCH_WAIT = 0.05  # of the time; then decoding limits
@@ -98,8 +99,8 @@ def _compared(record: Record, task: Task) -> str:
 
 def _details(evaluation: Evaluation, task: Task, folder: Path, split: str) -> str:
     """Return what the task has to say beyond the metrics of the headline."""
-    found = task.sections(evaluation, folder, _on(split))
-    shown = [section(title, html) for title, html in found]
+    own = sections_of(task, evaluation, folder, _on(split))
+    shown = [section(title, html) for title, html in own]
     if evaluation.metrics.keys() - {"loss", *(metric.key for metric in task.metrics)}:
         rows = [(text(key), f"{value:.5g}") for key, value in evaluation.metrics.items()]
         shown.append(section(f"Metrics{_on(split)}", page.table(("metric", "value"), rows, 1)))

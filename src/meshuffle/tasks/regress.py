@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -11,12 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from meshuffle.config import TrainConfig
+from meshuffle.data import Data
 from meshuffle.models import create_model
-from meshuffle.tasks.base import Metric, Rows, Task
-
-if TYPE_CHECKING:
-    from meshuffle.config import TrainConfig
-    from meshuffle.data import Data
+from meshuffle.tasks.base import LoadNetwork, Metric, Rows, Task
 
 
 class Regress(Task):
@@ -34,9 +32,9 @@ class Regress(Task):
     """At a classifier's rate SGD diverges: a squared error has no bound on its gradient."""
 
     @classmethod
-    def settings(cls, config: TrainConfig, data: Data) -> dict[str, Any]:
+    def settings(cls, config: TrainConfig, data: Data, load: LoadNetwork) -> dict[str, Any]:
         """Return mean and standard deviation of each training target."""
-        kept = super().settings(config, data)
+        kept = super().settings(config, data, load)
         if "train" in data.splits:
             source = data.splits["train"]
             values = np.stack([source.target(i) for i in range(len(source))]).astype(np.float64)

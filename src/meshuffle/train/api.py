@@ -86,8 +86,8 @@ def _result(prepared: Prepared) -> dict[str, Any]:
     result = json.loads((prepared.run / "result.json").read_text())
     for split, metrics in result["splits"].items():
         if metrics:
-            said = told(result.get("task", "classify"), metrics)
-            _say(f"{split}: {said}, best epoch {result['best_epoch']}")
+            shown = find_task(result.get("task", "classify")).metrics_text(metrics)
+            _say(f"{split}: {shown}, best epoch {result['best_epoch']}")
     if result["skipped_inputs"]:
         _say(f"{result['skipped_inputs']} unreadable images were skipped (see report.html)")
     _say(f"report: {prepared.run / 'report.html'}")
@@ -98,12 +98,6 @@ def _result(prepared: Prepared) -> dict[str, Any]:
         "predicted_step_ms": prepared.plan.predicted_step_ms,
         "measured_step_ms": result["measured_step_ms"],
     }
-
-
-def told(task: str, metrics: Mapping[str, float]) -> str:
-    """Return the metrics of a task in words, for example `top-1 97.50 %, top-5 99.90 %`."""
-    shown = find_task(task).metrics
-    return ", ".join(m.text(metrics[m.key]) for m in shown if metrics.get(m.key) is not None)
 
 
 def _say(*lines: str) -> None:

@@ -23,8 +23,8 @@ from meshuffle.comm.launch import end_with_parent, report_failure, torchrun
 from meshuffle.config import TrainConfig, read_config, to_toml
 from meshuffle.data import Batch, shard_bounds
 from meshuffle.planner.plan import Plan, parse_plan
+from meshuffle.tasks.card import Card
 from meshuffle.train.state import TrainState, build_state
-from meshuffle.weights import Card
 
 _TURNS, _TURN_S, _MAX_STEPS = 3, 0.5, 8
 _AS_GOOD = 1.05

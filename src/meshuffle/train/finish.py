@@ -11,10 +11,11 @@ from meshuffle.comm.group import RankEnv
 from meshuffle.data import ImageSource, open_data, relabel
 from meshuffle.errors import DataError
 from meshuffle.files import write_json
+from meshuffle.tasks.card import Card
 from meshuffle.train.initial_weights import START
 from meshuffle.train.loop import Loop, median_step_ms
 from meshuffle.train.step import sum_over_ranks
-from meshuffle.weights import Card, load_model, read_weights
+from meshuffle.weights import load_model, read_weights
 
 
 def finish(run: Path, loop: Loop, env: RankEnv) -> dict[str, Any]:

@@ -16,13 +16,8 @@ from meshuffle.data.base import shortened
 from meshuffle.errors import ConfigError
 from meshuffle.models import classifier_of
 from meshuffle.models.features import BACKBONE, backbone_prefix
-from meshuffle.weights import (
-    Card,
-    find_weights,
-    load_matching,
-    open_weights,
-    require_repeated,
-)
+from meshuffle.tasks.card import Card
+from meshuffle.weights import find_weights, load_matching, open_weights, require_repeated
 
 START = Path("weights") / "start.safetensors"
 """In a run that began from other weights, what it began with: those may be gone when it goes on."""

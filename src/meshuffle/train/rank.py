@@ -24,6 +24,7 @@ from meshuffle.errors import Interrupted
 from meshuffle.parallel.module import Parallel
 from meshuffle.planner.plan import read_plan
 from meshuffle.report.record import read_record
+from meshuffle.tasks.card import Card
 from meshuffle.train.checkpoint.checkpoint import locked
 from meshuffle.train.checkpoint.intact import agree_on_checkpoint
 from meshuffle.train.finish import finish
@@ -35,7 +36,7 @@ from meshuffle.train.signals import stop_requests
 from meshuffle.train.state import TrainState, build_state, make_card
 from meshuffle.train.timeline import traced
 from meshuffle.train.watch import SilentWatch, Watch, watch_run
-from meshuffle.weights import Card, read_weights
+from meshuffle.weights import read_weights
 
 
 def train_rank(run: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from meshuffle.errors import ConfigError, PlanError, RankFailed, RunError
 from meshuffle.files import write_json, write_text
 from meshuffle.planner.plan import Plan, parse_plan, read_plan
 from meshuffle.tasks import find_task
-from meshuffle.tasks.base import Task
+from meshuffle.tasks.card import Card
 from meshuffle.train.candidates import fastest_plan
 from meshuffle.train.checkpoint.checkpoint import way_back
 from meshuffle.train.compiling import CompileChoice
@@ -38,7 +38,7 @@ from meshuffle.train.initial_weights import START, adopt_model, has_new_head
 from meshuffle.train.place import schedule_of, split_model
 from meshuffle.train.state import augment_config, augment_values, build_model, make_card
 from meshuffle.train.watch import environment
-from meshuffle.weights import Card, require_repeated, save_weights
+from meshuffle.weights import require_repeated, save_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,17 +198,9 @@ def _choose_plan(config: TrainConfig, card: Card, env: RankEnv | None) -> tuple[
     return fastest_plan(config, card, num_cores(), num_accelerators())
 
 
-def check_splits(plan: Plan, task: Task | type[Task]) -> None:
-    """Refuse a plan that splits a model in a way that its task does not know."""
-    for axis, size in (("tp", plan.tp), ("pp", plan.pp)):
-        if size > 1 and axis not in task.splits:
-            known = ", ".join(("dp", *task.splits))
-            raise PlanError(f"plan {plan}: --task {task.name} knows {known}, not {axis}")
-
-
 def _check_plan(plan: Plan, config: TrainConfig, env: RankEnv | None) -> None:
     """Refuse what a later version will do, and what this batch or these ranks cannot."""
-    check_splits(plan, find_task(config.task))
+    find_task(config.task).check_plan(plan)
     if plan.pp > 1 or plan.mb:
         _check_micro_batches(plan, config)
     if plan.dp_kind == "central" and plan.tp * plan.pp > 1:

@@ -28,9 +28,11 @@ from meshuffle.parallel.random_masks import DrawState, key_dropout
 from meshuffle.parallel.ranks import Ranks
 from meshuffle.planner.plan import Plan
 from meshuffle.tasks import find_task, make_task
+from meshuffle.tasks.card import Card
 from meshuffle.train import initial_weights, optimiser
 from meshuffle.train.checkpoint import checkpoint
 from meshuffle.train.checkpoint.saver import Saver
+from meshuffle.train.gan_step import GanStep
 from meshuffle.train.place import Place, join_ranks, num_micro_batches, place_of, split_model
 from meshuffle.train.step import Step
 
@@ -59,6 +61,10 @@ def augment_values(augment: AugmentConfig) -> dict[str, Any]:
     """Return the fields of TrainConfig that describe `augment`."""
     values = {ours: getattr(augment, theirs) for ours, theirs in AUGMENT_FIELDS.items()}
     return {**values, "crop_scale": values["crop_scale"] or 0.0}
+
+
+STEPS: Mapping[str, type[Step]] = {"generate": GanStep}
+"""What a training step is, by task; the others take `Step`."""
 
 
 @dataclass
@@ -90,7 +96,7 @@ class TrainState:
     """The model of one rank with all that trains it."""
 
     config: TrainConfig
-    card: weights.Card
+    card: Card
     model: nn.Module
     average: AveragedModel | None
     frozen: list[str]
@@ -237,14 +243,14 @@ def model_knobs(config: TrainConfig) -> dict[str, Any]:
     return knobs
 
 
-def make_card(config: TrainConfig, data: Data) -> weights.Card:
+def make_card(config: TrainConfig, data: Data) -> Card:
     """Return the card of a run: from its settings and its data."""
-    card = weights.Card(
+    card = Card(
         model=config.model,
         classes=data.classes,
         preprocess=Preprocess.for_data(data, config.input_size),
         task=config.task,
-        settings=find_task(config.task).settings(config, data),
+        settings=find_task(config.task).settings(config, data, weights.load_or_build),
         knobs=model_knobs(config),
         titles=dict(data.titles),
         data=config.data,
@@ -253,7 +259,7 @@ def make_card(config: TrainConfig, data: Data) -> weights.Card:
 
 
 def build_model(
-    config: TrainConfig, card: weights.Card, start: Path | None = None
+    config: TrainConfig, card: Card, start: Path | None = None
 ) -> tuple[nn.Module, list[str], list[str]]:
     """Return the model as training starts, the names that are frozen, and lines to tell.
 
@@ -269,15 +275,15 @@ def build_model(
     return model, frozen, lines
 
 
-def new_model(config: TrainConfig, card: weights.Card) -> nn.Module:
+def new_model(config: TrainConfig, card: Card) -> nn.Module:
     """Return the model with random weights, all of it to be trained."""
-    return make_task(card).network(config.seed)
+    return weights.build_model(card, config.model, seed=config.seed)
 
 
 def build_state(
     config: TrainConfig,
     plan: Plan,
-    card: weights.Card,
+    card: Card,
     env: RankEnv,
     device: torch.device,
     group: dist.ProcessGroup,
@@ -304,7 +310,7 @@ def build_state(
         synchronise_batch_norm(model, make_exchange(group, device, one_host))
         key_dropout(model, draw_state)
     task = make_task(card, label_smoothing=config.label_smoothing or 0.0)
-    step = task.step_type(
+    step = STEPS.get(task.name, Step)(
         model=model,
         forward=model,
         optimizer=optimiser.build_optimizer(model, config, factors),

@@ -199,6 +199,11 @@ def _between(batch: Batch, start: int, stop: int) -> Batch:
     return part
 
 
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch for one step of one rank, so that dropout needs no stored random state."""
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % (1 << 63))
+
+
 def select(batch: Batch, kept: Tensor) -> Batch:
     """Return the samples for which the mask `kept` is True."""
     return Batch(
