@@ -67,7 +67,7 @@ def make_state(model: str, batch: int, group: Any) -> TrainState:
     config = TrainConfig(data="-", model=model, batch=batch, optimizer="adamw")
     config = resolve(config, 1_281_167, SIZE, augment_values(AugmentConfig()))
     card = Card(model, tuple(map(str, range(CLASSES))), Preprocess.imagenet(SIZE))
-    return build_state(config, Plan(), card, RankEnv(), torch.device("cpu"), group)[0]
+    return build_state(config, Plan(), card, RankEnv(), torch.device("cpu"), group)
 
 
 def measure(

@@ -132,7 +132,7 @@ def example_model() -> torch.nn.Module:
 def new_state(env: RankEnv, plan: str, group: Any, **changes: Any) -> TrainState:
     config = settings(**changes)
     parsed = parse_plan(f"{plan},mb={len(MICRO)}")
-    return build_state(config, parsed, make_card(config), env, CPU, group)[0]
+    return build_state(config, parsed, make_card(config), env, CPU, group)
 
 
 def train_steps(state: TrainState, num: int = STEPS) -> None:

@@ -170,7 +170,7 @@ def our_steps(batch: int, device: Any, compile_mode: str, precision: str) -> Any
     )
     config = resolve(config, 1_281_167, SIZE, augment_values(AugmentConfig()))
     card = Card("shufflenet_v2_x1_0", tuple(map(str, range(1000))), Preprocess.imagenet(SIZE))
-    state, _ = build_state(config, Plan(dp=env.world), card, env, device, group)
+    state = build_state(config, Plan(dp=env.world), card, env, device, group)
     torch.manual_seed(0)
     state.model.load_state_dict(torchvision.models.shufflenet_v2_x1_0().state_dict())
     if compile_mode == "on":

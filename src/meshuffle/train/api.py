@@ -15,12 +15,12 @@ import torch.distributed as dist
 from meshuffle.comm.device import pick_device
 from meshuffle.comm.group import RankEnv, process_group, rank_env
 from meshuffle.config import Origin, TrainConfig, to_toml
-from meshuffle.data import open_data
 from meshuffle.errors import MeshuffleError
 from meshuffle.tasks import find_task
-from meshuffle.train.initial_weights import adopt_model
+from meshuffle.train.launch import launch
 from meshuffle.train.rank import train_rank
-from meshuffle.train.run import Prepared, launch, prepare, reopen, resolve_for
+from meshuffle.train.resolve import resolve_run
+from meshuffle.train.run import Prepared, prepare, reopen
 
 
 def train(config: TrainConfig, origins: Mapping[str, Origin] | None = None) -> dict[str, Any]:
@@ -111,12 +111,7 @@ def describe_config(
     config: TrainConfig, origins: Mapping[str, Origin]
 ) -> tuple[dict[str, Any], str]:
     """Return the resolved settings as plain data and as TOML with origins; trains nothing."""
-    config = adopt_model(config, origins)
-    data = open_data(config.data, task=config.task, need=("train", "val"))
-    resolved = resolve_for(config, data)
-    full = {
-        name: origins.get(name, "chosen" if getattr(config, name) != value else "default")
-        for name, value in vars(resolved).items()
-    }
-    values = {k: {"value": v, "origin": full[k]} for k, v in dataclasses.asdict(resolved).items()}
-    return values, to_toml(resolved, full).rstrip()
+    resolved = resolve_run(config, origins)
+    settings = dataclasses.asdict(resolved.config)
+    values = {k: {"value": v, "origin": resolved.origins[k]} for k, v in settings.items()}
+    return values, to_toml(resolved.config, resolved.origins).rstrip()

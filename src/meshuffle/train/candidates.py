@@ -126,9 +126,8 @@ def _build(
     device: torch.device,
     group: dist.ProcessGroup,
 ) -> TrainState:
-    return build_state(
-        config, plan, card, RankEnv(env.rank, plan.dp, env.rank, plan.dp), device, group
-    )[0]
+    ranks = RankEnv(env.rank, plan.dp, env.rank, plan.dp)
+    return build_state(config, plan, card, ranks, device, group)
 
 
 def _turn(state: TrainState, plan: Plan, env: RankEnv, warm: bool) -> float:

@@ -29,7 +29,7 @@ from meshuffle.comm.exchange import Exchange
 from meshuffle.comm.lost_ranks import ranks_in_words
 from meshuffle.errors import MeshuffleError
 from meshuffle.parallel.module import Parallel
-from meshuffle.train.checkpoint.checkpoint import way_back
+from meshuffle.train.checkpoint.checkpoint import recovery_hint
 from meshuffle.train.place import Place
 from meshuffle.train.state import TrainState
 
@@ -137,7 +137,7 @@ class Consistency:
         raise MeshuffleError(
             f"ranks that should hold the same do not, found after step {steps[0]}: "
             f"{'; '.join(told[:_MOST_NAMED])}{more}. Memory or a link is at fault, or code that "
-            f"does not do the same on all ranks. No checkpoint holds this; {way_back(self._run)}"
+            f"does not do the same on all ranks. No checkpoint holds this; {recovery_hint(self._run)}"
         )
 
 

@@ -29,10 +29,11 @@ from meshuffle.parallel.ranks import Ranks
 from meshuffle.planner.plan import Plan
 from meshuffle.tasks import find_task, make_task
 from meshuffle.tasks.card import Card
-from meshuffle.train import initial_weights, optimiser
+from meshuffle.train import optimiser
 from meshuffle.train.checkpoint import checkpoint
 from meshuffle.train.checkpoint.saver import Saver
 from meshuffle.train.gan_step import GanStep
+from meshuffle.train.initial_weights import InitialWeights
 from meshuffle.train.place import Place, join_ranks, num_micro_batches, place_of, split_model
 from meshuffle.train.step import Step
 
@@ -243,8 +244,8 @@ def model_knobs(config: TrainConfig) -> dict[str, Any]:
     return knobs
 
 
-def make_card(config: TrainConfig, data: Data) -> Card:
-    """Return the card of a run: from its settings and its data."""
+def make_card(config: TrainConfig, data: Data, start: InitialWeights | None = None) -> Card:
+    """Return the card of a run, from its settings, its data and the weights it begins from."""
     card = Card(
         model=config.model,
         classes=data.classes,
@@ -255,24 +256,24 @@ def make_card(config: TrainConfig, data: Data) -> Card:
         titles=dict(data.titles),
         data=config.data,
     )
-    return initial_weights.card_from(config.from_, card) if config.from_ else card
+    return card if start is None else start.inherit(card)
 
 
 def build_model(
-    config: TrainConfig, card: Card, start: Path | None = None
+    config: TrainConfig, card: Card, start: InitialWeights | None = None
 ) -> tuple[nn.Module, list[str], list[str]]:
-    """Return the model as training starts, the names that are frozen, and lines to tell.
+    """Return the model as training starts, the names of frozen modules, and lines for the user.
 
     Args:
-        start: the run's own copy of what it begins with, where it has one.
+        start: the weights that the run begins from; the lines say which of them fit.
     """
-    model, lines = new_model(config, card), []
-    if start is not None and start.is_file():
-        model.load_state_dict(weights.read_weights(start)[0])
-    elif config.from_:
-        lines = initial_weights.start_from(model, config.from_, card)
-    frozen = optimiser.freeze(model, config.freeze or "none", norms=bool(config.freeze_norm))
-    return model, frozen, lines
+    model = new_model(config, card)
+    lines = [] if start is None else start.copy_into(model, card)
+    return model, _freeze(model, config), lines
+
+
+def _freeze(model: nn.Module, config: TrainConfig) -> list[str]:
+    return optimiser.freeze(model, config.freeze or "none", norms=bool(config.freeze_norm))
 
 
 def new_model(config: TrainConfig, card: Card) -> nn.Module:
@@ -287,13 +288,17 @@ def build_state(
     env: RankEnv,
     device: torch.device,
     group: dist.ProcessGroup,
-    start: Path | None = None,
-) -> tuple[TrainState, list[str]]:
+    start: Mapping[str, Tensor] | None = None,
+) -> TrainState:
     """Build the model, its optimiser and its parallel parts, in the order in which they apply.
 
-    Returns the state, and lines to tell the user about weights that did not fit.
+    Args:
+        start: the tensors that the run begins with; None is random ones.
     """
-    model, frozen, lines = build_model(config, card, start)
+    model = new_model(config, card)
+    if start is not None:
+        model.load_state_dict(start)
+    frozen = _freeze(model, config)
     model.to(device)
     if config.channels_last:
         _to_channels_last(model)
@@ -328,7 +333,7 @@ def build_state(
     )
     state = TrainState(config, card, model, average, frozen, step, group, plan, factors)
     state.place = place_of(plan, env)
-    return state, lines
+    return state
 
 
 def _own_part(
