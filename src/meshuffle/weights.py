@@ -79,9 +79,12 @@ def _downloaded(name: str) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
+        digest = torch.hub.HASH_REGEX.search(path.name)
         try:
-            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
-        except OSError as error:
+            torch.hub.download_url_to_file(
+                url, str(path), digest[1] if digest else None, progress=sys.stderr.isatty()
+            )
+        except (OSError, RuntimeError) as error:  # RuntimeError: another hash
             raise RunError(
                 f"torchvision:{name}: {url} cannot be downloaded ({error}); fetch it elsewhere and "
                 f"give the file in its place, with --model torchvision:{name}"

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from meshuffle.infer.evaluate import Evaluation
-from meshuffle.report.confusion import confusion_section
+from meshuffle.report.confusion import confusion_of
 from meshuffle.report.page import thumbnail
 from meshuffle.tasks.base import Task
 from meshuffle.tasks.generate import SHOWN, sheet
 
 
-def sections_of(
-    task: Task, evaluation: Evaluation, folder: Path, where: str
-) -> Iterator[tuple[str, str]]:
-    """Yield (title, HTML) of the sections that the task of `evaluation` has of its own.
+@dataclass(frozen=True)
+class Section:
+    """A section of the page; `kind` says how the template shows `content`."""
+
+    title: str
+    kind: Literal["confusion", "picture"]
+    content: Any
+
+
+def sections_of(task: Task, evaluation: Evaluation, folder: Path, where: str) -> Iterator[Section]:
+    """Yield the sections that the task has of its own.
 
     Args:
         folder: takes the pictures of the report as files.
@@ -25,23 +34,18 @@ def sections_of(
         yield from _SECTIONS[task.name](task, evaluation, folder, where)
 
 
-def _confusion(
-    task: Task, evaluation: Evaluation, folder: Path, where: str
-) -> Iterator[tuple[str, str]]:
+def _confusion(task: Task, evaluation: Evaluation, folder: Path, where: str) -> Iterator[Section]:
     names = tuple(task.card.titles.get(name, name) for name in evaluation.classes)
-    yield f"Confusion{where}", confusion_section(evaluation, names, folder)
+    yield Section(f"Confusion{where}", "confusion", confusion_of(evaluation, names, folder))
 
 
-def _generated(
-    task: Task, evaluation: Evaluation, folder: Path, where: str
-) -> Iterator[tuple[str, str]]:
+def _generated(task: Task, evaluation: Evaluation, folder: Path, where: str) -> Iterator[Section]:
     if evaluation.num_samples:
         drawn = sheet(evaluation.rows["samples"][:SHOWN])
-        picture = f'<div class="made"><img src="{thumbnail(drawn, 640)}" alt=""></div>'
-        yield "Generated images", picture
+        yield Section("Generated images", "picture", thumbnail(drawn, 640))
 
 
-_SECTIONS: Mapping[str, Callable[[Task, Evaluation, Path, str], Iterator[tuple[str, str]]]] = {
+_SECTIONS: Mapping[str, Callable[[Task, Evaluation, Path, str], Iterator[Section]]] = {
     "classify": _confusion,
     "generate": _generated,
 }

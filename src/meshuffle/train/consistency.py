@@ -137,7 +137,8 @@ class Consistency:
         raise MeshuffleError(
             f"ranks that should hold the same do not, found after step {steps[0]}: "
             f"{'; '.join(told[:_MOST_NAMED])}{more}. Memory or a link is at fault, or code that "
-            f"does not do the same on all ranks. No checkpoint holds this; {recovery_hint(self._run)}"
+            "does not do the same on all ranks. No checkpoint holds this; "
+            f"{recovery_hint(self._run)}"
         )
 
 
