@@ -340,10 +340,7 @@ def test_which_json(tmp_path):
     assert "has both instances_val2014.json and instances_val2017.json for val" in found
 
 
-def test_tasks_and_splits_that_are_not_there(pair):
-    assert error_of(pair, "regress") == (
-        "coco: knows detect, segment, classify, multilabel; not regress"
-    )
+def test_a_split_that_is_not_there(pair):
     assert "has no test images; it has train (3), val (1)" in error_of(pair, need=("test",))
 
 

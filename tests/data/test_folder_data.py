@@ -7,8 +7,9 @@ import pytest
 from pictures import noise
 
 from meshuffle.data import open_data, relabel
+from meshuffle.data.annotated import unlabelled
 from meshuffle.data.base import stratified_split
-from meshuffle.data.scan import PathTable
+from meshuffle.data.scan import PathTable, image_files
 from meshuffle.errors import DataError, ImageError
 
 
@@ -103,7 +104,7 @@ def test_val_may_lack_classes_but_not_add_any(make_folder):
 
 def test_one_class(make_folder):
     message = error_of(make_folder({"ants": 4}))
-    assert "only one class, 'ants'" in message and "add a folder" in message
+    assert "only one class, 'ants'" in message and "add images" in message
 
 
 def test_no_class_folders(make_folder):
@@ -120,7 +121,7 @@ def test_empty_folder(tmp_path):
 
 def test_empty_class_folders_are_named(make_folder):
     root = make_folder({"a": 2, "b": 2, "hollow": 0})
-    assert "1 class folders hold no image: hollow; fill or remove them" in error_of(root)
+    assert "1 classes without any image in train: hollow; remove them" in error_of(root)
     root = make_folder({"train/a": 2, "train/b": 2, "val/a": 1, "val/b": 0})
     assert len(open_data(str(root)).splits["val"]) == 1
 
@@ -257,3 +258,24 @@ def test_real_photographs(hymenoptera):
     assert (len(train), len(data.splits["val"])) == (245, 153)
     odd = [i for i in range(len(train)) if not train.name(i).endswith(".jpg")]
     assert odd and all(train.image(i).mode == "RGB" for i in odd)
+
+
+def test_image_files(make_folder):
+    root = make_folder({"a/deep": 2, "b": 1, "empty": 0})
+    (root / "b" / "notes.txt").touch()
+    found = image_files([root / "b" / "notes.txt", root / "a"])
+    assert found == [root / "b" / "notes.txt", *(root / f"a/deep/00{i}.png" for i in range(2))]
+    for path, expected in (
+        (root / "empty", "no image in this folder"),
+        (root / "x", "no such file"),
+    ):
+        with pytest.raises(DataError, match=expected):
+            image_files([path])
+
+
+def test_files_of_which_nothing_is_known(make_folder, monkeypatch):
+    monkeypatch.chdir(make_folder({"a": 2}))
+    source = unlabelled(["a/001.png", "./a/000.png"], ("x", "y"))
+    assert [source.name(i) for i in range(len(source))] == ["a/001.png", "./a/000.png"]
+    assert source.labels.tolist() == [0, 0] and source.target(1) == 0
+    assert source.image(0).size == (12, 10) and source.classes == ("x", "y")

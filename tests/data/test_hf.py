@@ -157,4 +157,3 @@ def test_an_old_library(library, monkeypatch):
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert error_of("beans") == "hf:beans needs the datasets library: pip install 'meshuffle[hub]'"
-    assert error_of("beans", task="detect") == "hf: knows classify; not detect"

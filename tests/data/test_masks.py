@@ -24,9 +24,9 @@ def write(root: Path, name: str, ids: np.ndarray | list, folder: str = "", suffi
     Image.fromarray(array).save(root / "masks" / folder / f"{name}.png")
 
 
-def error_of(path: Path | str, task: str = "segment", **options) -> str:
+def error_of(path: Path | str, **options) -> str:
     with pytest.raises(DataError) as caught:
-        open_masks(str(path), task=task, **options)
+        open_masks(str(path), **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -192,7 +192,6 @@ def test_folders(tmp_path):
     write(tmp_path, "a", [0, 1], "val")
     write(tmp_path, "b", [0, 1], "valid")
     assert "has two folders for val" in error_of(tmp_path)
-    assert error_of(tmp_path, "detect") == "masks: knows segment; not detect"
 
 
 @pytest.fixture

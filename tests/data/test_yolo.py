@@ -179,7 +179,6 @@ def test_no_texts_at_all(tmp_path):
 def test_which_yaml(tmp_path):
     assert "no such file" in error_of(tmp_path / "x")
     assert "holds 0 YAML files (none); wanted: data.yaml" in error_of(tmp_path)
-    assert error_of(tmp_path, "segment") == "yolo: knows detect, classify, multilabel; not segment"
 
 
 def test_a_class_that_train_lacks(pets):

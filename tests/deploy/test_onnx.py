@@ -19,7 +19,8 @@ from meshuffle.data import Preprocess
 from meshuffle.deploy.api import write_file
 from meshuffle.deploy.formats import onnx as onnx_export
 from meshuffle.deploy.formats.onnx import Onnx
-from meshuffle.deploy.parity import Parity, parity_batches
+from meshuffle.deploy.parity import Parity
+from meshuffle.deploy.subject import parity_batches
 from meshuffle.errors import DataError, ModelError, ParityError
 from meshuffle.models import create_model
 from meshuffle.tasks.card import Card

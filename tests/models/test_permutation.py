@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from meshuffle.errors import ModelError
 from meshuffle.models import ChannelShuffle, channel_permutation
-from meshuffle.models.permutation import PERMUTATION_KINDS, inverse_of
+from meshuffle.models.permutation import PERMUTATION_KINDS
 
 quick = settings(deadline=None, max_examples=60)
 
@@ -29,7 +29,6 @@ def test_paper_then_inverse_is_the_identity(sizes):
     paper = channel_permutation("paper", channels, groups)
     inverse = channel_permutation("inverse", channels, groups)
     assert tuple(paper[j] for j in inverse) == tuple(range(channels))
-    assert inverse_of(paper) == inverse
 
 
 @given(groups_and_channels)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from meshuffle.config import TrainConfig
 from meshuffle.data import Preprocess
-from meshuffle.data.formats import folder
+from meshuffle.data.annotated import AnnotatedSource
 from meshuffle.errors import ImageError
 from meshuffle.files import write_json
 from meshuffle.planner.plan import parse_plan
@@ -79,7 +79,7 @@ def train_all(group: dist.ProcessGroup, runs: list[str], blind: Sequence[int] = 
     Preprocess.normalise = lambda self, x: normalise(self, x).double()  # type: ignore[method-assign]
     report.write_report = lambda *_, **__: None  # type: ignore[assignment]  # seconds each
     if dist.get_rank(group) in blind:
-        folder.FolderSource.image = unreadable(folder.FolderSource.image)  # type: ignore[method-assign]
+        AnnotatedSource.image = unreadable(AnnotatedSource.image)  # type: ignore[method-assign]
     for run in runs:
         rank.train_rank(Path(run))
 

@@ -67,12 +67,12 @@ def predict(
 
 
 def _fastest_plan(target: Path, images: list[Path], batch: int, model: str | None) -> str:
+    from meshuffle.data.scan import image_files
     from meshuffle.deploy.spread import spread_over
-    from meshuffle.infer.predict import expanded
     from meshuffle.weights import find_weights
 
     find_weights(target)  # the run first, if both are wrong
-    return str(spread_over(target, model, len(expanded(images)), batch, say))
+    return str(spread_over(target, model, len(image_files(images)), batch, say))
 
 
 def _by_features(

@@ -7,6 +7,7 @@ workers receive quickly. Masks are decoded when they are asked for.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,11 +35,12 @@ class Targets(Protocol):
 class AnnotatedSource:
     """Image files below `root`, with `targets` of any task.
 
-    `sizes`: (width, height) as the annotation has them, int32 [N, 2]: an image of another
-    size is an `ImageError`, because its target would lie elsewhere than its content.
+    `root`: "" where the paths stand for themselves. `sizes`: (width, height) as the annotation
+    has them, int32 [N, 2]: an image of another size is an `ImageError`, because its target would
+    lie elsewhere than its content.
     """
 
-    root: Path
+    root: Path | str
     paths: PathTable
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
@@ -149,7 +151,14 @@ class MaskTargets:
         return classes.astype(np.uint8)
 
 
-def joined(root: Path, path: str) -> str:
+def unlabelled(paths: Sequence[str], classes: tuple[str, ...]) -> AnnotatedSource:
+    """Return image files of which nothing is known; labels and targets are 0."""
+    table = PathTable([os.fsencode(path) for path in paths])
+    labels = np.zeros(len(paths), dtype=np.int64)
+    return AnnotatedSource("", table, labels, classes, LabelTargets(labels))
+
+
+def joined(root: Path | str, path: str) -> str:
     """Return `root/path` as text."""
     return os.path.join(root, path)  # noqa: PTH118
 

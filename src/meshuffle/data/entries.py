@@ -7,6 +7,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from meshuffle.data.base import Data, ImageSource, shortened, split_off_val
 from meshuffle.data.image import EXTENSIONS
 from meshuffle.errors import DataError, did_you_mean
@@ -59,12 +62,6 @@ class Problems:
             more = len(self._wrong) - _SHOWN
             text = f"{self.where}: {shown}" + (f"; and {more} more such entries" * (more > 0))
             raise DataError(" ".join(text.split()))
-
-
-def check_task(data_format: str, task: str, known: Sequence[str]) -> None:
-    """Raise `DataError` for a task that the format has no targets for; generate needs none."""
-    if task not in known and task != "generate":
-        raise DataError(f"{data_format}: knows {', '.join(known)}; not {task}")
 
 
 def split_options(path: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:
@@ -180,6 +177,34 @@ def check_names(where: str, classes: Sequence[str]) -> None:
         raise DataError(f"{where}: class {list(classes).index('')} has no name")
     if twice := repeated(classes):
         raise DataError(f"{where}: class names that come twice: {shortened(twice)}")
+
+
+def check_train(where: str, labels: NDArray[np.int64], classes: Sequence[str], entry: str) -> None:
+    """Raise `DataError` where a classifier cannot learn all classes, or there is only one."""
+    check_filled(where, labels, classes, entry)
+    if len(classes) == 1:
+        raise DataError(
+            f"{where}: only one class, {classes[0]!r}; a classifier needs two or more: "
+            "add images of something else"
+        )
+
+
+def check_filled(where: str, labels: NDArray[np.int64], classes: Sequence[str], entry: str) -> None:
+    """Raise `DataError` for classes without any `entry` (image, row, object) in train.
+
+    `labels`: of train's entries, int64 [N].
+    """
+    if empty := lacking(labels, classes):
+        raise DataError(
+            f"{where}: {len(empty)} classes without any {entry} in train: "
+            f"{shortened(empty)}; remove them, or add images"
+        )
+
+
+def lacking(labels: NDArray[np.int64], classes: Sequence[str]) -> list[str]:
+    """Return the classes that none of `labels`, int64 [N], is; −1 is no class."""
+    counts = np.bincount(labels[labels >= 0], minlength=len(classes))
+    return [name for name, count in zip(classes, counts, strict=True) if not count]
 
 
 def assemble(

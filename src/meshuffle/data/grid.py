@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from meshuffle.data.base import Data, ImageSource
 from meshuffle.errors import DataError, ImageError
+from meshuffle.files import replaced
 
 _CELL, _GAP, _NAME = 96, 4, 140  # pixels
 _NUM_COLUMNS, _MAX_ROWS = 8, 20
@@ -31,7 +31,11 @@ def draw_grid(data: Data, path: Path) -> None:
         for column, image in enumerate(_examples(source, row)):
             left = _NAME + column * (_CELL + _GAP)
             canvas.paste(_fitted(image), (left, top))
-    _save(canvas, path)
+    try:
+        with replaced(path) as temporary:
+            canvas.save(temporary, format="PNG")
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _examples(source: ImageSource, label: int) -> list[Image.Image]:
@@ -56,17 +60,3 @@ def _fitted(image: Image.Image) -> Image.Image:
 def _printable(name: str) -> str:
     """Pillow's built-in font may hold no more than ASCII."""
     return name.encode("ascii", "replace").decode()[:22]
-
-
-def _save(canvas: Image.Image, path: Path) -> None:
-    """Write under a temporary name, then rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            canvas.save(file, format="PNG")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from error

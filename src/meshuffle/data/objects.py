@@ -18,9 +18,8 @@ from meshuffle.data.annotated import (
     Targets,
 )
 from meshuffle.data.base import shortened
-from meshuffle.data.entries import Problems
+from meshuffle.data.entries import Problems, check_filled, lacking
 from meshuffle.data.scan import PathTable
-from meshuffle.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,23 +215,14 @@ def check_classes(
     """
     if train is None or task == "generate":
         return
-    missing = _lacking(train.labels, classes)
-    if missing and task == "classify":
-        raise DataError(
-            f"{where}: {len(missing)} classes without any object in train: "
-            f"{shortened(missing)}; remove them, or add images"
-        )
+    if task == "classify":
+        check_filled(where, train.labels, classes, "object")
+        if small := lacking(largest(train), classes):
+            notes.append(f"no image of train has {shortened(small)} as its largest object")
     note_unused(train.labels, classes, notes)
-    if not missing and task == "classify" and (small := _lacking(largest(train), classes)):
-        notes.append(f"no image of train has {shortened(small)} as its largest object")
 
 
 def note_unused(labels: NDArray[np.int64], classes: Sequence[str], notes: list[str]) -> None:
     """Note the classes that train has no object of."""
-    if missing := _lacking(labels, classes):
+    if missing := lacking(labels, classes):
         notes.append(f"train has no object of {shortened(missing)}")
-
-
-def _lacking(labels: NDArray[np.int64], classes: Sequence[str]) -> list[str]:
-    counts = np.bincount(labels[labels >= 0], minlength=len(classes))
-    return [name for name, count in zip(classes, counts, strict=True) if not count]

@@ -7,7 +7,7 @@ followed, but a link to a folder that we are already in is not entered again.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,8 @@ import numpy as np
 
 from meshuffle.data.image import EXTENSIONS
 from meshuffle.errors import DataError, did_you_mean
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")  # that `image_files` looks for
 
 
 @dataclass
@@ -32,11 +34,6 @@ class ClassFolders:
     def classes(self) -> list[str]:
         """All class names, sorted, including those of empty folders."""
         return sorted(self.files, key=os.fsencode)
-
-    @property
-    def empty(self) -> list[str]:
-        """Names of class folders without any image file."""
-        return [name for name in self.classes if not self.files[name]]
 
 
 class PathTable:
@@ -92,6 +89,25 @@ def scan_classes(root: Path, relative: str = "") -> ClassFolders:
 def holds_images(folder: Path) -> int:
     """Return how many image files lie directly in `folder`."""
     return sum(_is_image(os.fsencode(entry.name)) for entry in _entries(folder))
+
+
+def image_files(paths: Sequence[Path]) -> list[Path]:
+    """Return the files of `paths`, with those that end like an image below each folder.
+
+    Raises `DataError` where a path does not exist, or a folder holds no image.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
+            if not inside:
+                raise DataError(f"{path}: no image in this folder ({', '.join(_SUFFIXES)})")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise DataError(f"{path}: no such file or folder")
+    return found
 
 
 def _walk(root: Path, relative: bytes, above: frozenset[tuple[int, int]]) -> Iterator[bytes]:

@@ -86,8 +86,19 @@ def open_data(
         raise DataError(f"{spec!r} lacks its path: {prefix}:PATH")
     form = FORMATS[prefix]
     _check_task(spec, form, task)
-    chosen = {"task": task} if len(form.tasks) > 1 or "classify" not in form.tasks else {}
+    chosen = {"task": task} if len(form.tasks) > 1 else {}
     return _finished(form.load()(path, seed=seed, need=need, **chosen), spec, task)
+
+
+def absolute_data(spec: str) -> str:
+    """Return DATA, or weights, with the path made absolute: a run goes on from anywhere."""
+    prefix, colon, path = spec.partition(":")
+    path, mark, options = (path, "", "") if Path(path).exists() else path.partition("?")
+    if Path(spec).expanduser().exists():
+        return str(Path(spec).expanduser().resolve())
+    if colon and Path(path).expanduser().exists():
+        return f"{prefix}:{Path(path).expanduser().resolve()}{mark}{options}"
+    return spec
 
 
 def _check_task(spec: str, form: Format, task: str) -> None:

@@ -8,7 +8,6 @@ and after, decides whether the file is kept.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from meshuffle.data import ImageSource, auto_workers, eval_loader
 from meshuffle.deploy.formats.base import Run
+from meshuffle.deploy.parity import Change
 from meshuffle.deploy.subject import Subject
 from meshuffle.errors import ConfigError, DataError, ImageError, ParityError
 from meshuffle.infer.evaluate import joined
@@ -30,24 +30,6 @@ NUM_IMAGES = 300
 """Training images to calibrate on."""
 
 _BATCH = 32
-
-
-@dataclass(frozen=True)
-class Change:
-    """The task's first metric on the validation split: of the model, and of the file.
-
-    `points`: how much the file is worse; see `points_lost`.
-    """
-
-    metric: str
-    before: float
-    after: float
-    points: float
-    num_images: int
-    text: str
-
-    def __str__(self) -> str:
-        return self.text
 
 
 class Int8:

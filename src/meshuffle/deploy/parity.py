@@ -5,25 +5,16 @@ Shape suffixes: N batch, C channels (in an image) or classes (in logits), H heig
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from meshuffle.data import Preprocess
 from meshuffle.deploy.formats.base import Run
-from meshuffle.errors import DataError, ParityError
-
-if TYPE_CHECKING:
-    from meshuffle.deploy.int8 import Change
-
-BATCH_SIZES = (1, 2, 5)
-"""A batch size that was baked into the graph shows in at least one of these."""
+from meshuffle.errors import ParityError
 
 TOLERANCE = 1e-4
 """Largest error as a share of the largest |logit|.
@@ -38,6 +29,24 @@ IMAGE_TOLERANCE = 0.3
 Measured 2e-5 at most on 40 photos, whose levels are Pillow's; and 0.13 where Pillow 13 resamples
 the heights first, so that a fifth of all levels are off by one, and the weights are random.
 """
+
+
+@dataclass(frozen=True)
+class Change:
+    """The task's first metric on the validation split: of the model, and of the file.
+
+    `points`: how much worse the file is; see `int8.points_lost`.
+    """
+
+    metric: str
+    before: float
+    after: float
+    points: float
+    num_images: int
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
 
 
 @dataclass(frozen=True)
@@ -83,30 +92,6 @@ class Parity:
             f"max error {self.max_abs_error:.1e} (relative {self.max_relative_error:.1e})"
             f"{agreement} on batches of {batches} ({self.runtime}){more}"
         )
-
-
-def on_cpu(model: nn.Module) -> nn.Module:
-    """Return a copy on the CPU, in float32, eval mode and without gradients."""
-    return copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
-
-
-def parity_batches(images_NCHW: Tensor, preprocess: Preprocess) -> list[Tensor]:
-    """Return normalised float32 batches of 1, 2 and 5 images, each with images of its own.
-
-    Args:
-        images_NCHW: uint8 RGB [N, 3, H, W] of real images; used again in turn where N < 8.
-
-    Raises:
-        DataError: no image, or not uint8 [N, 3, H, W].
-    """
-    shape = tuple(images_NCHW.shape)
-    if images_NCHW.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3 or not shape[0]:
-        raise DataError(
-            f"export checks its file on real images: at least one, as uint8 [N, 3, H, W]; "
-            f"got {images_NCHW.dtype} {list(shape)}"
-        )
-    picks = (torch.arange(sum(BATCH_SIZES)) % shape[0]).split(BATCH_SIZES)
-    return [preprocess.normalise(images_NCHW[pick].cpu()).contiguous() for pick in picks]
 
 
 @torch.inference_mode()

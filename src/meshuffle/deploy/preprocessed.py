@@ -20,8 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from meshuffle.data.preprocess import MAX_ASPECT, Preprocess, to_tensor
-from meshuffle.deploy.parity import BATCH_SIZES
-from meshuffle.deploy.subject import Subject
+from meshuffle.deploy.subject import BATCH_SIZES, Subject
 from meshuffle.errors import ConfigError
 
 

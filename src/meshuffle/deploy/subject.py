@@ -10,13 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from meshuffle.deploy.parity import BATCH_SIZES, on_cpu, parity_batches
-from meshuffle.errors import ModelError
+from meshuffle.data import Preprocess
+from meshuffle.errors import DataError, ModelError
 from meshuffle.tasks import make_task
 from meshuffle.tasks.card import Card
 
 INPUT = "input"
 """Name of the input in every file."""
+
+BATCH_SIZES = (1, 2, 5)
+"""A batch size that was baked into the graph shows in at least one of these."""
 
 
 class Subject:
@@ -144,3 +147,27 @@ class Subject:
         """Return the error that says why the module cannot be exported, in a line."""
         reason = " ".join(str(error).split()) or type(error).__name__
         return ModelError(f"{type(self.module).__name__} cannot be exported{where}: {reason[:400]}")
+
+
+def on_cpu(model: nn.Module) -> nn.Module:
+    """Return a copy on the CPU, in float32, eval mode and without gradients."""
+    return copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
+
+
+def parity_batches(images_NCHW: Tensor, preprocess: Preprocess) -> list[Tensor]:
+    """Return normalised float32 batches of 1, 2 and 5 images, each with images of its own.
+
+    Args:
+        images_NCHW: uint8 RGB [N, 3, H, W] of real images; used again in turn where N < 8.
+
+    Raises:
+        DataError: no image, or not uint8 [N, 3, H, W].
+    """
+    shape = tuple(images_NCHW.shape)
+    if images_NCHW.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3 or not shape[0]:
+        raise DataError(
+            f"export checks its file on real images: at least one, as uint8 [N, 3, H, W]; "
+            f"got {images_NCHW.dtype} {list(shape)}"
+        )
+    picks = (torch.arange(sum(BATCH_SIZES)) % shape[0]).split(BATCH_SIZES)
+    return [preprocess.normalise(images_NCHW[pick].cpu()).contiguous() for pick in picks]

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from meshuffle.data.scan import image_files
 from meshuffle.errors import DataError
-from meshuffle.infer.predict import Question, answer, expanded
+from meshuffle.infer.predict import Question, answer
 
 _NEAREST = 5
 
@@ -27,7 +28,7 @@ def features(
     Raises:
         DataError: a path does not exist, a folder holds no image, or none can be read.
     """
-    paths = [str(path) for path in expanded(images)]
+    paths = [str(path) for path in image_files(images)]
     question = Question(str(target), model, batch, files=paths, features=True)
     found, _ = answer(question)
     if not found.num_samples:

@@ -6,9 +6,9 @@ import dataclasses
 
 from meshuffle.data import ImageSource, open_data, relabel
 from meshuffle.data.base import Data
+from meshuffle.data.source import absolute_data
 from meshuffle.errors import DataError
 from meshuffle.tasks.card import Card
-from meshuffle.train.run import absolute_data
 
 _UNNAMED = ", which name no classes: output i is taken for the data's i-th"
 

@@ -19,8 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
 from meshuffle.comm.device import check_device, give_back_freed_pages, pick_device
@@ -34,7 +32,9 @@ from meshuffle.data import (
     decode_image,
     eval_loader,
 )
-from meshuffle.errors import ConfigError, DataError, PlanError
+from meshuffle.data.annotated import unlabelled
+from meshuffle.data.scan import image_files
+from meshuffle.errors import ConfigError, PlanError
 from meshuffle.files import write_json
 from meshuffle.infer import evaluate as evaluation
 from meshuffle.infer.evaluate import Evaluation
@@ -52,8 +52,6 @@ from meshuffle.tasks.features import FeatureRows
 from meshuffle.train.place import join_ranks, place_of
 from meshuffle.train.run import threads_per_rank
 from meshuffle.weights import find_weights, load_model, open_weights
-
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
 
 def evaluate(
@@ -105,7 +103,7 @@ def predict(
         DataError: a path does not exist, or a folder holds no image.
     """
     find_weights(target)  # the run first, if both are wrong
-    paths = [str(path) for path in expanded(images)]
+    paths = [str(path) for path in image_files(images)]
     question = Question(str(target), model, batch, files=paths)
     found, _ = answer(question, parse_plan(plan))
     task = make_task(open_weights(target, model)[1])
@@ -314,56 +312,8 @@ def _input_size(card: Card) -> tuple[int, int, int]:
 def _source(question: Question, card: Card) -> tuple[ImageSource, str, Card]:
     """Return the images to judge, what they are called, and the card with the classes' names."""
     if question.files:
-        return _Files(tuple(question.files), card.classes), "files", card
+        return unlabelled(question.files, card.classes), "files", card
     return open_split(question.data, question.split, card)
-
-
-@dataclass(frozen=True)
-class _Files:
-    """Images without labels."""
-
-    paths: tuple[str, ...]
-    classes: tuple[str, ...]
-    in_memory: bool = False
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        return np.zeros(len(self.paths), np.int64)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def image(self, index: int) -> Image.Image:
-        return decode_image(self.paths[index])
-
-    def target(self, index: int) -> NDArray[Any]:
-        return np.zeros((), np.int64)
-
-    def name(self, index: int) -> str:
-        return self.paths[index]
-
-    def content(self, index: int) -> bytes:
-        return Path(self.paths[index]).read_bytes()
-
-
-def expanded(paths: Sequence[Path]) -> list[Path]:
-    """Return the image files that `paths` mean, folders searched through.
-
-    Raises:
-        DataError: a path does not exist, or a folder holds no image.
-    """
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in _IMAGE_SUFFIXES)
-            if not inside:
-                raise DataError(f"{path}: no image in this folder ({', '.join(_IMAGE_SUFFIXES)})")
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
-            raise DataError(f"{path}: no such file or folder")
-    return found
 
 
 def main() -> int:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from meshuffle.models.layers import evaluating
 
 FLOPS_PER_MAC = 2
 
@@ -35,7 +36,7 @@ def count_macs(model: nn.Module, input_shape: Sequence[int]) -> int:
     floats = (tensor.dtype for tensor in on_meta.values() if tensor.is_floating_point())
     sample = torch.empty(1, *input_shape, device="meta", dtype=next(floats, torch.float32))
     counter = FlopCounterMode(display=False)
-    with _eval_mode(model), torch.no_grad(), _WithoutBatchNorm(), counter:
+    with evaluating(model), _WithoutBatchNorm(), counter:
         torch.func.functional_call(model, on_meta, (sample,))
     return counter.get_total_flops() // FLOPS_PER_MAC
 
@@ -53,15 +54,3 @@ class _WithoutBatchNorm(TorchFunctionMode):
         if func is nn.functional.batch_norm:
             return args[0]
         return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module in eval mode, and each back into its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

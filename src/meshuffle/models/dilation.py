@@ -9,8 +9,7 @@ Sources: arXiv 1412.7062 (DeepLab), 1706.05587 section 3 (DeepLabv3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from meshuffle.errors import ModelError
+from meshuffle.models.layers import evaluating
 
 _PROBE = 128  # pixels
 _KEPT, _LOST = 16, 32  # strides
@@ -182,7 +182,7 @@ def _calls(model: nn.Module, fault: str) -> list[_Call]:
     ]
     some = next(iter(model.parameters()), torch.empty(0))
     try:
-        with _evaluating(model):
+        with evaluating(model):
             model(some.new_zeros(1, 3, _PROBE, _PROBE))
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -199,19 +199,6 @@ def _stride(value: Any) -> int:
         return 0
     size = value.shape[2]
     return _PROBE // size if size > 1 and _PROBE % size == 0 else 0
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put `model` in eval mode inside, and each module back in its own afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _pair(value: Any) -> Pair:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from meshuffle.errors import ConfigError, ModelError, did_you_mean
-from meshuffle.models.registry import create_model
+from meshuffle.models.registry import create_model, seeded
 
 T = TypeVar("T", bound=nn.Module)
 H = TypeVar("H")
@@ -102,8 +102,7 @@ def build_on(
         model, knobs: see `create_model`; the classifier is thrown away.
         seed: the same one gives the same weights; the global random state stays as it was.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         return build(create_model(model, num_classes=1000, **(knobs or {})))
 
 

@@ -1,10 +1,14 @@
-"""Small blocks that the ShuffleNet families share.
+"""What the models share: small blocks, and the mode in which they are looked at.
 
 Shape suffixes: N batch, C channels, H height, W width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import Tensor, nn
 
 from meshuffle.models.knobs import require_at_least, require_fraction
@@ -76,3 +80,16 @@ class SqueezeExcite(nn.Module):
         """Return x (N, C, H, W), scaled per image and channel."""
         mean_NC11 = x_NCHW.mean((2, 3), keepdim=True)
         return x_NCHW * self.gate(self.expand(self.act(self.reduce(mean_NC11))))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Compute without gradients and in eval mode; each module has its own mode again afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

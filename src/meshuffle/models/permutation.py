@@ -71,14 +71,6 @@ def channel_permutation(
     return tuple((j % rows) * columns + j // rows for j in range(num_channels))
 
 
-def inverse_of(perm: Sequence[int]) -> tuple[int, ...]:
-    """Return the permutation that undoes `perm`: `perm[inverse[j]] == j` for every j."""
-    inverse = [0] * len(perm)
-    for position, channel in enumerate(perm):
-        inverse[channel] = position
-    return tuple(inverse)
-
-
 def _checked_bijection(perm: Sequence[int], num_channels: int) -> tuple[int, ...]:
     """Return `perm` as a tuple, or say which index is out of range, repeated or missing."""
     try:

@@ -139,7 +139,7 @@ def create_model(
         ModelError: an unknown name, unknown knobs, or knobs that do not fit together.
     """
     build = _builder(name)
-    with _seeded(seed):
+    with seeded(seed):
         return build(num_classes, knobs)
 
 
@@ -194,8 +194,8 @@ def _create_own(info: ModelInfo, num_classes: int | None, knobs: Mapping[str, An
 
 
 @contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Seed the CPU's global generator inside, and put it back afterwards."""
+def seeded(seed: int | None) -> Iterator[None]:
+    """Seed the CPU's global generator inside, and put it back afterwards; None: leave it alone."""
     if seed is None:
         yield
         return

@@ -20,6 +20,7 @@ from meshuffle.data import (
     EpochSampler,
     build_train_transform,
 )
+from meshuffle.data.source import absolute_data
 from meshuffle.errors import PlanError, RunError
 from meshuffle.files import write_json, write_text
 from meshuffle.planner.plan import Plan, parse_plan, read_plan
@@ -89,17 +90,6 @@ def _try_settings(config: TrainConfig, card: Card, num_train: int) -> None:
     augment = augment_config(config)
     EpochSampler(num_train, config.batch or 1, repeats=augment.repeats)
     build_train_transform(augment, card.preprocess, dense=find_task(config.task).dense)
-
-
-def absolute_data(spec: str) -> str:
-    """Return DATA, or weights, with the path made absolute: a run goes on from anywhere."""
-    prefix, colon, path = spec.partition(":")
-    path, mark, options = (path, "", "") if Path(path).exists() else path.partition("?")
-    if Path(spec).expanduser().exists():
-        return str(Path(spec).expanduser().resolve())
-    if colon and Path(path).expanduser().exists():
-        return f"{prefix}:{Path(path).expanduser().resolve()}{mark}{options}"
-    return spec
 
 
 def reopen(run: Path, env: RankEnv | None = None, model: str | None = None) -> Prepared:

@@ -11,7 +11,7 @@ import numpy as np
 
 from meshuffle.data.annotated import AnnotatedSource
 from meshuffle.data.base import Data, shortened
-from meshuffle.data.entries import assemble, check_names, check_task, only_split, split_of
+from meshuffle.data.entries import assemble, check_names, only_split, split_of
 from meshuffle.data.formats.coco_json import WANTED, Instances, is_number, read_instances
 from meshuffle.data.objects import (
     BoxList,
@@ -27,7 +27,6 @@ from meshuffle.data.shapes import Part, ShapeList, area_of, check_runs, decode_r
 from meshuffle.data.target import VOID
 from meshuffle.errors import DataError
 
-TASKS = ("detect", "segment", "classify", "multilabel")
 BACKGROUND = "background"
 
 
@@ -46,7 +45,6 @@ def open_coco(
     background and 255 a crowd. Boxes that reach out of their image are cut, and noted in
     `Data.ignored`. Raises `DataError`.
     """
-    check_task("coco", task, TASKS)
     files = _files(Path(path).expanduser(), need)
     segment = task == "segment"
     read = {split: read_instances(file, split, outlines=segment) for split, file in files.items()}

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
-from meshuffle.data.base import Data, ImageSource, shortened, split_off_val
-from meshuffle.data.image import decode_image
+from meshuffle.data.annotated import AnnotatedSource, LabelTargets
+from meshuffle.data.base import Data, shortened
+from meshuffle.data.entries import assemble, check_train, only_split
 from meshuffle.data.scan import (
     ClassFolders,
     PathTable,
@@ -21,44 +20,10 @@ from meshuffle.data.scan import (
     scan_classes,
     subfolders,
 )
-from meshuffle.errors import DataError, ImageError
+from meshuffle.errors import DataError
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
-VAL_FRACTION = 0.2
 _WANTED = "wanted: one folder per class, or train/ and val/ with one folder per class in each"
-
-
-@dataclass(frozen=True, eq=False)
-class FolderSource:
-    """Image files below `root`, decoded when they are asked for."""
-
-    root: Path
-    paths: PathTable
-    labels: NDArray[np.int64]
-    classes: tuple[str, ...]
-    in_memory: bool = False
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def image(self, index: int) -> Image.Image:
-        """Decode file `index` to RGB; raises `ImageError`."""
-        return decode_image(self.name(index))
-
-    def target(self, index: int) -> int:
-        """Return the label."""
-        return int(self.labels[index])
-
-    def name(self, index: int) -> str:
-        """Return the path of file `index`."""
-        return os.path.join(self.root, self.paths[index])  # noqa: PTH118
-
-    def content(self, index: int) -> bytes:
-        """Return the bytes of file `index`; raises `ImageError`."""
-        try:
-            return Path(self.name(index)).read_bytes()
-        except OSError as error:
-            raise ImageError(f"{self.name(index)}: cannot be read: {error.strerror}") from error
 
 
 def open_folder(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "val")) -> Data:
@@ -73,17 +38,14 @@ def open_folder(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "va
     folders = _split_folders(root)
     scans = {split: scan_classes(root, name) for split, name in folders.items()}
     if not folders:
-        scans = {"test" if tuple(need) == ("test",) else "train": scan_classes(root)}
-    _check_content(root, scans, need)
+        scans = {only_split(need): scan_classes(root)}
+    _check_content(root, scans)
     classes = _classes(root, scans, need)
-    splits = {
-        key: _source(root, scan, classes) for key, scan in scans.items() if any(scan.files.values())
-    }
-    if need and "val" not in splits and "train" in splits:
-        splits |= split_off_val(splits["train"], VAL_FRACTION, seed)
-    _check_needed(root, splits, need)
-    ignored = tuple(name for scan in scans.values() for name in scan.ignored)
-    return Data(spec=path, classes=classes, splits=splits, ignored=ignored)
+    splits = {split: _source(root, scan, classes) for split, scan in scans.items()}
+    if "train" in need and "train" in splits:
+        check_train(str(root), splits["train"].labels, classes, "image")
+    ignored = [name for scan in scans.values() for name in scan.ignored]
+    return assemble(str(root), "classify", classes, splits, seed=seed, need=need, ignored=ignored)
 
 
 def open_imagenet(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "val")) -> Data:
@@ -122,30 +84,14 @@ def _split_folders(root: Path) -> dict[str, str]:
     return found
 
 
-def _check_content(root: Path, scans: Mapping[str, ClassFolders], need: Sequence[str]) -> None:
+def _check_content(root: Path, scans: Mapping[str, ClassFolders]) -> None:
     if not any(scan.files for scan in scans.values()):
         loose = holds_images(root)
         what = f"{loose} images but no class folders" if loose else "no class folders"
         raise DataError(f"{root} holds {what}; {_WANTED}")
     if not any(any(scan.files.values()) for scan in scans.values()):
-        raise DataError(f"{root}: no image file in {_count(scans)} class folders; {_WANTED}")
-    if "train" not in need or "train" not in scans:
-        return
-    train = scans["train"]
-    if empty := train.empty:
-        raise DataError(
-            f"{root}: {len(empty)} class folders hold no image: {shortened(empty)}; "
-            "fill or remove them"
-        )
-    if len(train.files) == 1:
-        raise DataError(
-            f"{root}: only one class, {train.classes[0]!r}; a classifier needs two or more: "
-            "add a folder with images of something else"
-        )
-
-
-def _count(scans: Mapping[str, ClassFolders]) -> int:
-    return sum(len(scan.files) for scan in scans.values())
+        count = sum(len(scan.files) for scan in scans.values())
+        raise DataError(f"{root}: no image file in {count} class folders; {_WANTED}")
 
 
 def _classes(root: Path, scans: Mapping[str, ClassFolders], need: Sequence[str]) -> tuple[str, ...]:
@@ -164,14 +110,8 @@ def _classes(root: Path, scans: Mapping[str, ClassFolders], need: Sequence[str])
     return tuple(train)
 
 
-def _source(root: Path, scan: ClassFolders, classes: tuple[str, ...]) -> ImageSource:
+def _source(root: Path, scan: ClassFolders, classes: tuple[str, ...]) -> AnnotatedSource:
     pairs = [(i, path) for i, name in enumerate(classes) for path in scan.files.get(name, ())]
     labels = np.array([label for label, _ in pairs], dtype=np.int64)
-    return FolderSource(root, PathTable([path for _, path in pairs]), labels, classes)
-
-
-def _check_needed(root: Path, splits: Mapping[str, ImageSource], need: Sequence[str]) -> None:
-    for split in need:
-        if split not in splits or not len(splits[split]):
-            has = ", ".join(f"{key} ({len(source)})" for key, source in splits.items())
-            raise DataError(f"{root} has no {split} images; it has {has}")
+    paths = PathTable([path for _, path in pairs])
+    return AnnotatedSource(root, paths, labels, classes, LabelTargets(labels))

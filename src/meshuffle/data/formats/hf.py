@@ -13,11 +13,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from meshuffle.data.base import Data, ImageSource, shortened
-from meshuffle.data.entries import SPLITS, assemble, check_task, only_split, split_options
+from meshuffle.data.entries import (
+    SPLITS,
+    assemble,
+    check_train,
+    only_split,
+    split_options,
+)
 from meshuffle.data.image import decode_image
 from meshuffle.errors import DataError, ImageError, did_you_mean
 
-TASKS = ("classify",)
 _OLDEST = 4  # the major version from which on data sets bring no code
 _UNLABELLED = -1
 
@@ -61,9 +66,7 @@ class HubSource:
             raise ImageError(f"{self.name(index)}: {cell['path']}: {error.strerror}") from error
 
 
-def open_hf(
-    path: str, *, task: str = "classify", seed: int = 0, need: Sequence[str] = ("train", "val")
-) -> Data:
+def open_hf(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "val")) -> Data:
     """Open a data set by its name on the hub, or a folder that `save_to_disk` wrote.
 
     It needs a column of images and one of class labels; `NAME?label=fine_label` chooses among
@@ -73,7 +76,6 @@ def open_hf(
     Raises `DataError`, one line, also where `datasets` is not installed, or the hub cannot
     be reached.
     """
-    check_task("hf", task, TASKS)
     name, options = split_options(path, ["label", "image", "config"])
     library = _library(name)
     notes: list[str] = []
@@ -92,8 +94,9 @@ def open_hf(
             raise DataError(f"{name}: {unlabelled} rows of {split} have no label in {label!r}")
         encoded = table.select_columns([image]).cast_column(image, library.Image(decode=False))
         splits[split] = HubSource(f"{name}/{split}", encoded, image, labels, classes)
-    _check_classes(name, splits, need)
-    return assemble(path, task, classes, splits, seed=seed, need=need, ignored=notes)
+    if "train" in need and "train" in splits:
+        check_train(f"hf:{name}", splits["train"].labels, classes, "image")
+    return assemble(path, "classify", classes, splits, seed=seed, need=need, ignored=notes)
 
 
 def _library(name: str) -> Any:
@@ -166,16 +169,3 @@ def _column(
 def _labels(table: Any, column: str) -> NDArray[np.int64]:
     cells = table.select_columns([column])[:][column]
     return np.array([_UNLABELLED if cell is None else cell for cell in cells], dtype=np.int64)
-
-
-def _check_classes(name: str, splits: Mapping[str, ImageSource], need: Sequence[str]) -> None:
-    if "train" not in need or "train" not in splits:
-        return
-    train = splits["train"]
-    counts = np.bincount(train.labels, minlength=len(train.classes))
-    if len(train.classes) < 2:
-        raise DataError(f"hf:{name}: only one class; a classifier needs two or more")
-    if empty := [key for key, count in zip(train.classes, counts, strict=True) if not count]:
-        raise DataError(
-            f"hf:{name}: {len(empty)} classes without any image in train: {shortened(empty)}"
-        )

@@ -18,7 +18,6 @@ from meshuffle.data.entries import (
     Problems,
     assemble,
     check_names,
-    check_task,
     image_names,
     only_split,
     read_text,
@@ -32,7 +31,6 @@ from meshuffle.data.scan import existing_folder, subfolders
 from meshuffle.data.target import VOID
 from meshuffle.errors import DataError, ImageError
 
-TASKS = ("segment",)
 _NUM_IDS = 256
 _NOT_A_CLASS = -1
 
@@ -45,9 +43,7 @@ class _Pairs:
     masks: Sequence[str]
 
 
-def open_masks(
-    path: str, *, task: str = "segment", seed: int = 0, need: Sequence[str] = ("train", "val")
-) -> Data:
+def open_masks(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "val")) -> Data:
     """Open images/{train,val,test} and masks/{train,val,test}, or both flat.
 
     The mask of images/train/a.jpg is masks/train/a.png: grey, or with a palette, whose index
@@ -60,7 +56,6 @@ def open_masks(
     Raises `DataError`. A mask of another size than its image, or with an id that has no
     name, is an `ImageError` when it is read.
     """
-    check_task("masks", task, TASKS)
     path, options = split_options(path, ["void"])
     root = existing_folder(path)
     void = None if "void" not in options else _id(options["void"], f"{path}?void=")
@@ -83,7 +78,7 @@ def open_masks(
         images = path_table(pair.images)
         targets = MaskTargets(root, images, path_table(pair.masks), table)
         splits[split] = AnnotatedSource(root, images, labels, classes, targets)
-    return assemble(path, task, classes, splits, seed=seed, need=need, ignored=problems.notes)
+    return assemble(path, "segment", classes, splits, seed=seed, need=need, ignored=problems.notes)
 
 
 def _pairs(root: Path, need: Sequence[str], problems: Problems) -> dict[str, _Pairs]:

@@ -19,7 +19,7 @@ from meshuffle.data.entries import (
     Problems,
     absent,
     assemble,
-    check_task,
+    check_train,
     existing_file,
     only_split,
     split_options,
@@ -28,7 +28,6 @@ from meshuffle.data.formats.table_rows import TARGETS, Table, read_csv, read_jso
 from meshuffle.data.objects import note_unused, path_table
 from meshuffle.errors import DataError, did_you_mean
 
-TASKS = ("classify", "multilabel", "regress")
 _IMAGE = ("image", "file", "path", "filename")
 _SPLIT = "split"
 _LABEL = ("label", "class")
@@ -58,7 +57,7 @@ def open_csv(
 
     Raises `DataError`: the file, and the first bad lines.
     """
-    return _open("csv", read_csv, path, task=task, seed=seed, need=need)
+    return _open(read_csv, path, task=task, seed=seed, need=need)
 
 
 def open_json(
@@ -69,11 +68,10 @@ def open_json(
     `labels` may be a list; numbers of regress may stand in an object `targets`. Raises
     `DataError`.
     """
-    return _open("json", read_json, path, task=task, seed=seed, need=need)
+    return _open(read_json, path, task=task, seed=seed, need=need)
 
 
 def _open(
-    data_format: str,
     read: Callable[[Path, Sequence[str], Problems], Table],
     path: str,
     *,
@@ -81,7 +79,6 @@ def _open(
     seed: int,
     need: Sequence[str],
 ) -> Data:
-    check_task(data_format, task, TASKS)
     head, options = split_options(path, [TARGETS])
     file = existing_file(head)
     chosen = [name.strip() for name in options.get(TARGETS, "").split(",") if name.strip()]
@@ -98,8 +95,8 @@ def _open(
         split: _source(table, np.flatnonzero(split_of_row == split), paths, known)
         for split in ("train", "val", "test")
     }
-    if task == "classify" and need:
-        _check_classes(file, splits, known.classes)
+    if task == "classify" and need and len(splits["train"]):
+        check_train(str(file), splits["train"].labels, known.classes, "row")
     if task == "multilabel":
         shown = np.nonzero(known.targets[split_of_row == "train"])[1]
         note_unused(shown, known.classes, problems.notes if len(splits["train"]) else [])
@@ -113,23 +110,6 @@ def _source(
     targets: Targets = LabelTargets(values) if values.ndim == 1 else RowTargets(values)
     of_rows = path_table([paths[row] for row in rows.tolist()])
     return AnnotatedSource(table.file.parent, of_rows, labels, known.classes, targets)
-
-
-def _check_classes(
-    file: Path, splits: Mapping[str, AnnotatedSource], classes: Sequence[str]
-) -> None:
-    in_train = set(splits["train"].labels.tolist())
-    if not in_train:
-        return
-    if len(in_train) == 1:
-        raise DataError(
-            f"{file}: train has only one class, {classes[in_train.pop()]!r}; a classifier needs "
-            "two or more: add rows of something else"
-        )
-    if lacking := [name for label, name in enumerate(classes) if label not in in_train]:
-        raise DataError(
-            f"{file}: {len(lacking)} classes without any row in train: {shortened(lacking)}"
-        )
 
 
 def _image_column(table: Table) -> str:

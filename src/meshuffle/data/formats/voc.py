@@ -21,7 +21,6 @@ from meshuffle.data.entries import (
     absent,
     assemble,
     check_names,
-    check_task,
     image_names,
     only_split,
     read_text,
@@ -40,7 +39,6 @@ from meshuffle.data.scan import existing_folder, subfolders
 from meshuffle.data.target import VOID
 from meshuffle.errors import DataError, ImageError
 
-TASKS = ("detect", "segment", "classify", "multilabel")
 BACKGROUND = "background"
 OFFICIAL = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -85,7 +83,6 @@ def open_voc(
     else VOC's own 20, else the sorted names), 0 the background, 255 counts nothing. Boxes
     are VOC's: pixels count from 1, and the last one belongs to the box. Raises `DataError`.
     """
-    check_task("voc", task, TASKS)
     root = existing_folder(path)
     _check_layout(root, task)
     problems = Problems(str(root))

@@ -16,7 +16,6 @@ from meshuffle.data.entries import (
     Problems,
     assemble,
     check_names,
-    check_task,
     existing_file,
     read_text,
     repeated,
@@ -26,7 +25,6 @@ from meshuffle.data.image import EXTENSIONS
 from meshuffle.data.objects import BoxList, Objects, check_classes, object_source
 from meshuffle.errors import DataError, did_you_mean
 
-TASKS = ("detect", "classify", "multilabel")
 _SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 
 
@@ -45,7 +43,6 @@ def open_yolo(
     classify takes the class of the largest object, multilabel all of them. Boxes that reach
     out of the image are cut, and noted in `Data.ignored`. Raises `DataError`.
     """
-    check_task("yolo", task, TASKS)
     file = _yaml_file(Path(path).expanduser())
     tree = _parse(file)
     classes = _classes(file, tree)
