@@ -23,7 +23,7 @@ from meshuffle.config import TrainConfig
 from meshuffle.data import Data, ImageSource, open_data
 from meshuffle.data.dense import target_in
 from meshuffle.data.preprocess import Preprocess, to_tensor
-from meshuffle.infer.evaluate import joined
+from meshuffle.infer.evaluation import joined
 from meshuffle.tasks import make_task
 from meshuffle.tasks.base import Task
 from meshuffle.train.initial_weights import open_initial_weights

@@ -14,16 +14,11 @@ from PIL import Image
 from meshuffle.comm.group import RankEnv
 from meshuffle.data import Batch, Preprocess, decode_image
 from meshuffle.errors import PlanError
-from meshuffle.infer.evaluate import Evaluation
-from meshuffle.infer.predict import (
-    Normalised,
-    Question,
-    evaluate,
-    judge_rank,
-    own_part,
-    predict,
-)
+from meshuffle.infer.evaluation import Evaluation
+from meshuffle.infer.predict import evaluate, predict
+from meshuffle.infer.rank import Question, judge_rank
 from meshuffle.infer.replica_batches import replica_group, shared
+from meshuffle.infer.split import Normalised, own_part
 from meshuffle.models import create_model
 from meshuffle.planner.plan import parse_plan
 from meshuffle.tasks.card import Card

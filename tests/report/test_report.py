@@ -18,7 +18,7 @@ from PIL import Image
 
 from meshuffle.data import ArraySource, Preprocess
 from meshuffle.errors import ImageError
-from meshuffle.infer.evaluate import Evaluation
+from meshuffle.infer.evaluation import Evaluation
 from meshuffle.report import page, plots, record
 from meshuffle.report.report import write_report
 from meshuffle.tasks import make_task

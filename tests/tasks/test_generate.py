@@ -17,7 +17,7 @@ from meshuffle.config import TrainConfig, resolve
 from meshuffle.data import Batch, augmentation_for
 from meshuffle.data.base import Data
 from meshuffle.errors import ConfigError, ModelError
-from meshuffle.infer.evaluate import evaluate
+from meshuffle.infer.evaluation import evaluate_batches
 from meshuffle.parallel.random_masks import draw_key
 from meshuffle.tasks.gan import Gan
 from meshuffle.tasks.generate import Generate, sheet
@@ -42,7 +42,7 @@ def evaluated(model: Gan, sizes: list[int], **more: Any) -> Any:
     starts = np.cumsum([0, *sizes]).tolist()
     batches = [make_batch(a, a + n, num) for a, n in zip(starts, sizes, strict=False)]
     judge = task(**more)
-    return evaluate(model, batches, judge, PREPROCESS, torch.device("cpu"))
+    return evaluate_batches(model, batches, judge, PREPROCESS, torch.device("cpu"))
 
 
 def test_evaluation_does_not_depend_on_the_batches() -> None:
@@ -214,12 +214,12 @@ def test_it_learns_two_kinds_of_images(alone: None) -> None:
     step = make_step(dist.group.WORLD, optimizer="adam")
     step.model.float()
     every = Batch(images, torch.zeros_like(ids), ids, ids, ids, [])
-    before = evaluate(step.model, [every], task(), PREPROCESS, step.device)
+    before = evaluate_batches(step.model, [every], task(), PREPROCESS, step.device)
     for i in range(120):
         order = torch.from_numpy(rng.permutation(num)[:32])
         batch = Batch(images[order], torch.zeros(32), order, order, torch.arange(32), [])
         step.run([batch], [32], 0.002, [(draw_key(0, i), 0)])
-    after = evaluate(step.model, [every], task(), PREPROCESS, step.device)
+    after = evaluate_batches(step.model, [every], task(), PREPROCESS, step.device)
     assert after.metrics["fid"] < 0.5 * before.metrics["fid"]
     red, green, blue = after.rows["samples"].mean((2, 3)).T
     assert 0.2 < (red > blue).mean() < 0.8

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshuffle.files import write_bytes
-from meshuffle.infer.evaluate import Evaluation
+from meshuffle.infer.evaluation import Evaluation
 from meshuffle.report import page
 from meshuffle.report.plots import draw_confusion
 from meshuffle.tasks.base import Rows

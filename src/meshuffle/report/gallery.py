@@ -10,7 +10,7 @@ import numpy as np
 
 from meshuffle.data import ImageSource
 from meshuffle.errors import ImageError
-from meshuffle.infer.evaluate import Evaluation
+from meshuffle.infer.evaluation import Evaluation
 from meshuffle.report import page
 from meshuffle.tasks.base import Task
 

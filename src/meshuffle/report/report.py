@@ -15,7 +15,7 @@ from pathlib import Path
 
 from meshuffle.data import ImageSource
 from meshuffle.files import write_bytes
-from meshuffle.infer.evaluate import Evaluation
+from meshuffle.infer.evaluation import Evaluation
 from meshuffle.report import page
 from meshuffle.report.gallery import gallery_of
 from meshuffle.report.pipeline_diagram import timeline_of

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from meshuffle.infer.evaluate import Evaluation
+from meshuffle.infer.evaluation import Evaluation
 from meshuffle.report.confusion import confusion_of
 from meshuffle.report.page import thumbnail
 from meshuffle.tasks.base import Task

@@ -29,7 +29,7 @@ from meshuffle.data import (
     train_loader,
 )
 from meshuffle.errors import Interrupted
-from meshuffle.infer.evaluate import Evaluation, evaluate
+from meshuffle.infer.evaluation import Evaluation, evaluate_batches
 from meshuffle.infer.replica_batches import replica_group, shared
 from meshuffle.parallel.random_masks import draw_key
 from meshuffle.train.best_epoch import implausible_loss, is_better, is_out_of_patience
@@ -342,7 +342,7 @@ class Loop:
                     return
                 yield images
 
-        evaluation = evaluate(
+        evaluation = evaluate_batches(
             state.judged,
             until_lost(),
             state.step.task,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from meshuffle.data import ImageSource, Preprocess, eval_loader, open_data, subset
 from meshuffle.deploy.int8 import NUM_IMAGES
 from meshuffle.errors import ConfigError, DataError
-from meshuffle.infer.evaluate import joined
+from meshuffle.infer.evaluation import joined
 from meshuffle.infer.images import open_split
 from meshuffle.tasks import make_task
 from meshuffle.tasks.card import Card

@@ -52,7 +52,7 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(
+def evaluate_batches(
     model: nn.Module,
     batches: Iterable[Batch],
     task: Task,
