@@ -140,7 +140,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 def open_weights(target: Path, model: str | None = None) -> tuple[dict[str, Tensor], Card]:
     """Return the tensors under the keys of their model, and the card; see `load_model`.
 
-    Of plain weights the card is made from what `recognise` finds in their keys.
+    The card of plain weights is made from what `recognise` reads in their keys.
     """
     path = find_weights(target)
     tensors, card = read_weights(path)

@@ -82,12 +82,12 @@ def _prediction(
         error = next(text for text in found.skipped if text.startswith(f"{path}: "))
         return {"file": path, "error": error}
     image = decode_image(path)
-    told = {"file": path, **task.prediction(found.rows, row, image.size)}
+    prediction = {"file": path, **task.prediction(found.rows, row, image.size)}
     if pictures is not None:
         pictures.mkdir(parents=True, exist_ok=True)
-        told["picture"] = str(pictures / f"{row:05d}-{Path(path).stem}.png")
-        task.picture(image, found.rows, row).save(told["picture"])
+        prediction["picture"] = str(pictures / f"{row:05d}-{Path(path).stem}.png")
+        task.picture(image, found.rows, row).save(prediction["picture"])
         if (mask := task.mask(found.rows, row, image.size)) is not None:
-            told["mask"] = told["picture"].removesuffix(".png") + "-mask.png"
-            mask.save(told["mask"])
-    return {**told, "text": task.sentence(told)}
+            prediction["mask"] = prediction["picture"].removesuffix(".png") + "-mask.png"
+            mask.save(prediction["mask"])
+    return {**prediction, "text": task.sentence(prediction)}

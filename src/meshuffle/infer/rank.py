@@ -37,7 +37,7 @@ from meshuffle.errors import ConfigError, PlanError
 from meshuffle.files import write_json
 from meshuffle.infer.evaluation import Evaluation, evaluate_batches
 from meshuffle.infer.images import open_split
-from meshuffle.infer.replica_batches import replica_group, shared
+from meshuffle.infer.replica_batches import broadcast_batches, replica_group
 from meshuffle.infer.split import Normalised, own_part
 from meshuffle.models.heads import Pooled
 from meshuffle.planner.plan import Plan, read_plan
@@ -62,7 +62,7 @@ class Question:
     split: str | None = None
     files: list[str] = field(default_factory=list)
     features: bool = False
-    """Of files: what the head gets, instead of what it makes of it."""
+    """Compute the features in front of the head, instead of the answer."""
 
 
 def answer(question: Question, plan: Plan = Plan()) -> tuple[Evaluation, str]:  # noqa: B008
@@ -143,7 +143,7 @@ def judge_rank(question: Question, plan: Plan, env: RankEnv) -> tuple[Evaluation
             num_workers=auto_workers(source, env.local_world, threads),
             dense=task.dense and not question.files,
         )
-        batches = shared(read, replica_group(place))
+        batches = broadcast_batches(read, replica_group(place))
         num = max(2, -(-question.batch // plan.dp))  # a captured batch of 1 would stay 1
         example = torch.empty(num, *_input_size(card), device="meta")
         if is_split:

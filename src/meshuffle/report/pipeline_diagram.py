@@ -1,8 +1,8 @@
 """The report's picture of a traced step: who computed what when, beside what the schedule plans.
 
-Of a run with a pipeline: a row per rank, a box per forward or backward of a micro-batch, coloured
-by stage. Of another: what each rank did, and what it said to the others. Reading `trace.json` is
-lenient, as of all records.
+A run with a pipeline has a row per rank, and a box per forward or backward of a micro-batch,
+coloured by stage. Another run shows what each rank computed and communicated. Reading `trace.json`
+is lenient, as with all records.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _actions(trace: Trace, step: int) -> list[Mapping[str, Any]]:
 def measured_bubble(trace: Trace, step: int) -> float:
     """Return the share of the ranks' time between a replica's first and last action that is none.
 
-    Of several replicas, all their time together counts.
+    The time of several replicas is added up.
     """
     replicas: dict[int, list[Mapping[str, Any]]] = {}
     for span in _actions(trace, step):

@@ -68,7 +68,7 @@ class Task:
         mixes: mixup and cutmix make sense; `weighs_classes`: so do weights of classes;
             `smooths`: so does label smoothing.
         splits: the plans it knows besides dp.
-        suits: settings to begin from, where none are given and it is not what fits a classifier.
+        defaults: settings to begin from, where none are given and it is not what fits a classifier.
         built: what the network is, for people, where it is not the card's model alone.
         answers: what the card's `classes` are, for people.
         outputs: name of the outputs in an exported file; `argmax`: the largest along dim 1 is the
@@ -85,7 +85,7 @@ class Task:
     weighs_classes: ClassVar[bool] = False
     smooths: ClassVar[bool] = False
     splits: ClassVar[tuple[str, ...]] = ("tp", "pp")
-    suits: ClassVar[Mapping[str, Any]] = {}
+    defaults: ClassVar[Mapping[str, Any]] = {}
     built: ClassVar[str] = ""
     answers: ClassVar[str] = "classes"
     outputs: ClassVar[str] = "logits"

@@ -24,7 +24,7 @@ from meshuffle.tasks.box_map import mean_average_precision, require
 from meshuffle.tasks.box_picture import draw_boxes, enlarged
 
 SHOWN_SCORE = 0.3
-"""A box is told and drawn from this score on; the metrics look at all from 0.05 on."""
+"""Boxes are reported and drawn from this score on; the metrics look at all from 0.05 on."""
 
 
 class Detect(Task):
@@ -41,7 +41,7 @@ class Detect(Task):
         Metric("map75", "mAP at IoU 0.75"),
     )
     dense = True
-    suits: ClassVar[Mapping[str, Any]] = {
+    defaults: ClassVar[Mapping[str, Any]] = {
         "label_smoothing": 0.0,
         "body_lr": 1.0,
         "crop_scale": 1.0,  # smaller views cost 3 to 6 points of mAP where epochs are few

@@ -8,7 +8,7 @@ Both sums go over the samples of all ranks and are divided by their number. This
 (β₁ = 0, 1805.08318). Tried on scikit-learn's digits at 16 pixels, 2000 steps of batch 32 at rate
 0.001: the distance to the real ones, which is 0.12 in pixels between two halves of these, still
 fell, to 1.5; with batch norm in the discriminator it swung from 3 to 4, with group norm from 1.5
-to 2.0, and the discriminator told nearly all images apart; with the logistic loss it won at once.
+to 2.0, and the discriminator was right on nearly all images; with the logistic loss it won at once.
 
 z is a hash of seed, step, micro-batch and the sample's number in the whole batch, so that any
 number of ranks draws the same.

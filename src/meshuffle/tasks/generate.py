@@ -50,7 +50,7 @@ class Generate(Task):
     metrics = (Metric("fid", "FID", "", 2, lower=True), Metric("told_apart", "told apart"))
     running = Metric("told_apart", "told apart")
     splits = ()
-    suits: ClassVar[Mapping[str, Any]] = {
+    defaults: ClassVar[Mapping[str, Any]] = {
         "label_smoothing": 0.0,
         "optimizer": "adam",
         "lr": 0.0007,

@@ -28,7 +28,11 @@ class Regress(Task):
     metrics = (Metric("r2", "R²", "", 4), Metric("mae", "mean error", "", 4, lower=True))
     answers = "targets"
     outputs = "values"
-    suits: ClassVar[Mapping[str, Any]] = {"optimizer": "adamw", "lr": 0.001, "label_smoothing": 0.0}
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "optimizer": "adamw",
+        "lr": 0.001,
+        "label_smoothing": 0.0,
+    }
     """At a classifier's rate SGD diverges: a squared error has no bound on its gradient."""
 
     @classmethod
@@ -86,8 +90,8 @@ class Regress(Task):
 
         `r2` is the share of the variance that is explained (scikit-learn's `r2_score`).
         """
-        truth, said = rows["targets"].astype(np.float64), rows["values"].astype(np.float64)
-        errors = said - truth
+        truth, predicted = rows["targets"].astype(np.float64), rows["values"].astype(np.float64)
+        errors = predicted - truth
         spread = ((truth - truth.mean(0)) ** 2).sum(0)
         lost = (errors**2).sum(0)
         explained = np.where(spread > 0, 1 - lost / np.where(spread > 0, spread, 1), lost == 0)

@@ -39,7 +39,7 @@ class Segment(Task):
     running = Metric("pixel_accuracy", "pixel accuracy")
     dense = smooths = True
     argmax = True
-    suits: ClassVar[Mapping[str, Any]] = {"optimizer": "adamw", "lr": 0.002, "body_lr": 1.0}
+    defaults: ClassVar[Mapping[str, Any]] = {"optimizer": "adamw", "lr": 0.002, "body_lr": 1.0}
 
     @classmethod
     def settings(cls, config: TrainConfig, data: Data, load: LoadNetwork) -> dict[str, Any]:

@@ -16,8 +16,8 @@ def is_better(
 ) -> bool:
     """Whether an epoch beats the kept one on the validation split.
 
-    Of the epochs whose score is the best but for chance, the one with the lowest loss is the best:
-    the best of many such scores is chance too. The loss is the one that training minimises;
+    Among epochs whose scores differ from the best by chance alone, the lowest loss wins: the best
+    of many such scores is chance too. The loss is the one that training minimises;
     without its label smoothing it would be lowest in an epoch that is not yet trained to the end.
 
     Args:

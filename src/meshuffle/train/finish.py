@@ -21,7 +21,7 @@ from meshuffle.weights import load_model, read_weights
 def finish(run: Path, loop: Loop, env: RankEnv) -> dict[str, Any]:
     """Evaluate the best weights, write `result.json` and the report; every rank calls it.
 
-    Of a run that began from other weights, those are evaluated too, on the same images; and both
+    If the run began from other weights, those are evaluated too, on the same images; and both
     on what the other weights had learned from, where that is still there.
 
     Returns:

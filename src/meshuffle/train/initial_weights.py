@@ -120,21 +120,21 @@ def open_initial_weights(config: TrainConfig, asked: str | None) -> InitialWeigh
     return InitialWeights(config.from_, find_weights(target), tensors, card)
 
 
-def _classes_of(begun: Card, classes: tuple[str, ...], task: str) -> tuple[str, ...]:
+def _classes_of(known: Card, classes: tuple[str, ...], task: str) -> tuple[str, ...]:
     """Return the classes of a run that goes on from weights, on data with `classes`.
 
     Those that the weights know keep their index, and new ones come behind; where they know none of
     the data's, it is another question, and they have no place.
     """
-    new = [name for name in classes if name not in set(begun.classes)]
-    is_another = len(new) == len(classes) or not begun.named or begun.task != task
-    return classes if is_another else (*begun.classes, *new)
+    new = [name for name in classes if name not in set(known.classes)]
+    is_another = len(new) == len(classes) or not known.named or known.task != task
+    return classes if is_another else (*known.classes, *new)
 
 
-def _inherited(preprocess: Preprocess, begun: Card) -> Preprocess:
+def _inherited(preprocess: Preprocess, known: Card) -> Preprocess:
     """Return the numbers that the weights of `--from` were trained with, at this run's size."""
     geometry = {name: getattr(preprocess, name) for name in ("crop", "resize", "fit")}
-    return dataclasses.replace(begun.preprocess, **geometry)
+    return dataclasses.replace(known.preprocess, **geometry)
 
 
 def _under_own_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -148,29 +148,29 @@ def _under_own_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, 
 
 
 def _fit_classifier(
-    model: nn.Module, tensors: dict[str, Tensor], begun: Card, card: Card
+    model: nn.Module, tensors: dict[str, Tensor], known: Card, card: Card
 ) -> list[str]:
     """Make the tensors of the classifier those of the run's classes; return a line about it.
 
     Outputs of classes that both know are kept, new ones begin as `model` has them, and of another
     question nothing is kept.
     """
-    num, own = len(begun.classes), model.state_dict()
+    num, own = len(known.classes), model.state_dict()
     heads = tuple(f"{name}." for name in classifier_of(model))
     keys = [
         key for key in tensors.keys() & own.keys() if key.startswith(heads) and tensors[key].ndim
     ]
     outputs = [key for key in keys if len(tensors[key]) == num]
-    if begun.task != card.task:
+    if known.task != card.task:
         for key in keys:
             del tensors[key]
-        return [f"  a new head: the weights have learned to {begun.task}"]
-    if not begun.named:
-        told = num == len(card.classes) and outputs
-        return [f"  output i is taken for class i of {num}: the weights name none"] if told else []
-    if begun.classes == card.classes:
+        return [f"  a new head: the weights have learned to {known.task}"]
+    if not known.named:
+        taken = num == len(card.classes) and outputs
+        return [f"  output i is taken for class i of {num}: the weights name none"] if taken else []
+    if known.classes == card.classes:
         return []
-    if card.classes[:num] != begun.classes:
+    if card.classes[:num] != known.classes:
         for key in outputs:
             del tensors[key]
         return ["  a new classifier: the weights know none of these classes"]

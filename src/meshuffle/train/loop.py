@@ -30,7 +30,7 @@ from meshuffle.data import (
 )
 from meshuffle.errors import Interrupted
 from meshuffle.infer.evaluation import Evaluation, evaluate_batches
-from meshuffle.infer.replica_batches import replica_group, shared
+from meshuffle.infer.replica_batches import broadcast_batches, replica_group
 from meshuffle.parallel.random_masks import draw_key
 from meshuffle.train.best_epoch import implausible_loss, is_better, is_out_of_patience
 from meshuffle.train.checkpoint.saver import Saver
@@ -136,7 +136,7 @@ class Loop:
             hold_frozen(self.state.model, self.state.frozen)
         self._meter = Meter(self.state, self.watch)
         waiting = time.perf_counter()
-        for batch in shared(self._read_epoch, self.replica):
+        for batch in broadcast_batches(self._read_epoch, self.replica):
             self._meter.wait_s += time.perf_counter() - waiting
             self._step(batch)
             waiting = time.perf_counter()
@@ -336,7 +336,7 @@ class Loop:
 
         def until_lost() -> Iterator[Batch]:
             nonlocal num_lost
-            for images in shared(read, self.replica):
+            for images in broadcast_batches(read, self.replica):
                 if images is None:
                     num_lost = 1
                     return

@@ -68,5 +68,11 @@ def fill_in(config: TrainConfig, data: Data, start: InitialWeights | None = None
     if config.label_smoothing and not task.smooths:
         raise ConfigError(f"--label-smoothing {config.label_smoothing:g}: {config.task} has none")
     new_head = start is not None and start.needs_new_head(config.task, data.classes)
-    num_train = len(data.splits["train"])
-    return resolve(config, num_train, data.input_size, augment, suits=task.suits, new_head=new_head)
+    return resolve(
+        config,
+        len(data.splits["train"]),
+        data.input_size,
+        augment,
+        task_defaults=task.defaults,
+        new_head=new_head,
+    )

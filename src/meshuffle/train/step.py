@@ -42,7 +42,7 @@ class Step:
     num_micro_batches: int = 1
     clip_norm: float = 0.0
     ranks: Ranks | None = None
-    """Of a model that is split within its layers."""
+    """The mesh, where the model is split within its layers or into stages."""
     draw_state: DrawState | None = None
     """What the model's random numbers depend on."""
 
@@ -181,7 +181,7 @@ class Step:
         return self.model.pipeline if isinstance(self.model, Parallel) else None
 
     @property
-    def knows_loss(self) -> bool:
+    def has_loss(self) -> bool:
         """True on the one rank of a replica whose sums are counted."""
         if self.ranks is None:
             return True
