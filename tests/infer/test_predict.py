@@ -25,8 +25,8 @@ from meshuffle.infer.predict import (
 )
 from meshuffle.infer.replica_batches import replica_group, shared
 from meshuffle.models import create_model
+from meshuffle.parallel.place import place_of
 from meshuffle.planner.plan import parse_plan
-from meshuffle.train.place import place_of
 from meshuffle.weights import Card, build_model, load_model, save_weights
 from tests.conftest import SMALL
 from tests.ranks import run_ranks

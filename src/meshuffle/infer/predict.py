@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from meshuffle.comm.device import check_device, give_back_freed_pages, pick_device
+from meshuffle.comm.device import check_device, pick_device
 from meshuffle.comm.group import RankEnv, new_group, process_group, rank_env
+from meshuffle.comm.heap import return_freed_blocks
 from meshuffle.comm.launch import end_with_parent, report_failure, torchrun
 from meshuffle.data import (
     EvalTransform,
@@ -41,15 +42,14 @@ from meshuffle.infer.evaluate import Evaluation
 from meshuffle.infer.images import open_split
 from meshuffle.infer.replica_batches import replica_group, shared
 from meshuffle.models.heads import Pooled
-from meshuffle.parallel.module import Parallel
-from meshuffle.parallel.pipeline import Pipeline
+from meshuffle.parallel.build import build
+from meshuffle.parallel.place import join_ranks, place_of, threads_per_rank
 from meshuffle.planner.plan import Plan, parse_plan, read_plan
 from meshuffle.planner.schedules import make_schedule
 from meshuffle.tasks import make_task
 from meshuffle.tasks.base import Task
 from meshuffle.tasks.features import FeatureRows
-from meshuffle.train.place import join_ranks, place_of
-from meshuffle.train.run import check_splits, threads_per_rank
+from meshuffle.train.run import check_splits
 from meshuffle.weights import Card, find_weights, load_model, open_weights
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
@@ -236,7 +236,7 @@ def judge_rank(question: Question, plan: Plan, env: RankEnv) -> tuple[Evaluation
             device,
             labelled=not question.files,
             group=control,
-            speaks=place.speaks,
+            is_output_rank=place.is_output_rank,
         )
     return found, what
 
@@ -284,25 +284,12 @@ def own_part(
     if ranks is None:
         return network.to(device)
     if device.type == "cpu":
-        give_back_freed_pages()  # who splits a network lacks memory rather than time
-    schedule = make_schedule(plan.pp_kind, plan.pp, plan.num_micro_batches)
-    part = Parallel(
-        network,
-        (example,),
-        plan.tp,
-        ranks.tp_rank,
-        prefer=plan.tp_kind,
-        device=device,
-        num_stages=schedule.num_stages,
-        stages=schedule.stages_of(ranks.pp_rank),
-        cuts=plan.cuts,
-    )
+        return_freed_blocks(4 << 20)  # who splits a network lacks memory rather than time
+    alone = dataclasses.replace(plan, dp=1)  # in eval mode replicas share no statistics
+    part = build(network, (example,), alone, ranks, device)
     if device.type == "cpu":  # out of the file, which may be written meanwhile
         for tensor in (*part.parameters(), *part.buffers()):
             tensor.data = tensor.data.clone()
-    part.bind(ranks)
-    if plan.pp > 1:
-        Pipeline(part, ranks, schedule)
     return part
 
 

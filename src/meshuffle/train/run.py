@@ -28,6 +28,7 @@ from meshuffle.data import (
 )
 from meshuffle.errors import ConfigError, PlanError, RankFailed, RunError
 from meshuffle.files import write_json, write_text
+from meshuffle.parallel.place import threads_per_rank
 from meshuffle.planner.plan import Plan, parse_plan, read_plan
 from meshuffle.tasks import find_task
 from meshuffle.tasks.base import Task
@@ -179,11 +180,6 @@ def explained(failed: RankFailed, run: Path) -> RankFailed:
     )
     found.exit_code = failed.exit_code
     return found
-
-
-def threads_per_rank(plan: Plan, local_world: int | None = None) -> int:
-    """Return the plan's threads, or an even share of this host's cores, at least 1."""
-    return plan.threads or max(1, num_cores() // (local_world or plan.num_ranks))
 
 
 def _choose_plan(config: TrainConfig, card: Card, env: RankEnv | None) -> tuple[Plan, list[str]]:

@@ -24,6 +24,7 @@ from meshuffle.parallel.batch_norm import synchronise_batch_norm
 from meshuffle.parallel.data_parallel import DataParallel, Mode, broadcast_from_main
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.parts import gather_named
+from meshuffle.parallel.place import Place, join_ranks, place_of
 from meshuffle.parallel.random_masks import DrawState, key_dropout
 from meshuffle.parallel.ranks import Ranks
 from meshuffle.planner.plan import Plan
@@ -31,7 +32,7 @@ from meshuffle.tasks import find_task, make_task
 from meshuffle.train import initial_weights, optimiser
 from meshuffle.train.checkpoint import checkpoint
 from meshuffle.train.checkpoint.saver import Saver
-from meshuffle.train.place import Place, join_ranks, num_micro_batches, place_of, split_model
+from meshuffle.train.place import num_micro_batches, split_model
 from meshuffle.train.step import Step
 
 AUGMENT_FIELDS = {
