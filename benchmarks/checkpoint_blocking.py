@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from meshuffle.comm.device import keep_freed_pages
 from meshuffle.comm.group import RankEnv, process_group
+from meshuffle.comm.heap import keep_freed_pages
 from meshuffle.config import TrainConfig, resolve
 from meshuffle.data import AugmentConfig, Batch, Preprocess
 from meshuffle.planner.plan import Plan

@@ -199,7 +199,8 @@ def work(options: argparse.Namespace) -> None:
     """Be one process of a contestant: read numbers of steps, run them, answer in JSON."""
     import torch
 
-    from meshuffle.comm.device import keep_freed_pages, peak_memory_bytes, pick_device, synchronize
+    from meshuffle.comm.device import peak_memory_bytes, pick_device, synchronize
+    from meshuffle.comm.heap import keep_freed_pages
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     device = pick_device(options.device, int(os.environ["LOCAL_RANK"]))

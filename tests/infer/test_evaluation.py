@@ -113,7 +113,7 @@ class Silent(Classify):
 def test_a_rank_that_is_not_asked_does_not_judge() -> None:
     batches = eval_loader(source(), PREPROCESS, batch_size=8)
     device, task = torch.device("cpu"), Silent(TASK.card)
-    found = evaluate_batches(model(), batches, task, PREPROCESS, device, speaks=False)
+    found = evaluate_batches(model(), batches, task, PREPROCESS, device, is_output_rank=False)
     assert found.num_samples == 0 and found.metrics == {}
 
 

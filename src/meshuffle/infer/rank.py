@@ -40,14 +40,13 @@ from meshuffle.infer.images import open_split
 from meshuffle.infer.replica_batches import broadcast_batches, replica_group
 from meshuffle.infer.split import Normalised, own_part
 from meshuffle.models.heads import Pooled
+from meshuffle.parallel.place import place_of, threads_per_rank
 from meshuffle.planner.plan import Plan, read_plan
 from meshuffle.planner.schedules import make_schedule
 from meshuffle.tasks import make_task
 from meshuffle.tasks.base import Task
 from meshuffle.tasks.card import Card
 from meshuffle.tasks.features import FeatureRows
-from meshuffle.train.place import place_of
-from meshuffle.train.run import threads_per_rank
 from meshuffle.weights import load_model
 
 
@@ -157,7 +156,7 @@ def judge_rank(question: Question, plan: Plan, env: RankEnv) -> tuple[Evaluation
             device,
             labelled=not question.files,
             group=control,
-            speaks=place.speaks,
+            is_output_rank=place.is_output_rank,
         )
     return found, what
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from meshuffle.comm.group import new_group
 from meshuffle.data import Batch
-from meshuffle.train.place import Place
+from meshuffle.parallel.place import Place
 
 _FIELDS = ("images", "targets", "indices", "draws", "positions")
 

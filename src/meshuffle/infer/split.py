@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
-from meshuffle.comm.device import give_back_freed_pages
 from meshuffle.comm.group import RankEnv
+from meshuffle.comm.heap import return_freed_blocks
 from meshuffle.data import (
     Preprocess,
 )
-from meshuffle.parallel.module import Parallel
-from meshuffle.parallel.pipeline import Pipeline
+from meshuffle.parallel.build import build
+from meshuffle.parallel.place import join_ranks
 from meshuffle.planner.plan import Plan
-from meshuffle.planner.schedules import make_schedule
-from meshuffle.train.place import join_ranks
 
 
 class Normalised(nn.Module):
@@ -53,23 +53,10 @@ def own_part(
     if ranks is None:
         return network.to(device)
     if device.type == "cpu":
-        give_back_freed_pages()  # who splits a network lacks memory rather than time
-    schedule = make_schedule(plan.pp_kind, plan.pp, plan.num_micro_batches)
-    part = Parallel(
-        network,
-        (example,),
-        plan.tp,
-        ranks.tp_rank,
-        prefer=plan.tp_kind,
-        device=device,
-        num_stages=schedule.num_stages,
-        stages=schedule.stages_of(ranks.pp_rank),
-        cuts=plan.cuts,
-    )
+        return_freed_blocks(4 << 20)  # who splits a network lacks memory rather than time
+    alone = dataclasses.replace(plan, dp=1)  # in eval mode replicas share no statistics
+    part = build(network, (example,), alone, ranks, device)
     if device.type == "cpu":  # out of the file, which may be written meanwhile
         for tensor in (*part.parameters(), *part.buffers()):
             tensor.data = tensor.data.clone()
-    part.bind(ranks)
-    if plan.pp > 1:
-        Pipeline(part, ranks, schedule)
     return part

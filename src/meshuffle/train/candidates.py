@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from meshuffle.comm.device import keep_freed_pages, num_cores, pick_device, synchronize
+from meshuffle.comm.device import num_cores, pick_device, synchronize
 from meshuffle.comm.group import RankEnv, new_group, process_group, rank_env
+from meshuffle.comm.heap import keep_freed_pages
 from meshuffle.comm.launch import end_with_parent, report_failure, torchrun
 from meshuffle.config import TrainConfig, read_config, to_toml
 from meshuffle.data import Batch, shard_bounds

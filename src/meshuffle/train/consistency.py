@@ -29,8 +29,8 @@ from meshuffle.comm.exchange import Exchange
 from meshuffle.comm.lost_ranks import ranks_in_words
 from meshuffle.errors import MeshuffleError
 from meshuffle.parallel.module import Parallel
+from meshuffle.parallel.place import Place
 from meshuffle.train.checkpoint.checkpoint import recovery_hint
-from meshuffle.train.place import Place
 from meshuffle.train.state import TrainState
 
 _ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2⁶⁴ over the golden ratio, as a signed number

@@ -7,9 +7,10 @@ from pathlib import Path
 from meshuffle.comm.launch import torchrun
 from meshuffle.comm.lost_ranks import ranks_in_words, read_waiting
 from meshuffle.errors import RankFailed
+from meshuffle.parallel.place import threads_per_rank
 from meshuffle.train.checkpoint.checkpoint import recovery_hint
 from meshuffle.train.rank import train_rank
-from meshuffle.train.run import Prepared, threads_per_rank
+from meshuffle.train.run import Prepared
 
 
 def launch(prepared: Prepared, module: str = "meshuffle.train.rank") -> None:

@@ -349,7 +349,7 @@ class Loop:
             state.card.preprocess,
             state.step.device,
             group=self.control,
-            speaks=state.place.speaks,
+            is_output_rank=state.place.is_output_rank,
             channels_last=state.config.channels_last,
         )
         if sum_over_ranks([float(num_lost)], self.exchange)[0]:

@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meshuffle.comm.device import keep_freed_pages, pick_device, set_room_apart
+from meshuffle.comm.device import pick_device
 from meshuffle.comm.exchange import make_exchange
 from meshuffle.comm.group import RankEnv, new_group, process_group, rank_env, set_patience
+from meshuffle.comm.heap import keep_freed_pages, set_room_apart
 from meshuffle.comm.launch import end_with_parent, report_failure
 from meshuffle.comm.lost_ranks import told_when_lost
 from meshuffle.config import TrainConfig, read_config
 from meshuffle.data import Data, auto_workers, open_data, prepare_workers, relabel
 from meshuffle.errors import Interrupted, RunError
 from meshuffle.parallel.module import Parallel
+from meshuffle.parallel.place import threads_per_rank
 from meshuffle.planner.plan import read_plan
 from meshuffle.report.record import read_record
 from meshuffle.tasks.card import Card
@@ -32,7 +34,6 @@ from meshuffle.train.finish import finish
 from meshuffle.train.initial_weights import START
 from meshuffle.train.loop import Loop
 from meshuffle.train.place import describe_split
-from meshuffle.train.run import threads_per_rank
 from meshuffle.train.signals import stop_requests
 from meshuffle.train.state import TrainState, build_state, make_card
 from meshuffle.train.timeline import traced

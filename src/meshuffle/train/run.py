@@ -110,11 +110,6 @@ def reopen(run: Path, env: RankEnv | None = None, model: str | None = None) -> P
     return Prepared(run, plan)
 
 
-def threads_per_rank(plan: Plan, local_world: int | None = None) -> int:
-    """Return the plan's threads, or an even share of this host's cores, at least 1."""
-    return plan.threads or max(1, num_cores() // (local_world or plan.num_ranks))
-
-
 def _choose_plan(config: TrainConfig, card: Card, env: RankEnv | None) -> tuple[Plan, list[str]]:
     """Return the plan, and lines to print."""
     assert config.batch is not None

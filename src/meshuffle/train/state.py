@@ -24,6 +24,7 @@ from meshuffle.parallel.batch_norm import synchronise_batch_norm
 from meshuffle.parallel.data_parallel import DataParallel, Mode, broadcast_from_main
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.parts import gather_named
+from meshuffle.parallel.place import Place, join_ranks, place_of
 from meshuffle.parallel.random_masks import DrawState, key_dropout
 from meshuffle.parallel.ranks import Ranks
 from meshuffle.planner.plan import Plan
@@ -34,7 +35,7 @@ from meshuffle.train.checkpoint import checkpoint
 from meshuffle.train.checkpoint.saver import Saver
 from meshuffle.train.gan_step import GanStep
 from meshuffle.train.initial_weights import InitialWeights
-from meshuffle.train.place import Place, join_ranks, num_micro_batches, place_of, split_model
+from meshuffle.train.place import num_micro_batches, split_model
 from meshuffle.train.step import Step
 
 AUGMENT_FIELDS = {

@@ -14,9 +14,9 @@ from meshuffle.comm.exchange import Exchange
 from meshuffle.data import AugmentConfig, Batch, Preprocess, mix_batch, shard_bounds
 from meshuffle.parallel.data_parallel import DataParallel
 from meshuffle.parallel.module import Parallel
-from meshuffle.parallel.pipeline import Pipeline
 from meshuffle.parallel.random_masks import DrawState
 from meshuffle.parallel.ranks import Ranks
+from meshuffle.parallel.runner import Runner
 from meshuffle.tasks.base import Task
 from meshuffle.train.optimiser import clip_gradients
 
@@ -111,7 +111,7 @@ class Step:
 
     def _run_pipeline(
         self,
-        pipeline: Pipeline,
+        pipeline: Runner,
         micro_batches: list[Batch],
         used: list[int],
         total: int,
@@ -176,7 +176,7 @@ class Step:
         return x_NCHW.contiguous(memory_format=layout), targets
 
     @property
-    def pipeline(self) -> Pipeline | None:
+    def pipeline(self) -> Runner | None:
         """What runs a model that is cut into stages."""
         return self.model.pipeline if isinstance(self.model, Parallel) else None
 
