@@ -33,8 +33,8 @@ from meshuffle.train.checkpoint.intact import agree_on_checkpoint
 from meshuffle.train.finish import finish
 from meshuffle.train.initial_weights import START
 from meshuffle.train.loop import Loop
-from meshuffle.train.place import describe_split
 from meshuffle.train.signals import stop_requests
+from meshuffle.train.split import describe_split
 from meshuffle.train.state import TrainState, build_state, make_card
 from meshuffle.train.timeline import traced
 from meshuffle.train.watch import SilentWatch, Watch, watch_run

@@ -29,8 +29,8 @@ from meshuffle.tasks.card import Card
 from meshuffle.train.candidates import fastest_plan
 from meshuffle.train.compiling import CompileChoice
 from meshuffle.train.initial_weights import START
-from meshuffle.train.place import schedule_of, split_model
 from meshuffle.train.resolve import resolve_run
+from meshuffle.train.split import schedule_of, split_model
 from meshuffle.train.state import augment_config, build_model, make_card
 from meshuffle.train.watch import environment
 from meshuffle.weights import require_repeated, save_weights

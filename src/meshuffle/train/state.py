@@ -35,7 +35,7 @@ from meshuffle.train.checkpoint import checkpoint
 from meshuffle.train.checkpoint.saver import Saver
 from meshuffle.train.gan_step import GanStep
 from meshuffle.train.initial_weights import InitialWeights
-from meshuffle.train.place import num_micro_batches, split_model
+from meshuffle.train.split import num_micro_batches, split_model
 from meshuffle.train.step import Step
 
 AUGMENT_FIELDS = {
