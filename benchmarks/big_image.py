@@ -30,10 +30,11 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from memory import empty_mb, watched
 from meshuffle.comm.group import RankEnv, process_group
 from meshuffle.data import Preprocess, decode_image
-from meshuffle.infer.predict import own_part
+from meshuffle.infer.split import own_part
 from meshuffle.planner.plan import parse_plan
 from meshuffle.tasks import make_task
-from meshuffle.weights import Card, load_model, save_weights
+from meshuffle.tasks.card import Card
+from meshuffle.weights import load_model, save_weights
 from rows import append
 
 CLASSES = ("road", "wall", "sky", "tree", "car", "person")

@@ -21,7 +21,8 @@ from sklearn.datasets import load_sample_images
 
 from memory import empty_mb, watched
 from meshuffle.data import Preprocess
-from meshuffle.weights import Card, build_model, save_weights
+from meshuffle.tasks.card import Card
+from meshuffle.weights import build_model, save_weights
 from rows import append
 
 

@@ -22,16 +22,16 @@ from typing import Any
 
 import torch
 
-from meshuffle.comm.device import keep_freed_pages
 from meshuffle.comm.group import RankEnv, process_group
+from meshuffle.comm.heap import keep_freed_pages
 from meshuffle.config import TrainConfig, resolve
 from meshuffle.data import AugmentConfig, Batch, Preprocess
 from meshuffle.planner.plan import Plan
+from meshuffle.tasks.card import Card
 from meshuffle.train.checkpoint.checksums import write_checksums
 from meshuffle.train.checkpoint.intact import find_checkpoint
 from meshuffle.train.checkpoint.saver import Saver
 from meshuffle.train.state import TrainState, augment_values, build_state
-from meshuffle.weights import Card
 from rows import append
 from train_throughput import cpu_features
 
@@ -67,7 +67,7 @@ def make_state(model: str, batch: int, group: Any) -> TrainState:
     config = TrainConfig(data="-", model=model, batch=batch, optimizer="adamw")
     config = resolve(config, 1_281_167, SIZE, augment_values(AugmentConfig()))
     card = Card(model, tuple(map(str, range(CLASSES))), Preprocess.imagenet(SIZE))
-    return build_state(config, Plan(), card, RankEnv(), torch.device("cpu"), group)[0]
+    return build_state(config, Plan(), card, RankEnv(), torch.device("cpu"), group)
 
 
 def measure(

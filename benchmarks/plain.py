@@ -23,10 +23,10 @@ from meshuffle.config import TrainConfig
 from meshuffle.data import Data, ImageSource, open_data
 from meshuffle.data.dense import target_in
 from meshuffle.data.preprocess import Preprocess, to_tensor
-from meshuffle.infer.evaluate import joined
+from meshuffle.infer.evaluation import joined
 from meshuffle.tasks import make_task
 from meshuffle.tasks.base import Task
-from meshuffle.train.initial_weights import adopt_model
+from meshuffle.train.initial_weights import open_initial_weights
 from meshuffle.train.state import build_model, make_card
 
 LR, MOMENTUM, WEIGHT_DECAY, BATCH = 0.01, 0.9, 1e-4, 16
@@ -116,9 +116,11 @@ def main() -> int:
     torch.manual_seed(asked.seed)
     data = open_data(asked.data, task=asked.task)
     given = TrainConfig(data=asked.data, task=asked.task, from_=asked.weights, seed=asked.seed)
-    config = adopt_model(given, {})
-    card = make_card(config, data)
-    network, _, _ = build_model(config, card)
+    start = open_initial_weights(given, None)
+    assert start is not None
+    config = start.adopt(given, None)
+    card = make_card(config, data, start)
+    network, _, _ = build_model(config, card, start)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     print(json.dumps(train(data, make_task(card), network, asked.epochs)))
     return 0

@@ -33,12 +33,13 @@ from meshuffle.errors import in_words
 from meshuffle.models import create_model
 from meshuffle.parallel.random_masks import draw_key
 from meshuffle.planner.plan import parse_plan
+from meshuffle.tasks.card import Card
 from meshuffle.train import state as train_state
 from meshuffle.train.checkpoint.intact import agree_on_checkpoint
 from meshuffle.train.checkpoint.saver import Saver
 from meshuffle.train.state import TrainState, augment_values, build_state, model_knobs, new_model
 from meshuffle.verify.compare import Judgement, Norm, judge
-from meshuffle.weights import Card, read_weights
+from meshuffle.weights import read_weights
 from verify_zoo import capture_once
 
 SOURCES = (
@@ -131,7 +132,7 @@ def example_model() -> torch.nn.Module:
 def new_state(env: RankEnv, plan: str, group: Any, **changes: Any) -> TrainState:
     config = settings(**changes)
     parsed = parse_plan(f"{plan},mb={len(MICRO)}")
-    return build_state(config, parsed, make_card(config), env, CPU, group)[0]
+    return build_state(config, parsed, make_card(config), env, CPU, group)
 
 
 def train_steps(state: TrainState, num: int = STEPS) -> None:

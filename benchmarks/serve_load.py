@@ -74,7 +74,8 @@ def make_images(folder: Path) -> None:
 def make_weights(path: Path) -> None:
     from meshuffle.data import Preprocess
     from meshuffle.models import create_model
-    from meshuffle.weights import Card, save_weights
+    from meshuffle.tasks.card import Card
+    from meshuffle.weights import save_weights
 
     network = create_model(MODEL, num_classes=CLASSES, seed=0)
     card = Card(MODEL, tuple(map(str, range(CLASSES))), Preprocess.imagenet(SIZE))

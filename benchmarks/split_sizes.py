@@ -18,7 +18,8 @@ from torch.nn import Parameter
 from meshuffle.graph import Graph, capture
 from meshuffle.layout import assign
 from meshuffle.models import create_model
-from meshuffle.parallel.lower import Code, lower
+from meshuffle.parallel.code import Code
+from meshuffle.parallel.lower import lower
 from rows import append
 
 BATCH, SIZE = 32, 224

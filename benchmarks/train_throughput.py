@@ -155,10 +155,10 @@ def our_steps(batch: int, device: Any, compile_mode: str, precision: str) -> Any
     from meshuffle.config import TrainConfig, resolve
     from meshuffle.data import AugmentConfig, Batch, Preprocess, shard_bounds
     from meshuffle.planner.plan import Plan
+    from meshuffle.tasks.card import Card
     from meshuffle.train.compiling import compiled
     from meshuffle.train.state import augment_values, build_state
     from meshuffle.train.step import sum_over_ranks
-    from meshuffle.weights import Card
 
     env = rank_env()
     assert env is not None
@@ -170,7 +170,7 @@ def our_steps(batch: int, device: Any, compile_mode: str, precision: str) -> Any
     )
     config = resolve(config, 1_281_167, SIZE, augment_values(AugmentConfig()))
     card = Card("shufflenet_v2_x1_0", tuple(map(str, range(1000))), Preprocess.imagenet(SIZE))
-    state, _ = build_state(config, Plan(dp=env.world), card, env, device, group)
+    state = build_state(config, Plan(dp=env.world), card, env, device, group)
     torch.manual_seed(0)
     state.model.load_state_dict(torchvision.models.shufflenet_v2_x1_0().state_dict())
     if compile_mode == "on":
@@ -199,7 +199,8 @@ def work(options: argparse.Namespace) -> None:
     """Be one process of a contestant: read numbers of steps, run them, answer in JSON."""
     import torch
 
-    from meshuffle.comm.device import keep_freed_pages, peak_memory_bytes, pick_device, synchronize
+    from meshuffle.comm.device import peak_memory_bytes, pick_device, synchronize
+    from meshuffle.comm.heap import keep_freed_pages
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     device = pick_device(options.device, int(os.environ["LOCAL_RANK"]))

@@ -13,10 +13,11 @@ from meshuffle.config import TrainConfig, read_config
 from meshuffle.errors import DataError, ModelError
 from meshuffle.infer.predict import evaluate, predict
 from meshuffle.models import create_model
-from meshuffle.train.run import adopt_model, prepare
+from meshuffle.train.resolve import resolve_run
+from meshuffle.train.run import prepare
 from meshuffle.weights import load_model
 
-AUTHORS = Path(__file__).parents[2].parent / "shared" / "data" / "shufflenetv1-authors"
+AUTHORS = Path(__file__).parents[1].parent / "shared" / "data" / "shufflenetv1-authors"
 WEIGHTS = AUTHORS / "shufflenetv1_g3_0.5x.pth.tar"
 GOLDEN = AUTHORS / "golden_32_images.npz"
 
@@ -75,9 +76,10 @@ def test_train_takes_the_model_and_the_numbers_of_the_weights(photos: Path, tmp_
         line for line in (run / "config.toml").read_text().splitlines() if line.startswith("model")
     )
     other = dataclasses.replace(config, model="shufflenet_v2_x0_5")
-    assert adopt_model(other, {"model": "flag"}) == other
+    chosen = resolve_run(other, {"model": "flag"}).config
+    assert (chosen.model, chosen.knobs) == ("shufflenet_v2_x0_5", {})
     same = dataclasses.replace(config, model="shufflenet_v1_x0_5_g3", knobs={"order": "paper"})
-    assert adopt_model(same, {}).knobs == {"order": "paper", "permutation": "inverse"}
+    assert resolve_run(same, {}).config.knobs == {"order": "paper", "permutation": "inverse"}
 
 
 def test_weights_of_nobody_need_the_models_name(tmp_path: Path, photos: Path) -> None:

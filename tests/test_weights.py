@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -17,15 +18,9 @@ from meshuffle.errors import ModelError, RunError
 from meshuffle.infer.predict import evaluate
 from meshuffle.models import create_model
 from meshuffle.models.unfilled import Unfilled
+from meshuffle.tasks.card import Card
 from meshuffle.train.api import resume
-from meshuffle.weights import (
-    Card,
-    find_weights,
-    load_matching,
-    load_model,
-    read_weights,
-    save_weights,
-)
+from meshuffle.weights import find_weights, load_matching, load_model, read_weights, save_weights
 
 CARD = Card(
     model="shufflenet_v2_x0_5",
@@ -125,13 +120,18 @@ def test_downloads_once_and_says_where_from(
     from torchvision.models import ShuffleNet_V2_X0_5_Weights as Weights
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    source = tmp_path / "shufflenetv2_x0.5-f707e7126e.pth"
+    tensors = create_model("shufflenet_v2_x0_5").state_dict()
+    torch.save(tensors, tmp_path / "made.pth")
+    digest = hashlib.sha256((tmp_path / "made.pth").read_bytes()).hexdigest()[:10]
+    source = tmp_path / f"shufflenetv2_x0.5-{digest}.pth"
     weights = dataclasses.replace(Weights.DEFAULT.value, url=source.as_uri())
     monkeypatch.setattr(Weights.DEFAULT, "_value_", weights)
     with pytest.raises(RunError, match=r"cannot be downloaded .* --model torchvision:shuff"):
         load_model(Path("torchvision:shufflenet_v2_x0_5"))
-    tensors = create_model("shufflenet_v2_x0_5").state_dict()
-    torch.save(tensors, source)
+    source.write_bytes(b"other bytes than were published")
+    with pytest.raises(RunError, match=r"cannot be downloaded \(invalid hash value"):
+        load_model(Path("torchvision:shufflenet_v2_x0_5"))
+    (tmp_path / "made.pth").replace(source)
     for _ in range(2):
         network, card = load_model(Path("torchvision:shufflenet_v2_x0_5"))
         assert torch.equal(network.fc.weight, tensors["fc.weight"])

@@ -318,7 +318,7 @@ def resolve(
     input_size: int,
     augment: Mapping[str, Any],
     *,
-    suits: Mapping[str, Any] = types.MappingProxyType({}),
+    task_defaults: Mapping[str, Any] = types.MappingProxyType({}),
     new_head: bool = False,
 ) -> TrainConfig:
     """Replace every None by a value that suits `num_train` images.
@@ -338,13 +338,13 @@ def resolve(
         num_train: images of the training split.
         input_size: suggested by the data, pixels.
         augment: the data's defaults by field name.
-        suits: the task's, which come before those of here; its `lr` is for its optimiser and a
+        task_defaults: the task's own, which come first; their `lr` is for their optimiser and a
             batch of 16.
         new_head: whether the weights that it begins from bring none for these data.
     """
     batch = config.batch or min(256, max(16, 2 ** round(math.log2(num_train) / 2)))
     epochs = config.epochs or default_epochs(num_train)
-    optimizer = config.optimizer or suits.get("optimizer", "sgd")
+    optimizer = config.optimizer or task_defaults.get("optimizer", "sgd")
     rates = {"sgd": 0.5 * (batch / 1024) ** 0.75}
     rates |= {"adam": 0.001 * (batch / 256) ** 0.5, "adamw": 0.002 * (batch / 256) ** 0.5}
     decays = {"sgd": 4e-5, "adam": 0.0, "adamw": 0.05}
@@ -364,9 +364,9 @@ def resolve(
         "label_smoothing": 0.1,
         **augment,
     }
-    chosen |= {key: value for key, value in suits.items() if key not in ("optimizer", "lr")}
-    if "lr" in suits and optimizer == suits.get("optimizer"):
-        chosen["lr"] = float(f"{suits['lr'] * (batch / 16) ** 0.5:.3g}")
+    chosen |= {key: value for key, value in task_defaults.items() if key not in ("optimizer", "lr")}
+    if "lr" in task_defaults and optimizer == task_defaults.get("optimizer"):
+        chosen["lr"] = float(f"{task_defaults['lr'] * (batch / 16) ** 0.5:.3g}")
     body_lr = chosen["body_lr"] if config.body_lr is None else config.body_lr
     chosen["freeze_norm"] = bool(config.from_) and batch < _FEW and body_lr <= _GENTLE
     missing = {k: v for k, v in chosen.items() if getattr(config, k) is None}

@@ -8,13 +8,9 @@ code; a model named `package.module:function` is rebuilt only when the caller re
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torchvision.models
@@ -22,69 +18,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from meshuffle.data import Preprocess
-from meshuffle.errors import ConfigError, DataError, ModelError, RunError, did_you_mean
+from meshuffle.errors import ConfigError, ModelError, RunError, did_you_mean
 from meshuffle.files import disk_errors, replaced
 from meshuffle.models.published import recognise
 from meshuffle.models.unfilled import Unfilled
 from meshuffle.tasks import make_task
+from meshuffle.tasks.card import Card
 
 _KEY = "meshuffle"
 _HUB = "torchvision:"
-
-
-@dataclass(frozen=True)
-class Card:
-    """What the tensors of a weights file are.
-
-    Attributes:
-        model: the registry's name; `knobs`: what it was built with besides `num_classes`.
-        task: its name; `settings`: what it remembers beside the weights, plain data.
-        classes: names in the order of the outputs; `titles`: readable names, where known.
-        preprocess: from an image to the input.
-        data: the text of the DATA argument that it was trained on.
-        learned: the DATA of the weights that it began from.
-        source: who published the weights, or the ones that training began with.
-        named: False where `classes` are numbers or ImageNet's: the file has no class list.
-        epoch: finished epochs; `metrics`: those of the validation split at that point.
-    """
-
-    model: str
-    classes: tuple[str, ...]
-    preprocess: Preprocess
-    task: str = "classify"
-    settings: dict[str, Any] = field(default_factory=dict)
-    knobs: dict[str, Any] = field(default_factory=dict)
-    titles: dict[str, str] = field(default_factory=dict)
-    data: str = ""
-    learned: str = ""
-    source: str = ""
-    named: bool = True
-    epoch: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
-
-    def data_or(self, given: str | None) -> str:
-        """Return the DATA that is given, or that the weights were trained on.
-
-        Raises:
-            DataError: neither.
-        """
-        if not (given or self.data):
-            raise DataError("these weights do not say what they were trained on; give --data DATA")
-        return given or self.data
-
-    def to_json(self) -> str:
-        """Return the card as one line of JSON."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return json.dumps({**values, "preprocess": self.preprocess.to_dict()})
-
-    @classmethod
-    def from_json(cls, text: str) -> Card:
-        """Return the card that `to_json` wrote; keys of a later version are left out."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        values = {k: v for k, v in json.loads(text).items() if k in known}
-        values["preprocess"] = Preprocess.from_dict(values["preprocess"])
-        return cls(**{**values, "classes": tuple(values["classes"])})
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], card: Card) -> None:
@@ -137,9 +79,12 @@ def _downloaded(name: str) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
+        digest = torch.hub.HASH_REGEX.search(path.name)
         try:
-            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
-        except OSError as error:
+            torch.hub.download_url_to_file(
+                url, str(path), digest[1] if digest else None, progress=sys.stderr.isatty()
+            )
+        except (OSError, RuntimeError) as error:  # RuntimeError: another hash
             raise RunError(
                 f"torchvision:{name}: {url} cannot be downloaded ({error}); fetch it elsewhere and "
                 f"give the file in its place, with --model torchvision:{name}"
@@ -195,7 +140,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 def open_weights(target: Path, model: str | None = None) -> tuple[dict[str, Tensor], Card]:
     """Return the tensors under the keys of their model, and the card; see `load_model`.
 
-    Of plain weights the card is made from what `recognise` finds in their keys.
+    The card of plain weights is made from what `recognise` reads in their keys.
     """
     path = find_weights(target)
     tensors, card = read_weights(path)
@@ -257,10 +202,17 @@ def _listed(what: str, names: list[str]) -> str:
     return f"{what} {', '.join(names[:3])}{more}; " if names else ""
 
 
-def build_model(card: Card, model: str | None = None) -> nn.Module:
+def build_model(card: Card, model: str | None = None, *, seed: int = 0) -> nn.Module:
     """Build the card's model with random weights; see `load_model` for `model`."""
     require_repeated(card.model, model)
-    return make_task(card).network(seed=0)
+    return make_task(card, load=load_or_build).network(seed)
+
+
+def load_or_build(target: Path, card: Card | None) -> tuple[nn.Module, Card]:
+    """Return the model of `target` with its card, or that of `card`, untrained, if it is gone."""
+    if card is not None and not target.exists():
+        return build_model(card), card
+    return load_model(target)
 
 
 def require_repeated(stored: str, model: str | None) -> None:

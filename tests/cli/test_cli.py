@@ -200,7 +200,11 @@ def test_broken_files_are_named_once_and_counted(
         line = next(line for line in captured.err.splitlines() if name in line)
         assert line.startswith(f"skipped: {here / 'torn'}")
     assert "3 unreadable images were skipped" in captured.err
-    assert json.loads(captured.out)["skipped_inputs"] == 3
+    result = json.loads(captured.out)
+    assert result["skipped_inputs"] == 3
+    report = (Path(result["run"]) / "report.html").read_text()
+    assert "3 could not be read." in report
+    assert all(report.count(f"{name}: ") >= 1 for name in broken)
 
 
 def test_strict_stops_at_a_broken_file(here: Path, fails: Fails) -> None:

@@ -11,7 +11,7 @@ import pytest
 PROGRAM = """
 import ctypes, sys
 import torch
-from meshuffle.comm.device import keep_freed_pages, set_room_apart
+from meshuffle.comm.heap import keep_freed_pages, set_room_apart
 
 assert keep_freed_pages()
 if sys.argv[1] == "apart":
@@ -37,10 +37,10 @@ def test_small_blocks_stay_out_of_big_ones(how: str) -> None:
 FREES = """
 import sys
 import torch
-from meshuffle.comm.device import give_back_freed_pages
+from meshuffle.comm.heap import return_freed_blocks
 
 if sys.argv[1] == "given back":
-    assert give_back_freed_pages()
+    assert return_freed_blocks(4 << 20)
 sizes = [8 << 20, 16 << 20, 24 << 20]
 torch.empty(31 << 20, dtype=torch.uint8)  # freed: from now on glibc keeps smaller ones
 blocks = [torch.ones(sizes[i % 3], dtype=torch.uint8) for i in range(12)]

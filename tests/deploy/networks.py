@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from meshuffle.data import Preprocess
 from meshuffle.models import ChannelShuffle, create_model
-from meshuffle.weights import Card
+from meshuffle.tasks.card import Card
 
 SIZE = 32
 CLASSES = ("ant", "bee", "蟻", "\udcff")

@@ -30,7 +30,8 @@ from meshuffle.deploy.serve.limits import Limits
 from meshuffle.deploy.serve.metrics import Metrics
 from meshuffle.deploy.serve.service import Service
 from meshuffle.tasks import make_task
-from meshuffle.weights import Card, open_weights, save_weights
+from meshuffle.tasks.card import Card
+from meshuffle.weights import open_weights, save_weights
 
 KNOBS = {"width": 0.25, "depths": [1, 1, 1], "head_channels": 32}
 MODEL = "shufflenet_v2_x0_5"

@@ -20,7 +20,8 @@ from meshuffle.errors import ConfigError, MeshuffleError, ModelError
 from meshuffle.infer.predict import evaluate
 from meshuffle.models import create_model
 from meshuffle.tasks import make_task
-from meshuffle.weights import Card, save_weights
+from meshuffle.tasks.card import Card
+from meshuffle.weights import save_weights
 
 
 @pytest.fixture(scope="module")

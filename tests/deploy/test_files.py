@@ -17,7 +17,7 @@ from meshuffle.deploy.formats import FORMATS, find_format
 from meshuffle.deploy.formats.base import Format, Precision, Run
 from meshuffle.deploy.formats.onnx import Onnx
 from meshuffle.errors import ConfigError, MeshuffleError, ModelError, ParityError
-from meshuffle.weights import Card
+from meshuffle.tasks.card import Card
 from tests.deploy.networks import (
     CLASSES,
     PREPROCESS,

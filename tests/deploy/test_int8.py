@@ -30,7 +30,8 @@ from meshuffle.models.detections import Decoded, best_boxes, detections
 from meshuffle.models.detector import anchors_for, create_detector
 from meshuffle.tasks import make_task
 from meshuffle.tasks.base import Metric
-from meshuffle.weights import Card, save_weights
+from meshuffle.tasks.card import Card
+from meshuffle.weights import save_weights
 from tests.deploy.networks import TINY
 
 PREPROCESS = Preprocess(crop=32, resize=32)

@@ -23,7 +23,7 @@ from meshuffle.deploy.parity import Parity
 from meshuffle.deploy.subject import parity_batches
 from meshuffle.errors import DataError, ModelError, ParityError
 from meshuffle.models import create_model
-from meshuffle.weights import Card
+from meshuffle.tasks.card import Card
 from tests.deploy.networks import (
     CLASSES,
     PREPROCESS,

@@ -16,7 +16,8 @@ from meshuffle.deploy.api import export, write_file
 from meshuffle.deploy.formats import find_format
 from meshuffle.errors import ConfigError
 from meshuffle.tasks import make_task
-from meshuffle.weights import Card, save_weights
+from meshuffle.tasks.card import Card
+from meshuffle.weights import save_weights
 from tests.deploy.networks import TINY
 
 SIZE = 64

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchvision.models import shufflenet_v2_x0_5
 from torchvision.models.shufflenetv2 import channel_shuffle
 
-from meshuffle.graph.functional import reorder
-from meshuffle.graph.graph import is_in_place
+from meshuffle.graph.node import is_in_place
+from meshuffle.graph.runtime_ops import reorder
 from meshuffle.layout.program import Program
 from meshuffle.models import create_model
 from meshuffle.models.permutation import ChannelShuffle, channel_permutation

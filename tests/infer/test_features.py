@@ -15,7 +15,8 @@ from meshuffle.data import Preprocess, decode_image
 from meshuffle.infer.features import features, nearest
 from meshuffle.models import create_model
 from meshuffle.models.heads import Pooled
-from meshuffle.weights import Card, save_weights
+from meshuffle.tasks.card import Card
+from meshuffle.weights import save_weights
 
 
 @pytest.fixture

@@ -14,20 +14,16 @@ from PIL import Image
 from meshuffle.comm.group import RankEnv
 from meshuffle.data import Batch, Preprocess, decode_image
 from meshuffle.errors import PlanError
-from meshuffle.infer.evaluate import Evaluation
-from meshuffle.infer.predict import (
-    Normalised,
-    Question,
-    evaluate,
-    judge_rank,
-    own_part,
-    predict,
-)
-from meshuffle.infer.replica_batches import replica_group, shared
+from meshuffle.infer.evaluation import Evaluation
+from meshuffle.infer.predict import evaluate, predict
+from meshuffle.infer.rank import Question, judge_rank
+from meshuffle.infer.replica_batches import broadcast_batches, replica_group
+from meshuffle.infer.split import Normalised, own_part
 from meshuffle.models import create_model
+from meshuffle.parallel.place import place_of
 from meshuffle.planner.plan import parse_plan
-from meshuffle.train.place import place_of
-from meshuffle.weights import Card, build_model, load_model, save_weights
+from meshuffle.tasks.card import Card
+from meshuffle.weights import build_model, load_model, save_weights
 from tests.conftest import SMALL
 from tests.ranks import run_ranks
 
@@ -151,7 +147,7 @@ def read(group: dist.ProcessGroup) -> list[dict[str, Any] | None]:
     images = images.contiguous(memory_format=torch.channels_last)
     whole = Batch(images, one, one + 1, one + 2, one + 3, [f"broken on {place.dp_rank}"])
     empty = Batch(images[:0], one[:0], one[:0], one[:0], one[:0], [])
-    batches = shared(lambda: iter([whole, None, empty]), replica_group(place))
+    batches = broadcast_batches(lambda: iter([whole, None, empty]), replica_group(place))
     return [None if batch is None else vars(batch) for batch in batches]
 
 

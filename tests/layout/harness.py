@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from meshuffle.graph import capture
+from meshuffle.graph.node import is_tensor, is_tuple, packet_of
 from meshuffle.layout.assign import Assignment, _Search
 from meshuffle.layout.layout import (
     Layout,
@@ -31,7 +32,8 @@ from meshuffle.layout.layout import (
     Varying,
     Window,
 )
-from meshuffle.layout.program import Call, Choice, Program, is_tensor, legal, replicated
+from meshuffle.layout.program import Call, Program
+from meshuffle.layout.rule import Choice, legal, replicated
 from meshuffle.layout.storage import Storage
 from meshuffle.parallel.code import Code
 from meshuffle.parallel.lower import _Lowering
@@ -133,11 +135,6 @@ def captured(model: nn.Module, inputs: Sequence[Tensor], world: int, train: bool
     return Program(capture(model, inputs, train=train), inputs[0].shape[0], world)
 
 
-def packet_of(node: Node) -> Any:
-    """Return what rules are registered by."""
-    return getattr(node.target, "_overloadpacket", node.target)
-
-
 # What a rule is asked
 
 
@@ -180,15 +177,13 @@ def choices_of(call: Call, rng: random.Random) -> list[Choice]:
     def of(value: Tensor) -> list[Layout]:
         return layouts_of(program, value, rng)
 
-    value = call.node.meta["val"]
-    if isinstance(value, Tensor):
-        wanted: list[Any] = of(value)
-    else:
-        each = [of(piece) for piece in value]
+    each = [of(result) for result in call.results]
+    wanted: list[Any] = each[0]
+    if is_tuple(call.node):
         shortest = min(map(len, each))
         wanted = [tuple(layouts[k] for layouts in each) for k in range(shortest)]
-        wanted += [(layout,) * len(value) for layout in each[0]]
-        sizes = [program.shape_of(piece) for piece in value]
+        wanted += [(layout,) * len(each) for layout in each[0]]
+        sizes = [program.shape_of(result) for result in call.results]
         wanted = [w for w in wanted if all(map(fits, w, sizes))]
     arriving = [[*of(n.meta["val"]), Replicate(), Varying(), Partial()] for n in call.inputs]
     return legal(call, wanted, arriving)
@@ -208,8 +203,7 @@ def improper(call: Call, choice: Choice) -> str | None:
     if len(choice.inputs) != len(call.inputs):
         return "not one layout per input"
     outputs = choice.output if isinstance(choice.output, tuple) else (choice.output,)
-    values = call.node.meta["val"]
-    values = [values] if isinstance(values, Tensor) else list(values)
+    values = call.results
     if len(outputs) != len(values):
         return "not one layout per result"
     pairs = [*zip(choice.inputs, [n.meta["val"] for n in call.inputs], strict=True)]
@@ -302,9 +296,7 @@ def lowered(call: Call, choice: Choice, rank: int) -> Code:
     """Return a rank's code that ends with the op."""
     program = call.program
     choices = {
-        c.node.name: replicated(c, None if is_tensor(c.node) else len(c.node.meta["val"]))
-        for c in program.calls
-        if isinstance(c.node.meta.get("val"), Tensor | tuple | list)
+        c.node.name: replicated(c) for c in program.calls if is_tensor(c.node) or is_tuple(c.node)
     }
     choices[call.node.name] = choice
     values = _Search(program, None, {}).values

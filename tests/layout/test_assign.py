@@ -17,7 +17,8 @@ from meshuffle.layout import Partial, Samples, Shard, assign
 from meshuffle.layout.assign import Assignment, _Search
 from meshuffle.layout.program import Program
 from meshuffle.models import create_model
-from meshuffle.parallel.lower import Code, lower
+from meshuffle.parallel.code import Code
+from meshuffle.parallel.lower import lower
 
 aten = torch.ops.aten
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from meshuffle.layout.layout import Partial, Shard, Varying
-from meshuffle.layout.program import RULES
+from meshuffle.layout.rule import RULES
 from meshuffle.layout.rules import contraction, conv, groups, movement, pool, window
 from tests.layout.harness import Apply, check, ok
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from meshuffle.graph.runtime_ops import weighted
 from meshuffle.layout import Partial
-from meshuffle.layout.rules.pool import _terms, weighted
+from meshuffle.layout.rules.pool import _terms
 from tests.layout.harness import Apply, check, few, ok
 
 aten = torch.ops.aten

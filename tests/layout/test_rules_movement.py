@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from meshuffle.graph.functional import reorder
+from meshuffle.graph.runtime_ops import reorder
 from meshuffle.layout import Shard
 from meshuffle.layout.reshape import groups, reshaped
 from meshuffle.models.permutation import channel_permutation

@@ -16,7 +16,7 @@ from meshuffle.errors import PlanError
 from meshuffle.graph import capture
 from meshuffle.layout.program import Program
 from meshuffle.planner.costs import estimated, measured
-from meshuffle.planner.cut import choose_cuts, crossing_bytes, cuts_at, cuts_like, live_behind
+from meshuffle.planner.cut import choose_cuts, crossing_bytes, cuts_at, cuts_like
 
 
 class Skips(nn.Module):
@@ -64,7 +64,7 @@ def test_no_other_cuts_make_the_slowest_stage_faster(num: int, times: list[int])
 
 def test_skips_cross_and_what_belongs_together_stays() -> None:
     calls = [call.node for call in program().calls]
-    live = [[node.name for node in nodes] for nodes in live_behind(program())]
+    live = [[node.name for node in nodes] for nodes in program().live_behind()]
     crossing = crossing_bytes(program())
     names = [node.name for node in calls]
     assert all("x" in values for values in live[: names.index("add_1")])

@@ -18,11 +18,11 @@ from PIL import Image
 
 from meshuffle.data import ArraySource, Preprocess
 from meshuffle.errors import ImageError
-from meshuffle.infer.evaluate import Evaluation
+from meshuffle.infer.evaluation import Evaluation
 from meshuffle.report import page, plots, record
 from meshuffle.report.report import write_report
 from meshuffle.tasks import make_task
-from meshuffle.weights import Card
+from meshuffle.tasks.card import Card
 
 HOSTILE = "<script>alert(1)</script>"
 ATTRIBUTE = '"><img src="http://example.com/x" onerror="alert(1)">'
@@ -305,23 +305,27 @@ def test_the_matrix_counts_and_shades(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("inputs", "messages", "wanted"),
+    ("result", "messages", "wanted"),
     [
-        (0, (), "Skipped images None."),
-        (None, (), "Skipped images None."),
-        (7, (), "7 could not be read."),
+        ({"skipped_inputs": 0, "skipped": []}, (), "Skipped images None."),
+        ({}, (), "Skipped images None."),
+        ({"skipped_inputs": 7}, (), "7 could not be read."),
         (
-            ["a.jpg: empty"],
+            {"skipped_inputs": 1, "skipped": ["a.jpg: empty"]},
             ("b.jpg: broken", "a.jpg: empty"),
             "2 could not be read. a.jpg: empty b",
         ),
-        (60, tuple(f"{i}.jpg: empty" for i in range(60)), "39.jpg: empty and 20 more"),
+        (
+            {"skipped_inputs": 60, "skipped": [f"{i}.jpg: empty" for i in range(60)]},
+            (),
+            "39.jpg: empty and 20 more",
+        ),
     ],
 )
 def test_skipped_images_are_named(
-    run: Path, inputs: object, messages: tuple[str, ...], wanted: str
+    run: Path, result: dict[str, object], messages: tuple[str, ...], wanted: str
 ) -> None:
-    (run / "result.json").write_text(json.dumps({"skipped_inputs": inputs}))
+    (run / "result.json").write_text(json.dumps(result))
     source = make_source(4, DIGITS)
     rows = make_evaluation(source)
     evaluation = dataclasses.replace(rows, skipped=messages)

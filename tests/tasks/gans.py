@@ -17,10 +17,12 @@ from meshuffle.parallel.batch_norm import synchronise_batch_norm
 from meshuffle.parallel.data_parallel import DataParallel, Mode
 from meshuffle.parallel.random_masks import draw_key
 from meshuffle.tasks import make_task
-from meshuffle.tasks.gan import Gan, GanStep
+from meshuffle.tasks.card import Card
+from meshuffle.tasks.gan import Gan
 from meshuffle.tasks.generate import Generate
+from meshuffle.train.gan_step import GanStep
 from meshuffle.train.optimiser import build_optimizer
-from meshuffle.weights import Card, save_weights
+from meshuffle.weights import load_or_build, save_weights
 
 SIZE, WIDTH, NOISE = 8, 4, 6
 PREPROCESS = Preprocess(crop=SIZE, resize=SIZE, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
@@ -33,7 +35,7 @@ def card(**more: Any) -> Card:
 
 
 def task(**more: Any) -> Generate:
-    made = make_task(card(**more))
+    made = make_task(card(**more), load=load_or_build)
     assert isinstance(made, Generate)
     return made
 

@@ -27,8 +27,9 @@ from meshuffle.data.target import Boxes
 from meshuffle.errors import ConfigError
 from meshuffle.models.detector import HEADS, anchors_for
 from meshuffle.tasks import find_task, make_task
+from meshuffle.tasks.card import Card
 from meshuffle.tasks.detect import Detect
-from meshuffle.weights import Card
+from meshuffle.weights import load_or_build
 
 NAMES = ("RBC", "WBC", "platelet")
 SIDE = 64
@@ -243,18 +244,20 @@ DATA: Any = SimpleNamespace(
 
 def test_the_settings_name_the_head() -> None:
     assert find_task("detect") is Detect
-    assert Detect.settings(TrainConfig(task="detect"), DATA) == {"head": "ssdlite"}
-    assert Detect.settings(TrainConfig(task="detect", head="fpn"), DATA) == {"head": "fpn"}
+    assert Detect.settings(TrainConfig(task="detect"), DATA, load_or_build) == {"head": "ssdlite"}
+    assert Detect.settings(TrainConfig(task="detect", head="fpn"), DATA, load_or_build) == {
+        "head": "fpn"
+    }
     with pytest.raises(ConfigError, match="--head lraspp: detect knows ssdlite and fpn"):
-        Detect.settings(TrainConfig(task="detect", head="lraspp"), DATA)
+        Detect.settings(TrainConfig(task="detect", head="lraspp"), DATA, load_or_build)
     with pytest.raises(ConfigError, match="300×300 pixels: detectors take multiples of 32"):
-        Detect.settings(TrainConfig(task="detect", input_size=300), DATA)
+        Detect.settings(TrainConfig(task="detect", input_size=300), DATA, load_or_build)
 
 
 def test_without_faster_coco_eval_a_run_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     with pytest.raises(ConfigError, match=r"pip install 'meshuffle\[detect\]'"):
-        Detect.settings(TrainConfig(task="detect"), DATA)
+        Detect.settings(TrainConfig(task="detect"), DATA, load_or_build)
     # Pictures of which nothing is known need no metric.
     assert task_of("fpn").conclude(rows_of([[]], ((),)))["map"] == 0
 

@@ -23,7 +23,7 @@ from meshuffle.tasks.fid import (
     random_critic,
 )
 from meshuffle.train.optimiser import freeze
-from meshuffle.weights import load_matching, save_weights
+from meshuffle.weights import load_matching, load_or_build, save_weights
 from tests.tasks.gans import PREPROCESS, SIZE, card, gan, photos, saved_classifier
 
 
@@ -109,21 +109,21 @@ def test_features_do_not_depend_on_how_images_are_normalised(other: Preprocess) 
 def test_the_critic_of_a_run_has_its_pooled_features(tmp_path: Path) -> None:
     path = tmp_path / "best.safetensors"
     network = saved_classifier(path)
-    kept = critic_settings(str(path))
+    kept = critic_settings(str(path), load_or_build)
     assert kept["run"] == str(path)
     seen: list[Tensor] = []
     network.get_submodule("fc").register_forward_pre_hook(lambda m, x: seen.append(x[0]))
     images = photos(4, size=32)
     own = Preprocess(crop=32, resize=36, mean=(0.2, 0.3, 0.4), std=(0.3, 0.3, 0.2))
     network(own.normalise(images))
-    found = make_critic(kept, PREPROCESS)(PREPROCESS.normalise(images))
+    found = make_critic(kept, PREPROCESS, load_or_build)(PREPROCESS.normalise(images))
     torch.testing.assert_close(found, seen[0], rtol=1e-3, atol=1e-5)
 
 
 def test_a_run_outlives_its_critics_files(tmp_path: Path) -> None:
     path = tmp_path / "best.safetensors"
     saved_classifier(path)
-    settings = {"features": critic_settings(str(path))}
+    settings = {"features": critic_settings(str(path), load_or_build)}
     model = gan(settings=settings)
     path.unlink()
     again = gan(settings=settings)
@@ -136,6 +136,6 @@ def test_a_critic_of_another_task_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "gan.safetensors"
     save_weights(path, gan().state_dict(), card())
     with pytest.raises(ConfigError, match=r"--knobs.features .*: a generate model"):
-        critic_settings(str(path))
+        critic_settings(str(path), load_or_build)
     with pytest.raises(RunError, match="no such"):
-        critic_settings(str(tmp_path / "nothing"))
+        critic_settings(str(tmp_path / "nothing"), load_or_build)

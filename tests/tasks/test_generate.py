@@ -17,13 +17,13 @@ from meshuffle.config import TrainConfig, resolve
 from meshuffle.data import Batch, augmentation_for
 from meshuffle.data.base import Data
 from meshuffle.errors import ConfigError, ModelError
-from meshuffle.infer.evaluate import evaluate
+from meshuffle.infer.evaluation import evaluate_batches
 from meshuffle.parallel.random_masks import draw_key
 from meshuffle.tasks.gan import Gan
 from meshuffle.tasks.generate import Generate, sheet
 from meshuffle.train.optimiser import average
 from meshuffle.train.state import augment_values
-from meshuffle.weights import save_weights
+from meshuffle.weights import load_or_build, save_weights
 from tests.tasks.gans import (
     PREPROCESS,
     SIZE,
@@ -42,7 +42,7 @@ def evaluated(model: Gan, sizes: list[int], **more: Any) -> Any:
     starts = np.cumsum([0, *sizes]).tolist()
     batches = [make_batch(a, a + n, num) for a, n in zip(starts, sizes, strict=False)]
     judge = task(**more)
-    return evaluate(model, batches, judge, PREPROCESS, torch.device("cpu"))
+    return evaluate_batches(model, batches, judge, PREPROCESS, torch.device("cpu"))
 
 
 def test_evaluation_does_not_depend_on_the_batches() -> None:
@@ -132,11 +132,11 @@ def test_nothing_changes_the_images_unless_asked_for() -> None:
     for style in ("symbols", "thumbnails", "photos"):
         data = replace(DATA, style=style)
         augment = augment_values(augmentation_for(data))
-        config = resolve(TrainConfig(), 100, 32, augment, suits=Generate.suits)
+        config = resolve(TrainConfig(), 100, 32, augment, task_defaults=Generate.defaults)
         assert config.optimizer == "adam" and config.lr == 0.0007
         off = {"affine_degrees", "affine_translate", "affine_scale", "crop_scale", "erasing"}
         assert not any(getattr(config, name) for name in {*off, "trivial_augment", "mixup"})
-    config = resolve(TrainConfig(crop_scale=0.5), 100, 32, augment, suits=Generate.suits)
+    config = resolve(TrainConfig(crop_scale=0.5), 100, 32, augment, task_defaults=Generate.defaults)
     assert config.crop_scale == 0.5
 
 
@@ -144,10 +144,13 @@ DATA = Data("x", ("a",), {}, input_size=32, task="generate")
 
 
 def test_settings(tmp_path: Path) -> None:
-    assert Generate.settings(TrainConfig(knobs={"width": "8", "noise": "16"}), DATA) == {}
+    assert (
+        Generate.settings(TrainConfig(knobs={"width": "8", "noise": "16"}), DATA, load_or_build)
+        == {}
+    )
     path = tmp_path / "best.safetensors"
     saved_classifier(path)
-    kept = Generate.settings(TrainConfig(knobs={"features": str(path)}), DATA)
+    kept = Generate.settings(TrainConfig(knobs={"features": str(path)}), DATA, load_or_build)
     assert kept["features"]["run"] == str(path)
 
 
@@ -169,7 +172,7 @@ def test_settings(tmp_path: Path) -> None:
 )
 def test_settings_without_a_meaning_are_refused(config: TrainConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Generate.settings(config, DATA)
+        Generate.settings(config, DATA, load_or_build)
 
 
 def test_knobs_of_a_wrong_kind_are_refused() -> None:
@@ -211,12 +214,12 @@ def test_it_learns_two_kinds_of_images(alone: None) -> None:
     step = make_step(dist.group.WORLD, optimizer="adam")
     step.model.float()
     every = Batch(images, torch.zeros_like(ids), ids, ids, ids, [])
-    before = evaluate(step.model, [every], task(), PREPROCESS, step.device)
+    before = evaluate_batches(step.model, [every], task(), PREPROCESS, step.device)
     for i in range(120):
         order = torch.from_numpy(rng.permutation(num)[:32])
         batch = Batch(images[order], torch.zeros(32), order, order, torch.arange(32), [])
         step.run([batch], [32], 0.002, [(draw_key(0, i), 0)])
-    after = evaluate(step.model, [every], task(), PREPROCESS, step.device)
+    after = evaluate_batches(step.model, [every], task(), PREPROCESS, step.device)
     assert after.metrics["fid"] < 0.5 * before.metrics["fid"]
     red, green, blue = after.rows["samples"].mean((2, 3)).T
     assert 0.2 < (red > blue).mean() < 0.8

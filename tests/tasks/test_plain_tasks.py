@@ -16,7 +16,7 @@ from meshuffle.data import Preprocess
 from meshuffle.errors import ConfigError
 from meshuffle.tasks import TASKS, find_task, make_task
 from meshuffle.tasks.base import Task
-from meshuffle.weights import Card
+from meshuffle.tasks.card import Card
 
 NAMES = ("ant", "bee", "cat")
 

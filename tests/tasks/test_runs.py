@@ -13,13 +13,13 @@ import pytest
 from PIL import Image
 
 from meshuffle.config import TrainConfig
-from meshuffle.data import open_data
 from meshuffle.deploy.api import export
 from meshuffle.errors import ConfigError, DataError, PlanError
 from meshuffle.infer.predict import evaluate, predict
 from meshuffle.report.record import read_record
 from meshuffle.train.api import train
-from meshuffle.train.run import prepare, resolve_for
+from meshuffle.train.resolve import resolve_run
+from meshuffle.train.run import prepare
 from meshuffle.weights import load_model
 from tests.train.test_split_training import train as train_in_float64
 
@@ -148,7 +148,7 @@ def test_a_classifier_becomes_a_detector_and_the_report_compares(
         "detect", made["detect"], tmp_path / "second", from_=first["run"], epochs=3,
         optimizer=None, lr=None,
     )  # fmt: skip
-    chosen = resolve_for(config, open_data(made["detect"], task="detect"))
+    chosen = resolve_run(config, {}).config
     assert (chosen.freeze, chosen.unfreeze_epoch, chosen.body_lr) == ("backbone", 2, 1.0)
     run = Path(train(config)["run"])
     lines = [str(event.get("text")) for event in read_record(run).events]
@@ -207,7 +207,7 @@ def test_images_are_generated(photos: Path, tmp_path: Path) -> None:
 def test_each_task_begins_with_settings_that_suit_it(made: dict[str, str], tmp_path: Path) -> None:
     def chosen(**more: Any) -> TrainConfig:
         given = settings("segment", made["segment"], tmp_path, **more)
-        return resolve_for(given, open_data(made["segment"], task="segment"))
+        return resolve_run(given, {}).config
 
     plain = chosen(optimizer=None, lr=None, batch=16)
     assert (plain.optimizer, plain.lr, plain.body_lr) == ("adamw", 0.002, 1.0)

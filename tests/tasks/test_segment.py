@@ -20,9 +20,10 @@ from meshuffle.data import Preprocess
 from meshuffle.data.base import Data
 from meshuffle.errors import ConfigError
 from meshuffle.tasks import make_task
+from meshuffle.tasks.card import Card
 from meshuffle.tasks.mask_picture import covered, draw_masks, mask_image, palette
 from meshuffle.tasks.segment import Segment, areas, count_classes, reduced
-from meshuffle.weights import Card
+from meshuffle.weights import load_or_build
 
 SMALL = {"width": 0.25, "depths": [1, 1, 2], "head_channels": 64}
 VOID = 255
@@ -295,10 +296,12 @@ def test_a_mask_image_keeps_every_class() -> None:
 
 def test_settings() -> None:
     data = Data("x", ("a", "b"), {}, task="segment")
-    assert Segment.settings(TrainConfig(), data) == {"head": "lraspp"}
-    assert Segment.settings(TrainConfig(head="deeplabv3"), data) == {"head": "deeplabv3"}
+    assert Segment.settings(TrainConfig(), data, load_or_build) == {"head": "lraspp"}
+    assert Segment.settings(TrainConfig(head="deeplabv3"), data, load_or_build) == {
+        "head": "deeplabv3"
+    }
     with pytest.raises(ConfigError, match="--head fpn: segment knows lraspp and deeplabv3"):
-        Segment.settings(TrainConfig(head="fpn"), data)
+        Segment.settings(TrainConfig(head="fpn"), data, load_or_build)
 
 
 def shapes(num: int, size: int = 64) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshuffle.train.best_epoch import doubt, is_better, is_chance
+from meshuffle.tasks.classify import is_chance
+from meshuffle.train.best_epoch import implausible_loss, is_better
 
 
 @pytest.mark.parametrize(
@@ -50,10 +51,10 @@ def test_the_kept_epoch_is_never_far_below_the_highest(epochs: list[tuple[int, f
 
 @pytest.mark.parametrize("val_loss", [float("nan"), float("inf"), 3.8e20])
 def test_a_validation_loss_beyond_belief_is_told(val_loss: float) -> None:
-    said = doubt(3.2, val_loss, 2)
-    assert said is not None and "2 images at a time" in said and "--batch" in said
+    warning = implausible_loss(3.2, val_loss, 2)
+    assert warning is not None and "2 images at a time" in warning and "--batch" in warning
 
 
 def test_an_ordinary_one_is_not() -> None:
-    assert doubt(3.2, 4.0, 2) is None
-    assert doubt(1e-4, 9.0, 2) is None
+    assert implausible_loss(3.2, 4.0, 2) is None
+    assert implausible_loss(1e-4, 9.0, 2) is None

@@ -11,10 +11,10 @@ from meshuffle.config import TrainConfig
 from meshuffle.data import Preprocess
 from meshuffle.errors import MeshuffleError
 from meshuffle.planner.plan import Plan
+from meshuffle.tasks.card import Card
 from meshuffle.train import candidates
 from meshuffle.train.candidates import candidate_plans, choose, fastest_plan, time_plans
 from meshuffle.train.state import model_knobs
-from meshuffle.weights import Card
 from tests.conftest import SMALL
 
 

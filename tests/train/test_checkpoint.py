@@ -18,6 +18,7 @@ from meshuffle import files
 from meshuffle.config import TrainConfig
 from meshuffle.data import Preprocess
 from meshuffle.errors import MeshuffleError, RunError
+from meshuffle.tasks.card import Card
 from meshuffle.train import state
 from meshuffle.train.api import resume, train
 from meshuffle.train.checkpoint.checkpoint import (
@@ -27,7 +28,7 @@ from meshuffle.train.checkpoint.checkpoint import (
     save_checkpoint,
 )
 from meshuffle.train.checkpoint.intact import latest_checkpoint
-from meshuffle.weights import Card, read_weights, save_weights
+from meshuffle.weights import read_weights, save_weights
 
 TENSORS = {
     "model.weight": torch.arange(24.0).reshape(2, 3, 2, 2),

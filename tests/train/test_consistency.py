@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from meshuffle.config import TrainConfig, check
 from meshuffle.errors import ConfigError, MeshuffleError
+from meshuffle.parallel.place import Place
 from meshuffle.report import report
 from meshuffle.train import consistency, rank
 from meshuffle.train.checkpoint.intact import latest_checkpoint
 from meshuffle.train.consistency import fingerprint, members
-from meshuffle.train.place import Place
 from meshuffle.train.run import prepare
 from tests.conftest import SMALL
 from tests.ranks import as_launched, run_ranks

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from meshuffle.config import TrainConfig
 from meshuffle.parallel.data_parallel import DataParallel, Mode
 from meshuffle.parallel.random_masks import draw_key
-from meshuffle.tasks.gan import BETAS
+from meshuffle.train.gan_step import BETAS
 from meshuffle.train.optimiser import build_optimizer
 from tests.ranks import run_ranks
 from tests.tasks.gans import PREPROCESS, gan, make_batch, make_step, photos, train

@@ -11,10 +11,9 @@ from torch.nn import functional as F
 from meshuffle.comm.exchange import GroupExchange
 from meshuffle.data import AugmentConfig, Batch, Preprocess, mix_batch
 from meshuffle.parallel.data_parallel import DataParallel
-from meshuffle.tasks.base import seed_step
+from meshuffle.tasks.card import Card
 from meshuffle.tasks.classify import Classify
-from meshuffle.train.step import Step, sum_over_ranks
-from meshuffle.weights import Card
+from meshuffle.train.step import Step, seed_step, sum_over_ranks
 
 NUM_CLASSES, SIZE, LR = 3, 4, 0.5
 CARD = Card("none", tuple("abc"), Preprocess(crop=SIZE, resize=SIZE))

@@ -15,10 +15,10 @@ from meshuffle.config import TrainConfig
 from meshuffle.data import Preprocess
 from meshuffle.errors import Interrupted, MeshuffleError
 from meshuffle.tasks import make_task
+from meshuffle.tasks.card import Card
 from meshuffle.train import watch
 from meshuffle.train.api import resume, train
 from meshuffle.train.watch import columns, environment, watch_run
-from meshuffle.weights import Card
 from tests.train.test_resume import stop_when
 
 TASK = make_task(Card("none", ("a", "b"), Preprocess()))

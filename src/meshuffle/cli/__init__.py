@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 from cyclopts import App, CycloptsError
 
-from meshuffle.comm.launch import be_a_good_neighbour
+from meshuffle.comm.launch import let_threads_sleep
 from meshuffle.errors import Interrupted, in_words
 from meshuffle.files import finite
 
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in tokens
     if debug:
         os.environ["MESHUFFLE_DEBUG"] = "1"  # for the ranks
-    be_a_good_neighbour()
+    let_threads_sleep()
     try:
         with _stopped_by_sigterm():
             return _run(tokens)

@@ -39,14 +39,14 @@ def evaluate(
         A run folder, a weights file, or torchvision:NAME for what torchvision publishes.
     """
     from meshuffle.infer.predict import evaluate as run_evaluation
-    from meshuffle.train.api import told
+    from meshuffle.tasks import find_task
 
     evaluation, used = run_evaluation(
         target, data=data, split=split, batch=batch, model=model, plan=plan
     )
     metrics = {key: round(value, 6) for key, value in evaluation.metrics.items()}
     value = {"task": evaluation.task, "num_samples": evaluation.num_samples, "metrics": metrics}
-    said = told(evaluation.task, metrics)
-    text = f"{used}: {said}, loss {metrics['loss']:.4f} on {evaluation.num_samples} images"
+    shown = find_task(evaluation.task).metrics_text(metrics)
+    text = f"{used}: {shown}, loss {metrics['loss']:.4f} on {evaluation.num_samples} images"
     skipped = [f"skipped: {message}" for message in evaluation.skipped]
     return from_main(Answer(value | {"skipped_inputs": len(skipped)}, "\n".join([*skipped, text])))

@@ -7,7 +7,6 @@ collectives, and what a device's out-of-memory error looks like.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import platform
 from contextlib import AbstractContextManager
@@ -18,11 +17,6 @@ import torch
 from meshuffle.errors import ConfigError
 
 Precision = Literal["float32", "bf16"]
-
-# mallopt(3): the numbers of its parameters, from <malloc.h>.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
-_ROOM = {2 << 10: 512, 16 << 10: 256, 120 << 10: 128}  # bytes of a block: how many, 20 MB in all
-_BETWEEN = 1100  # above 1032 bytes a freed block joins its neighbours at once
 
 
 def num_accelerators() -> int:
@@ -127,69 +121,6 @@ def peak_memory_bytes(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
-
-
-def keep_freed_pages() -> bool:
-    """Make glibc keep the big blocks that a training step frees; True where it worked.
-
-    By default glibc serves every activation by `mmap` and gives it back at once, so that each
-    step faults all its pages in again (measured: a quarter of a step of ShuffleNet V2 on CPU).
-    Call it before the first tensor. Without effect on other C libraries.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    libc = ctypes.CDLL(None)
-    never_trim, pad_bytes = -1, 64 << 20
-    return bool(
-        libc.mallopt(_M_MMAP_MAX, 0)
-        and libc.mallopt(_M_TRIM_THRESHOLD, never_trim)
-        and libc.mallopt(_M_TOP_PAD, pad_bytes)
-    )
-
-
-def give_back_freed_pages() -> bool:
-    """Make glibc return each block of 4 MB and more as soon as it is freed; True on success.
-
-    By default it keeps those of up to 32 MB once it has seen one freed, in pieces that large images
-    leave unused: at 4096×4096 a fourth of a rank's memory, for a sixth of its time.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 4 << 20))
-
-
-def set_room_apart() -> bool:
-    """Give glibc's heap room of its own for small blocks; True where it worked.
-
-    Where pages stay (`keep_freed_pages`), a small block that outlives a step in the middle of a big
-    one that a step has freed makes it useless for the next step, and the heap grows. glibc takes
-    the smallest free block that is enough: so some of each size are freed here, with a block
-    between any two that stays, or they would become one.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    libc = ctypes.CDLL(None)
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
-    room = []
-    for size, count in _ROOM.items():
-        for _ in range(count):
-            room.append(libc.malloc(size))
-            libc.malloc(_BETWEEN)
-    for block in room:
-        libc.free(block)
-    return True
-
-
-def return_freed_blocks() -> bool:
-    """Make glibc return blocks of 1 MB and more when they are freed; True on success.
-
-    By default the first one that is freed lets the next ones, up to 32 MB, come from the heap,
-    where small ones that live longer break it up (measured: 5 MB for each batch of a worker).
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20))
 
 
 def describe(device: torch.device) -> str:

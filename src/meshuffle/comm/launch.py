@@ -23,7 +23,7 @@ from meshuffle.errors import Interrupted, MeshuffleError, RankFailed, in_words
 _SAVE_TIMEOUT_S = 600
 
 
-def be_a_good_neighbour() -> None:
+def let_threads_sleep() -> None:
     """Let OpenMP threads sleep while they wait; call it before torch is imported.
 
     By default they spin, which on cores that others use too slows a step several times

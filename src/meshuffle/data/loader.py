@@ -27,8 +27,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from meshuffle.comm.device import num_cores, return_freed_blocks
+from meshuffle.comm.device import num_cores
 from meshuffle.comm.forking import fork_server
+from meshuffle.comm.heap import return_freed_blocks
 from meshuffle.data.base import ImageSource
 from meshuffle.data.dense import build_eval_transform
 from meshuffle.data.preprocess import Preprocess
@@ -259,7 +260,7 @@ def _init_worker(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    return_freed_blocks()
+    return_freed_blocks(1 << 20)
     gc.freeze()  # or the collector copies 90 MB that are shared with the server, by writing there
     threading.Thread(target=_end_with_the_rank, daemon=True).start()
 

@@ -22,7 +22,8 @@ from meshuffle.deploy.preprocessed import with_preprocessing
 from meshuffle.deploy.subject import Subject
 from meshuffle.errors import ConfigError, DataError, ImageError, MeshuffleError
 from meshuffle.files import disk_errors, replaced_files
-from meshuffle.weights import Card, find_weights, load_model
+from meshuffle.tasks.card import Card
+from meshuffle.weights import find_weights, load_model
 
 _NUM_IMAGES = 5
 

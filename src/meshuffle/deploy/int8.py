@@ -21,7 +21,7 @@ from meshuffle.deploy.formats.base import Run
 from meshuffle.deploy.parity import Change
 from meshuffle.deploy.subject import Subject
 from meshuffle.errors import ConfigError, DataError, ImageError, ParityError
-from meshuffle.infer.evaluate import joined
+from meshuffle.infer.evaluation import joined
 from meshuffle.infer.images import open_split
 from meshuffle.tasks import make_task
 from meshuffle.tasks.base import Metric

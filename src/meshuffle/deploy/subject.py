@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from meshuffle.data import Preprocess
 from meshuffle.errors import DataError, ModelError
 from meshuffle.tasks import make_task
-from meshuffle.weights import Card
+from meshuffle.tasks.card import Card
 
 BATCH_SIZES = (1, 2, 5)
 """The sizes of the compared batches: a batch size baked into the graph fails on one of them."""

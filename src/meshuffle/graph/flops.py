@@ -15,6 +15,8 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
+from meshuffle.graph.node import packet_of
+
 Shape = tuple[int, ...]
 Formula = Callable[..., int]
 """(arguments with shapes for tensors, out=shapes of the result) → FLOPs."""
@@ -87,7 +89,7 @@ def flops_of(node: Node, concrete: Callable[[Any], Any]) -> int:
         node: a `call_function`.
         concrete: gives an argument's shape in place of a Node or tensor.
     """
-    packet = getattr(node.target, "_overloadpacket", None)
+    packet = packet_of(node)
     formula = _FORMULAS.get(packet)
     if formula is None and packet not in flop_registry:
         return 0

@@ -14,7 +14,6 @@ Four rewrites of a copy of the program:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,8 +21,10 @@ from torch import Tensor, fx
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from meshuffle.graph.graph import Graph, is_in_place, owners_of
+from meshuffle.graph.graph import Graph
+from meshuffle.graph.node import is_in_place, memory_owners, packet_of
 from meshuffle.graph.random_ops import number_draws
+from meshuffle.graph.runtime_ops import reorder
 
 aten = torch.ops.aten
 
@@ -38,11 +39,6 @@ _PERMUTING = frozenset(
         aten.channel_shuffle,
     }
 )
-
-
-def reorder(x: Tensor, dim: int, index: Sequence[int]) -> Tensor:
-    """Return `x` with its index `index[j]` of `dim` at j, a permutation."""
-    return x.index_select(dim, torch.tensor(index, device=x.device))
 
 
 def functional_program(graph: Graph) -> tuple[fx.Graph, frozenset[str]]:
@@ -89,7 +85,7 @@ def _pinned(graph: Graph) -> set[str]:
     """Return the calls on memory that is changed while an older view of it is still to be read."""
     nodes = list(graph.nodes())
     position = {node: i for i, node in enumerate(nodes)}
-    owners = owners_of(nodes)
+    owners = memory_owners(nodes)
     pinned: set[Node] = set()
     for i, node in enumerate(nodes):
         if not is_in_place(node):
@@ -124,11 +120,11 @@ def _rebound(target: Node) -> set[Node]:
 
 def _fuse_reorders(program: fx.Graph, graph: Graph, pinned: set[str]) -> None:
     for node in list(program.nodes):
-        packet = getattr(node.target, "_overloadpacket", None)
+        packet = packet_of(node)
         if packet not in _PERMUTING or node.name in pinned:
             continue
         before: Any = node
-        while getattr(before.target, "_overloadpacket", None) in _PERMUTING:
+        while packet_of(before) in _PERMUTING:
             before = before.args[0]
             found = _reordered(graph, before, node)
             if found is not None:

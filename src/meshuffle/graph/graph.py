@@ -6,7 +6,6 @@ Shapes hold the batch as a symbol; `Graph.ops(batch)` puts a number in its place
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from meshuffle.errors import ModelError
 from meshuffle.graph.flops import flops_of
+from meshuffle.graph.node import is_in_place, memory_owners, module_of, tensors_of_node
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ class Graph:
         """Return all calls in order, with their costs for `batch` samples."""
         if batch not in self._ops:
             nodes = list(self.nodes())
-            owners = owners_of(nodes)
+            owners = memory_owners(nodes)
             last_uses = _last_uses(nodes, owners, self._outputs())
             self._ops[batch] = tuple(self._op(n, batch, owners[n], last_uses) for n in nodes)
         return self._ops[batch]
@@ -153,7 +152,7 @@ class Graph:
         return [node for output in self.nodes("output") for node in output.all_input_nodes]
 
     def _op(self, node: Node, batch: int | None, owner: Node, last_uses: Mapping[Node, int]) -> Op:
-        outputs = _tensors(node)
+        outputs = tensors_of_node(node)
         shapes = tuple(self.shape(value, batch) for value in outputs)
         inputs = list(dict.fromkeys(node.all_input_nodes))
         allocates = owner is node or is_in_place(node)
@@ -162,7 +161,7 @@ class Graph:
         return Op(
             name=node.name,
             target=str(node.target),
-            module=_module_of(node),
+            module=module_of(node),
             inputs=tuple(n.name for n in inputs),
             shapes=shapes,
             dtype=outputs[0].dtype if outputs else None,
@@ -185,7 +184,7 @@ class Graph:
         return argument
 
     def _num_bytes(self, node: Node, batch: int | None) -> int:
-        return sum(math.prod(self.shape(x, batch)) * x.itemsize for x in _tensors(node))
+        return sum(math.prod(self.shape(x, batch)) * x.itemsize for x in tensors_of_node(node))
 
     def live_bytes(self, batch: int | None = None) -> list[int]:
         """Return, after each op, the bytes of values that it or a later op still reads.
@@ -228,59 +227,6 @@ class Graph:
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
         template = "  ".join(f"{{:<{width}}}" for width in widths)
         return "\n".join(template.format(*row).rstrip() for row in [head, *rows])
-
-
-def _tensors(node: Node) -> list[Tensor]:
-    return [x for x in pytree.tree_leaves(node.meta.get("val")) if isinstance(x, Tensor)]
-
-
-def _module_of(node: Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [path for path, _ in stack.values() if not path.startswith("_empty_nn_module")]
-    return paths[-1] if paths else ""
-
-
-def owners_of(nodes: Sequence[Node]) -> dict[Node, Node]:
-    """Return the node whose memory each value lies in: views and in-place ops have another's."""
-    owners: dict[Node, Node] = {}
-    for node in nodes:
-        base = _aliased_input(node)
-        owners[node] = node if base is None else owners.get(base, base)
-    return owners
-
-
-def _aliased_input(node: Node) -> Node | None:
-    """Return the input whose memory the value of `node` shares, by the op's schema."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        first = node.args[0] if node.args else None  # operator.getitem: a part of a tuple
-        return first if isinstance(first, Node) and _tensors(node) else None
-    returns = [value.alias_info for value in node.target._schema.returns]
-    for i, argument in enumerate(node.target._schema.arguments):
-        info = argument.alias_info
-        if info is None:
-            continue
-        into_list = "*" in info.after_set  # split, chunk, unbind
-        if not into_list and not any(r and r.before_set & info.before_set for r in returns):
-            continue
-        given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
-        if isinstance(given, Node):
-            return given
-    return None
-
-
-def arguments_of(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call of `op` by their names in its schema, defaults filled in."""
-    schema = getattr(op, "_schema", None)
-    if schema is None:
-        return {**dict(zip(inspect.signature(op).parameters, args, strict=False)), **kwargs}
-    found = {a.name: kwargs.get(a.name, a.default_value) for a in schema.arguments}
-    return found | dict(zip(found, args, strict=False))
-
-
-def is_in_place(node: Node) -> bool:
-    """Tell whether a call changes one of its arguments."""
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
 def _last_uses(

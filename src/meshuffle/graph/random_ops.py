@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from meshuffle.graph.graph import arguments_of
+from meshuffle.graph.node import arguments_of
 
 
 def number_draws(nodes: Iterable[Node]) -> None:

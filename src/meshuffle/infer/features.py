@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from meshuffle.data.scan import image_files
 from meshuffle.errors import DataError
-from meshuffle.infer.predict import Question, answer
+from meshuffle.infer.rank import Question, answer
 
 _NEAREST = 5
 

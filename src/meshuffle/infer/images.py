@@ -8,7 +8,7 @@ from meshuffle.data import ImageSource, open_data, relabel
 from meshuffle.data.base import Data
 from meshuffle.data.source import absolute_data
 from meshuffle.errors import DataError
-from meshuffle.weights import Card
+from meshuffle.tasks.card import Card
 
 _UNNAMED = ", which name no classes: output i is taken for the data's i-th"
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from meshuffle.comm.group import new_group
 from meshuffle.data import Batch
-from meshuffle.train.place import Place
+from meshuffle.parallel.place import Place
 
 _FIELDS = ("images", "targets", "indices", "draws", "positions")
 
@@ -31,7 +31,7 @@ def replica_group(place: Place) -> dist.ProcessGroup | None:
     return groups[place.dp_rank]
 
 
-def shared(
+def broadcast_batches(
     read: Callable[[], Iterator[Batch | None]], group: dist.ProcessGroup | None
 ) -> Iterator[Batch | None]:
     """Yield on each rank of `group` what `read` yields on its first one.
@@ -48,21 +48,21 @@ def shared(
             yield batch
         _send(("end", None), group)
     else:
-        while (told := _receive(group))[0] != "end":
-            yield told[1]
+        while (message := _receive(group))[0] != "end":
+            yield message[1]
 
 
-def _send(told: tuple[str, Batch | None], group: dist.ProcessGroup) -> None:
-    kind, batch = told
+def _send(message: tuple[str, Batch | None], group: dist.ProcessGroup) -> None:
+    kind, batch = message
     tensors = [] if batch is None else [getattr(batch, name) for name in _FIELDS]
     form = [(tuple(x.shape), x.dtype) for x in tensors]
-    _tell((kind, form, [] if batch is None else batch.skipped), group)
+    _broadcast_value((kind, form, [] if batch is None else batch.skipped), group)
     for tensor in tensors:
         _broadcast(_flat(tensor), group)
 
 
 def _receive(group: dist.ProcessGroup) -> tuple[str, Batch | None]:
-    kind, form, skipped = _tell(None, group)
+    kind, form, skipped = _broadcast_value(None, group)
     if kind != "batch":
         return kind, None
     tensors = []
@@ -87,7 +87,7 @@ def _broadcast(x: Tensor, group: dist.ProcessGroup) -> None:
         dist.broadcast(x, dist.get_global_rank(group, 0), group=group)
 
 
-def _tell(value: Any, group: dist.ProcessGroup) -> Any:
-    told = [value]
-    dist.broadcast_object_list(told, dist.get_global_rank(group, 0), group=group)
-    return told[0]
+def _broadcast_value(value: Any, group: dist.ProcessGroup) -> Any:
+    values = [value]
+    dist.broadcast_object_list(values, dist.get_global_rank(group, 0), group=group)
+    return values[0]

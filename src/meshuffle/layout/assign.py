@@ -26,9 +26,12 @@ from torch.fx import Node
 import meshuffle.layout.rules  # noqa: F401  # registers them
 from meshuffle.errors import PlanError
 from meshuffle.graph import Graph
-from meshuffle.layout.layout import Layout, Replicate, Shard, Varying, Window, even_size
-from meshuffle.layout.program import Call, Choice, Program, is_tensor, legal, replicated, unique
+from meshuffle.graph.node import is_tensor
+from meshuffle.layout.layout import Layout, Replicate, Shard, Window, even_size, unique
+from meshuffle.layout.program import Call, Program
 from meshuffle.layout.redistribution import Value, steps
+from meshuffle.layout.rule import Choice, legal, replicated
+from meshuffle.layout.traffic import gradient_bytes
 
 _MOST_WANTED, _MOST_POSSIBLE, _MOST_CHOICES, _BEAM = 6, 10, 24, 24
 _SMALL = 0.002  # of all FLOPs: such an op may run whole on every rank where that sends less
@@ -208,8 +211,7 @@ class _Search:
             given = self.possible.get(source, [])  # type: ignore[arg-type]
             self.possible[node] = list(unique(layouts[i] for layouts in given))
             return []
-        several = None if is_tensor(node) else _num_results(node)
-        whole = replicated(call, several)
+        whole = replicated(call)
         arriving = [self.possible.get(source, []) for source in call.inputs]
         found = legal(call, self.wanted.get(node, []), arriving)
         found = self._preferred(node, found, whole)[:_MOST_CHOICES]
@@ -309,7 +311,7 @@ class _Search:
             if source in self.stored:
                 forms = frozenset((self.stored[source],))
             else:
-                return stored_bytes(value, layout), None
+                return gradient_bytes(value, layout), None
         way = steps(value, forms, layout)
         if way is None:
             return None
@@ -340,12 +342,6 @@ class _Search:
         return min(states, key=total)
 
 
-def stored_bytes(value: Value, layout: Layout) -> int:
-    """Return what reading a parameter in `layout` sends: its gradient's reduction, or nothing."""
-    is_term = isinstance(layout, Varying) and value.has_grad
-    return 2 * (value.world - 1) * value.num_bytes if is_term else 0
-
-
 def _completed(wanted: Sequence[Mapping[int, Layout]], num: int) -> list[tuple[Layout, ...]]:
     """Return what is wanted of several results together, where something is wanted of each."""
     found = []
@@ -355,8 +351,3 @@ def _completed(wanted: Sequence[Mapping[int, Layout]], num: int) -> list[tuple[L
         if None not in whole:
             found.append(whole)
     return found  # type: ignore[return-value]
-
-
-def _num_results(node: Node) -> int:
-    value = node.meta.get("val")
-    return len(value) if isinstance(value, tuple | list) else 1

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -154,6 +154,26 @@ def _blocks(lengths: tuple[int, ...]) -> Owners:
 Layout = Replicate | Varying | Partial | Shard | Samples | Window
 Split = Shard | Samples
 """Layouts in which every rank has a part of its own."""
+
+
+def unique(layouts: Iterable[Layout | None]) -> Iterator[Layout]:
+    """Yield each layout once; leave Nones out."""
+    seen = set()
+    for layout in layouts:
+        if layout is not None and layout not in seen:
+            seen.add(layout)
+            yield layout
+
+
+def splits(layouts: Iterable[Layout | tuple[Layout, ...] | None]) -> Iterator[Split]:
+    """Yield those that give each rank a part of its own, each once.
+
+    A tuple, which has the layouts of several results, counts one by one.
+    """
+    each = (one for entry in layouts for one in (entry if isinstance(entry, tuple) else (entry,)))
+    for layout in unique(each):
+        if isinstance(layout, Shard | Samples):
+            yield layout
 
 
 def samples_owners(size: int, batch: int, world: int) -> Owners:

@@ -1,22 +1,21 @@
-"""What a rule sees of one op, and what it says about it: `Call` in, `Choice`s out."""
+"""The program that layouts are put on, at one batch size: its calls, and facts of its values."""
 
 from __future__ import annotations
 
 import functools
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from meshuffle.graph import Graph
-from meshuffle.graph.functional import functional_program, reorder
-from meshuffle.graph.graph import arguments_of
-from meshuffle.layout.layout import Layout, Replicate, Samples, Shard, Split, Varying, Window
+from meshuffle.graph.functional import functional_program
+from meshuffle.graph.node import arguments_of, is_tensor, is_tuple, packet_of, tensors_of_node
+from meshuffle.layout.layout import Layout, Samples, Shard
 
 aten = torch.ops.aten
 
@@ -26,66 +25,6 @@ _CONSTANT = (
     *(aten.zero, aten.sign, aten.floor, aten.ceil, aten.round),
 )
 """Ops through which no gradient flows, whatever they read; `fill` of a number is one by meaning."""
-Kind = Literal["channel", "spatial", "batch", "any"]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One legal way to compute an op on all ranks.
-
-    Attributes:
-        inputs: how each tensor of `Call.inputs` must lie.
-        output: how the result then lies; of an op with several results, one each.
-        split: the layout whose parts divide the work; None where every rank does all of it.
-        kind: the dimension that it prefers, as a plan text names it.
-        local: writes the rank's computation where it is not the same call on the rank's parts.
-        sent_bytes: what the op itself sends, over all ranks, forward and backward.
-    """
-
-    inputs: tuple[Layout, ...]
-    output: Layout | tuple[Layout, ...]
-    split: Split | None
-    kind: Kind = "any"
-    local: Callable[[Emitter], Any] | None = field(default=None, compare=False)
-    sent_bytes: int = 0
-
-
-class Emitter(ABC):
-    """Writes calls of one rank's module; `parallel.lower` makes it, rules use it.
-
-    Attributes:
-        given: the op's arguments by name, with the rank's values in place of tensors.
-        rank: along the `tp` axis.
-    """
-
-    given: dict[str, Any]
-    rank: int
-
-    @abstractmethod
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        """Add a call of a function."""
-
-    @abstractmethod
-    def again(self, /, **changes: Any) -> Node:
-        """Add the op itself, with some arguments changed."""
-
-    @abstractmethod
-    def sizes(self, *, exact: bool = False) -> list[Any]:
-        """Return the sizes of the rank's part of the result.
-
-        One that follows the batch is −1, or where `exact` a value of the module.
-        """
-
-    @abstractmethod
-    def share(self, layout: Split, size: int) -> Any:
-        """Return the rank's part of a dim of `size`, as a fraction."""
-
-    def take(self, x: Node, dim: int, positions: Sequence[int]) -> Node:
-        """Add what takes some of the rank's own positions of a dim."""
-        first, last = positions[0], positions[-1]
-        if list(positions) == list(range(first, last + 1)):
-            return self.call(aten.slice.Tensor, x, dim, first, last + 1)
-        return self.call(reorder, x, dim, tuple(positions))
 
 
 class Program:
@@ -120,7 +59,7 @@ class Program:
             )
             if node.op == "placeholder":
                 self._grads[node] = self.graph.is_trained(node.name)
-            elif getattr(node.target, "_overloadpacket", None) in _CONSTANT:
+            elif packet_of(node) in _CONSTANT:
                 self._grads[node] = False
             else:
                 self._grads[node] = floating and any(map(self.has_grad, node.all_input_nodes))
@@ -170,6 +109,25 @@ class Program:
             return None
         return following[0]
 
+    def live_behind(self) -> list[list[Node]]:
+        """Return, for each call, the values that exist behind it and are read later.
+
+        Inputs are among them. Parameters, buffers and numbers are not: every stage has its own.
+        """
+        calls = [call.node for call in self.calls]
+        place = {node: i for i, node in enumerate(calls)}
+        last: dict[Node, int] = {}
+        for node in [*calls, *(n for n in self.fx.nodes if n.op == "output")]:
+            for source in node.all_input_nodes:
+                if source.op == "call_function" or self.graph.is_input(source.name):
+                    last[source] = place.get(node, len(calls))
+        live: list[list[Node]] = [[] for _ in calls]
+        for source, end in last.items():
+            if is_tensor(source) or is_tuple(source):
+                for i in range(place.get(source, 0), min(end, len(calls))):
+                    live[i].append(source)
+        return live
+
     def num_bytes(self, node: Node) -> int:
         """Return the bytes of a tensor."""
         return math.prod(self.shape(node)) * int(node.meta["val"].itemsize)
@@ -186,6 +144,16 @@ class Call:
     def world(self) -> int:
         """Ranks of the `tp` axis."""
         return self.program.world
+
+    @property
+    def packet(self) -> Any:
+        """The op without its overload; rules are registered by it."""
+        return packet_of(self.node)
+
+    @property
+    def results(self) -> list[Tensor]:
+        """What it makes, as it was captured: one tensor or several."""
+        return tensors_of_node(self.node)
 
     @functools.cached_property
     def inputs(self) -> tuple[Node, ...]:
@@ -233,99 +201,3 @@ class Call:
     def lie(self, layouts: Mapping[Any, Layout | None], rest: Layout) -> tuple[Layout, ...]:
         """Return one layout per input, `rest` for those that are not listed."""
         return tuple(layouts.get(node) or rest for node in self.inputs)
-
-
-def is_tensor(node: Node) -> bool:
-    """Tell whether a node's value is one tensor."""
-    return isinstance(node.meta.get("val"), Tensor)
-
-
-Rule = Callable[[Call, Sequence[Layout], Sequence[Sequence[Layout]]], Iterable[Choice]]
-"""(call, layouts that readers of the result want, layouts in which each input may arrive)."""
-
-RULES: dict[Any, Rule] = {}
-"""By ATen's packet, for example `torch.ops.aten.conv2d`."""
-
-
-def rule(*targets: Any) -> Callable[[Rule], Rule]:
-    """Register the decorated rule for some ops."""
-
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(targets, function))
-        return function
-
-    return register
-
-
-def legal(call: Call, wanted: Sequence[Any], arriving: Sequence[Sequence[Layout]]) -> list[Choice]:
-    """Return the choices of the op's rule, each once; none of an op that has no rule.
-
-    Those that fix who has which sample are left out: how many there are is not known.
-    """
-    packet = getattr(call.node.target, "_overloadpacket", call.node.target)
-    if packet not in RULES or call.node.name in call.program.pinned or call.world == 1:
-        return []
-    found = dict.fromkeys(RULES[packet](call, wanted, arriving))
-    return [choice for choice in found if _keeps_batch(call, choice)]
-
-
-def _keeps_batch(call: Call, choice: Choice) -> bool:
-    """Tell whether dims that follow the batch are split by samples, and no others."""
-    outputs = choice.output if isinstance(choice.output, tuple) else (choice.output,)
-    result = call.node.meta["val"]
-    results = [result] if isinstance(result, Tensor) else list(result)
-    values = [*(node.meta["val"] for node in call.inputs), *results]
-    for value, layout in zip(values, [*choice.inputs, *outputs], strict=True):
-        if isinstance(layout, Samples) and not (
-            call.has_samples and layout.dim == call.program.samples_dim_of(value)
-        ):
-            return False
-        if isinstance(layout, Shard | Window) and not isinstance(value.shape[layout.dim], int):
-            return False
-    return True
-
-
-def replicated(call: Call, num_outputs: int | None) -> Choice:
-    """Return the choice that is legal for every op: all of it on every rank."""
-    output = Replicate() if num_outputs is None else (Replicate(),) * num_outputs
-    return Choice((Replicate(),) * len(call.inputs), output, None)
-
-
-def unique(layouts: Iterable[Layout | None]) -> Iterator[Layout]:
-    """Yield each layout once; leave Nones out."""
-    seen = set()
-    for layout in layouts:
-        if layout is not None and layout not in seen:
-            seen.add(layout)
-            yield layout
-
-
-def splits(layouts: Iterable[Layout | None]) -> Iterator[Split]:
-    """Yield those that give each rank a part of its own, each once."""
-    for layout in unique(layouts):
-        if isinstance(layout, Shard | Samples):
-            yield layout
-
-
-def broadcast(layout: Shard | Samples, out: Sequence[int], shape: Sequence[int]) -> Layout:
-    """Return how an operand of `shape` must lie where the result of `out` lies as `layout`."""
-    dim = layout.dim - (len(out) - len(shape))
-    if dim < 0 or shape[dim] != out[layout.dim]:
-        return Varying()  # spreads there; or gives but its dtype, as in `type_as`
-    return layout.on(dim)
-
-
-def raised(layout: Layout, out: Sequence[int], shape: Sequence[int]) -> Layout | None:
-    """Return how the result lies where an operand of `shape` that spreads over it does so."""
-    if not isinstance(layout, Shard | Samples):
-        return None
-    dim = layout.dim + len(out) - len(shape)
-    return layout.on(dim) if dim >= 0 and out[dim] == shape[layout.dim] else None
-
-
-def kind_of(layout: Layout, num_dims: int, channel_dim: int = 1) -> Kind:
-    """Return what a plan text calls a split of `layout.dim`."""
-    if isinstance(layout, Samples):
-        return "batch"
-    dim = getattr(layout, "dim", 0)
-    return "channel" if dim == channel_dim % num_dims else "spatial"

@@ -16,13 +16,12 @@ from torch.utils import _pytree as pytree
 from meshuffle.comm.device import pick_device
 from meshuffle.comm.group import RankEnv, process_group, rank_env
 from meshuffle.errors import PlanError
+from meshuffle.parallel.build import build
 from meshuffle.parallel.gradients import sum_gradients
 from meshuffle.parallel.module import Parallel
-from meshuffle.parallel.pipeline import Pipeline
 from meshuffle.parallel.random_masks import draw_key
 from meshuffle.parallel.ranks import Ranks, join
 from meshuffle.planner.plan import Plan, parse_plan
-from meshuffle.planner.schedules import make_schedule
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -69,7 +68,6 @@ def parallelize(
     chosen = plan if isinstance(plan, Plan) else parse_plan(plan or f"tp={dist.get_world_size()}")
     if chosen.dp_kind:
         raise PlanError(f"plan {chosen}: parallelize replicates; use dp={chosen.dp}")
-    schedule = make_schedule(chosen.pp_kind, chosen.pp, chosen.num_micro_batches)
     ranks = join(chosen, where)
     ranks.draws.to(where)
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
@@ -77,25 +75,14 @@ def parallelize(
     for tensor in [*model.parameters(), *model.buffers()]:
         dist.broadcast(tensor.detach(), src=0)
     num = max(2, len(inputs[0]) // chosen.num_micro_batches)
-    split = Parallel(
-        model,
-        tuple(x[:num] for x in inputs),
-        chosen.tp,
-        ranks.tp_rank,
-        prefer=chosen.tp_kind,
-        dp=chosen.dp,
-        device=where,
-        num_stages=schedule.num_stages,
-        stages=schedule.stages_of(ranks.pp_rank),
-        cuts=chosen.cuts,
-    )
-    split.bind(ranks)
-    Pipeline(split, ranks, schedule)
+    first = tuple(x[:num] for x in inputs)
+    split = build(model, first, chosen, ranks, where, always_pipeline=True)
     told = [torch.initial_seed()]
     dist.broadcast_object_list(told, src=0)
-    split.forward_backward = ForwardBackward(split, ranks, chosen.num_micro_batches, told[0])
+    step = ForwardBackward(split, ranks, chosen.num_micro_batches, told[0])
+    split.forward_backward = step
     if chosen.pp == 1:
-        _complete_gradients(split, ranks)
+        _complete_gradients(split, ranks, step)
     ranks.draws.set(draw_key(told[0], 0, 0))
 
     def draw_anew(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -114,11 +101,11 @@ def _open_group(env: RankEnv, device: torch.device) -> None:
         atexit.register(stack.close)
 
 
-def _complete_gradients(module: Parallel, ranks: Ranks) -> None:
+def _complete_gradients(module: Parallel, ranks: Ranks, step: ForwardBackward) -> None:
     """Sum each parameter's gradient over the ranks as it arrives, before it is added to `.grad`."""
 
     def summed(grad: Tensor, group: dist.ProcessGroup) -> Tensor:
-        if module.forward_backward.running:  # which adds up once, at its end
+        if step.running:  # it sums once, at its end
             return grad
         total = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
@@ -166,6 +153,7 @@ class ForwardBackward:
             return loss
 
         pipeline = self.module.pipeline
+        assert pipeline is not None
         with self._gradients_apart():
             pipeline.train(sizes, lambda i: parts[i][0], finish, lambda i: self._draw(i, sizes))
             sum_gradients(self.module, self.ranks, average=True)

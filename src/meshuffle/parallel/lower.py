@@ -13,13 +13,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from meshuffle.errors import ModelError
-from meshuffle.graph.graph import is_in_place
-from meshuffle.layout.assign import Assignment, stored_bytes
+from meshuffle.graph.node import is_in_place, is_tensor, is_tuple
+from meshuffle.graph.runtime_ops import fraction
+from meshuffle.layout.assign import Assignment
 from meshuffle.layout.layout import (
     Layout,
     Partial,
@@ -30,14 +31,15 @@ from meshuffle.layout.layout import (
     Varying,
     even_size,
 )
-from meshuffle.layout.program import Call, Emitter, is_tensor
+from meshuffle.layout.program import Call
 from meshuffle.layout.redistribution import Step, Value, steps
+from meshuffle.layout.rule import Emitter
 from meshuffle.layout.storage import Storage
+from meshuffle.layout.traffic import Crossing, Sent, gradient_bytes, statistics_bytes
 from meshuffle.parallel import random_masks
 from meshuffle.parallel.batch_norm import SyncNorm, local_norm
-from meshuffle.parallel.code import Code, Crossing, Sent
+from meshuffle.parallel.code import Code
 from meshuffle.parallel.redistribute import Move
-from meshuffle.planner.cut import live_behind
 
 aten = torch.ops.aten
 
@@ -74,7 +76,7 @@ def lower_stages(
     """
     program, device = assignment.program, device or torch.device("cpu")
     storage, numbers = Storage(assignment, stored), dict[str, int]()
-    live = live_behind(program) if cuts else []
+    live = program.live_behind() if cuts else []
     codes: list[Code] = []
     for first, last in itertools.pairwise([0, *cuts, len(program.calls)]):
         lowering = _Lowering(assignment, rank, replicas, device, storage, numbers)
@@ -96,7 +98,7 @@ class _Lowering(Emitter):
         self.assignment, self.rank, self.replicas = assignment, rank, replicas
         self.program, self.device = assignment.program, device
         self.world = self.program.world
-        self.code = Code(fx.Graph())
+        self.code = Code()
         self.env: dict[Node, dict[Layout, Any]] = {}
         self._numbers = numbers
         self._sizes: dict[Any, Node] = {}
@@ -169,7 +171,7 @@ class _Lowering(Emitter):
             if node in self._storage.partial:
                 self.code.partial.add(name)
                 value = self.assignment.values[node.name]
-                self.code.reduced_bytes += stored_bytes(value, Varying())
+                self.code.reduced_bytes += gradient_bytes(value, Varying())
 
     # Values
 
@@ -252,7 +254,7 @@ class _Lowering(Emitter):
             source, i = node.args
             self.env[node] = {layouts[i]: given[i] for layouts, given in self.env[source].items()}  # type: ignore[index]
             return
-        if not is_tensor(node) and not _is_several(node):
+        if not is_tensor(node) and not is_tuple(node):
             return  # a number; computed where it is used
         choice = self.assignment.choices[node.name]
         self.current, self.choice = call, choice
@@ -265,7 +267,7 @@ class _Lowering(Emitter):
         result: Any
         if "draw" in node.meta:
             result = self._draw(call)
-        elif getattr(node.target, "_overloadpacket", None) is aten.batch_norm and call["training"]:
+        elif call.packet is aten.batch_norm and call["training"]:
             result = self._batch_norm(call)
         else:
             result = choice.local(self) if choice.local is not None else self.again()
@@ -329,7 +331,7 @@ class _Lowering(Emitter):
         if isinstance(layout, Shard):
             return len(layout.owners[self.rank]) / size
         count = self.call(even_size, self.rank, self.world, self.batch)
-        return self.call(_fraction, count, self.batch)
+        return self.call(fraction, count, self.batch)
 
     def add_module(self, kind: str, module: nn.Module) -> str:
         """Keep a module under `kind` and a number; returns its name."""
@@ -356,13 +358,13 @@ class _Lowering(Emitter):
 
     def _norm_bytes(self, name: str, call: Call, over_tp: bool) -> Sent:
         """Count the exchange of one replica's ranks with all that they exchange with."""
-        channels, itemsize = call.shape(call["input"])[1], call["input"].meta["val"].itemsize
+        x = call["input"]
         others = self.replicas * (self.world if over_tp else 1) - 1
         in_parts = isinstance(self.choice.output, Shard) and not over_tp
-        total = channels if in_parts else channels * self.world  # those of all ranks
-        forward = others * (16 * total + 8 * self.world)
+        channels = call.shape(x)[1] * (1 if in_parts else self.world)
+        forward, backward = statistics_bytes(channels, x.meta["val"].itemsize, self.world, others)
         has_grad = int(self.program.has_grad(call.node))
-        return Sent(name, call.node.name, forward, has_grad * others * 2 * total * itemsize)
+        return Sent(name, call.node.name, forward, has_grad * backward, is_statistics=True)
 
     def _draw(self, call: Call) -> Node:
         layout = self.choice.output
@@ -378,15 +380,3 @@ class _Lowering(Emitter):
             idle = node.op in ("call_function", "get_attr") and not node.users
             if idle and not (node.op == "call_function" and is_in_place(node)):
                 self.code.graph.erase_node(node)
-
-
-def _fraction(count: int, batch: int) -> float:
-    """Return `count` as a fraction of `batch`, which may be empty."""
-    return count / max(1, batch)
-
-
-def _is_several(node: Node) -> bool:
-    return isinstance(node.meta.get("val"), tuple | list)
-
-
-__all__ = ["Code", "Sent", "lower"]

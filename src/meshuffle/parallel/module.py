@@ -25,6 +25,7 @@ from meshuffle.parallel.parts import cut_part, gather_named, join_parts
 from meshuffle.parallel.random_masks import Draw
 from meshuffle.parallel.ranks import Ranks
 from meshuffle.parallel.redistribute import Move
+from meshuffle.parallel.runner import Runner
 from meshuffle.planner.costs import estimated, per_rank
 from meshuffle.planner.cut import choose_cuts, cuts_at, cuts_like
 
@@ -89,8 +90,8 @@ class Parallel(nn.Module):
         self._example = tuple(torch.empty_like(x, device="cpu") for x in example)
         self._skeleton = [_without_values(model)]  # in a list: not a submodule
         self.num_stages, self.stages = num_stages, tuple(stages)
-        self.pipeline: Any = None
-        self.forward_backward: Any = None  # see `parallelize`
+        self.pipeline: Runner | None = None
+        self.forward_backward: Callable[..., Tensor] = _no_steps  # see `parallelize`
         self._modes: dict[bool, _Mode] = {}
         self._ranks: Ranks | None = None
         self.shards: dict[str, Shard] = {}
@@ -237,7 +238,7 @@ class Parallel(nn.Module):
                 module.state = ranks.draws
         return self
 
-    def attach(self, pipeline: Any) -> None:
+    def attach(self, pipeline: Runner) -> None:
         """Let `pipeline` run this module's stages."""
         self.__dict__["pipeline"] = pipeline  # also where the model has a part of that name
 
@@ -254,7 +255,8 @@ class Parallel(nn.Module):
         for name, part in self._modules.items():
             root._modules[name] = part if name in shared else copy.deepcopy(part, memo)
         copied._share(root)
-        copied.attach(self.pipeline and self.pipeline.on(copied))
+        if self.pipeline is not None:
+            copied.attach(self.pipeline.for_copy(copied))
         return copied
 
     def train(self, mode: bool = True) -> Parallel:
@@ -303,14 +305,14 @@ class Parallel(nn.Module):
         return self._ranks is None or self._ranks.mesh.get_rank() == 0
 
     @property
-    def kept_share(self) -> float:
+    def kept_fraction(self) -> float:
         """The part of the model's parameters, by elements, that this rank keeps."""
         whole = sum(p.numel() for p in self._skeleton[0].parameters())
         return sum(p.numel() for p in self.parameters()) / max(1, whole)
 
     def summary(self) -> str:
         """Return what is split, and what a step sends, in a few lines."""
-        return printout.summary(self)
+        return printout.summary(self.assignment, self.codes, self.kept_fraction)
 
     def codes_for(self, batch: int) -> list[Code]:
         """Return `codes` for another number of samples of a replica: for what they send."""
@@ -344,6 +346,10 @@ class Parallel(nn.Module):
         """
         own = {name: whole for name, whole in tensors.items() if self.has(name)}
         self.load_state_dict({name: self.cut(name, whole) for name, whole in own.items()})
+
+
+def _no_steps(*_: Any) -> Tensor:
+    raise RuntimeError("forward_backward is for models that `parallelize` made")
 
 
 def _without_values(model: nn.Module) -> nn.Module:

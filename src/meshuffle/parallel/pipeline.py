@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.nn import Parameter
@@ -24,15 +24,13 @@ from torch.utils import _pytree as pytree
 from meshuffle.comm.group import new_group, wait
 from meshuffle.comm.sent_bytes import labelled
 from meshuffle.layout.layout import Replicate
-from meshuffle.parallel.code import Crossing
+from meshuffle.layout.traffic import Crossing
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.ranks import Ranks
+from meshuffle.parallel.runner import Inputs, Loss
 from meshuffle.planner.schedules import Action, Schedule, all_forward_all_backward
 
 _MOST_CROSSING = 1024
-
-Inputs = Callable[[int], tuple[Tensor, ...]]
-Loss = Callable[[int, Any], Tensor]
 
 
 @dataclass
@@ -76,7 +74,7 @@ class _Step:
 
 
 class Pipeline:
-    """Runs this rank's stages of a model that is cut.
+    """Runs this rank's stages of a model that is cut; a `Runner`.
 
     Args:
         module: with the stages that `schedule` gives this rank.
@@ -147,16 +145,7 @@ class Pipeline:
         before_last: Callable[[], None] = lambda: None,
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        """Go forward and backward through all micro-batches; gradients are added to `.grad`.
-
-        Args:
-            sizes: samples of each micro-batch of this replica.
-            inputs: returns the model's inputs for a micro-batch; asked on the first stage's ranks.
-            loss: returns the loss of a micro-batch from the model's outputs; on the last one's.
-            prepare: called with the micro-batch before each forward, for its random numbers.
-            before_last: called in front of the last backward of this rank.
-            around: makes what each forward runs in, for example autocast.
-        """
+        """Go forward and backward through all micro-batches; see `Runner.train`."""
         step = _Step(sizes, inputs, loss, prepare, around)
         schedule = self.schedule
         if len(sizes) != schedule.num_micro_batches:  # at the end of an epoch
@@ -209,8 +198,9 @@ class Pipeline:
             outputs.append(x)
         return outputs
 
-    def on(self, module: Parallel) -> Pipeline:
-        """Return the same for a copy of the module, for its forward alone."""
+    def for_copy(self, module: nn.Module) -> Pipeline:
+        """Return a runner of the same stages that calls `module`, a copy; for forwards alone."""
+        assert isinstance(module, Parallel)
         other = copy.copy(self)
         other.module = module
         return other

@@ -1,30 +1,35 @@
-"""What a split model says about itself: what is split, what is sent, and its code."""
+"""A split model in words: what is split, what is sent, and its code."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import fx, nn
 
-if TYPE_CHECKING:
-    from meshuffle.parallel.module import Parallel
+from meshuffle.layout.assign import Assignment
+from meshuffle.layout.traffic import Traffic
 
 
-def summary(module: Parallel) -> str:
-    """Return what is split, and what a step sends, in a few lines."""
-    assignment, codes, tp = module.assignment, module.codes, module.assignment.program.world
-    sent = sum(s.forward + s.backward for code in codes for s in code.sent)
-    reduced = sum(code.reduced_bytes for code in codes)
+def summary(assignment: Assignment, stages: Sequence[Traffic], kept_fraction: float) -> str:
+    """Return what is split, and what a step sends, in a few lines.
+
+    Args:
+        assignment: the layouts.
+        stages: what each pipeline stage sends.
+        kept_fraction: the part of the model's parameters that this rank keeps.
+    """
+    tp = assignment.program.world
+    sent = sum(s.forward + s.backward for stage in stages for s in stage.sent)
+    reduced = sum(stage.reduced_bytes for stage in stages)
     lines = [
         f"tp={tp}: {100 * assignment.sharded_fraction():.1f} % of the FLOPs are split, "
-        f"{100 * module.kept_share:.1f} % of the parameters are on this rank, a step sends "
+        f"{100 * kept_fraction:.1f} % of the parameters are on this rank, a step sends "
         f"{size_text(sent)} for values and {size_text(reduced)} for gradients"
     ]
-    if len(codes) > 1:
-        crossing = ", ".join(str(len(code.leaving)) for code in codes[:-1])
-        lines.append(f"{len(codes)} pipeline stages; tensors that cross each cut: {crossing}")
+    if len(stages) > 1:
+        crossing = ", ".join(str(len(stage.leaving)) for stage in stages[:-1])
+        lines.append(f"{len(stages)} pipeline stages; tensors that cross each cut: {crossing}")
     alone = assignment.whole_flops() if tp > 1 else []
     if alone:
         names = ", ".join(f"{name} ({100 * share:.1f} %)" for name, share in alone[:4])
@@ -45,11 +50,11 @@ def size_text(num_bytes: int) -> str:
 
 
 def code(modules: Sequence[fx.GraphModule], root: nn.Module, home: str) -> str:
-    """Return the code, a line per call; conversions say from what to what.
+    """Return the code, a line per call; each conversion says from which layout to which.
 
     Args:
-        modules: a stage's each.
-        root: has the conversions, under `home`.
+        modules: one per stage.
+        root: holds the conversions, under `home`.
     """
     text = "\n".join(str(written.code) for written in modules)
     lines = []

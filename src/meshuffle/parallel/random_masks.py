@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from meshuffle.data.seeds import draw63
 from meshuffle.errors import ModelError
-from meshuffle.graph.graph import arguments_of
+from meshuffle.graph.node import arguments_of
 from meshuffle.graph.random_ops import draws, is_random
 from meshuffle.layout.layout import Layout, Samples, Shard, even_size
 from meshuffle.layout.program import Call
@@ -231,7 +231,7 @@ def draw_module(call: Call, layout: Layout, rank: int) -> tuple[Any, tuple[str, 
     Raises:
         ModelError: its numbers cannot be drawn in parts.
     """
-    packet = call.node.target._overloadpacket  # type: ignore[union-attr]
+    packet = call.packet
     if packet not in _KINDS:
         raise ModelError(
             f"{call.node.target} draws random numbers in a way that no plan keeps equal; "

@@ -13,7 +13,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from meshuffle.comm.device import synchronize
-from meshuffle.graph.graph import is_in_place
+from meshuffle.graph.node import is_in_place
 from meshuffle.layout.assign import Assignment
 from meshuffle.layout.program import Program
 

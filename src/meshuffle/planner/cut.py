@@ -13,33 +13,12 @@ from torch import Tensor
 from torch.fx import Node
 
 from meshuffle.errors import PlanError
-from meshuffle.graph.graph import is_in_place, owners_of
-from meshuffle.layout.program import Program, is_tensor
+from meshuffle.graph.node import is_in_place, is_tensor, memory_owners, packet_of
+from meshuffle.layout.program import Program
 
 aten = torch.ops.aten
 
 _SLACK = 1.02  # of the slowest stage: worth so much less crossing
-
-
-def live_behind(program: Program) -> list[list[Node]]:
-    """Return, for each call, the values that exist behind it and are read later, inputs included.
-
-    Parameters, buffers and numbers do not cross: every stage has its own.
-    """
-    calls = [call.node for call in program.calls]
-    place = {node: i for i, node in enumerate(calls)}
-    last: dict[Node, int] = {}
-    for node in [*calls, *(n for n in program.fx.nodes if n.op == "output")]:
-        for source in node.all_input_nodes:
-            if source.op == "call_function" or program.graph.is_input(source.name):
-                last[source] = place.get(node, len(calls))
-    found: list[list[Node]] = [[] for _ in calls]
-    for source, end in last.items():
-        value = source.meta.get("val")
-        if isinstance(value, Tensor | tuple | list):
-            for i in range(place.get(source, 0), min(end, len(calls))):
-                found[i].append(source)
-    return found
 
 
 def crossing_bytes(program: Program) -> list[int | None]:
@@ -50,11 +29,11 @@ def crossing_bytes(program: Program) -> list[int | None]:
     that update the same buffer.
     """
     calls = [call.node for call in program.calls]
-    owners = owners_of(calls)
+    owners = memory_owners(calls)
     pinned = {owners.get(n, n) for n in calls if n.name in program.pinned}
     together = _updating_together(program)
     found: list[int | None] = []
-    for i, values in enumerate(live_behind(program)):
+    for i, values in enumerate(program.live_behind()):
         whole = all(is_tensor(n) and owners.get(n, n) not in pinned for n in values)
         whole = whole and not any(first <= i < last for first, last in together)
         found.append(sum(map(program.num_bytes, values)) if whole and values else None)
@@ -87,7 +66,7 @@ def _updating_together(program: Program) -> list[tuple[int, int]]:
         for places in readers.values()
         if len(places) > 1
         and any(
-            is_in_place(node) or getattr(node.target, "_overloadpacket", None) in updating
+            is_in_place(node) or packet_of(node) in updating
             for node in (program.calls[i].node for i in places)
         )
     ]

@@ -65,6 +65,11 @@ class Schedule:
         """Return the stages that a rank holds, in order."""
         return tuple(stage for stage, holder in enumerate(self.ranks) if holder == rank)
 
+    def split_backwards(self, micro_batch: int) -> frozenset[int]:
+        """Return the stages that go back through a micro-batch in two parts, `I` and `W`."""
+        actions = (action for order in self.orders for action in order)
+        return frozenset(a.stage for a in actions if a.work == "I" and a.micro_batch == micro_batch)
+
 
 _THEIRS = {
     "interleaved-1f1b": theirs.ScheduleInterleaved1F1B,

@@ -1,8 +1,8 @@
 """The report's picture of a traced step: who computed what when, beside what the schedule plans.
 
-Of a run with a pipeline: a row per rank, a box per forward or backward of a micro-batch, coloured
-by stage. Of another: what each rank did, and what it said to the others. Reading `trace.json` is
-lenient, as of all records.
+A run with a pipeline has a row per rank, and a box per forward or backward of a micro-batch,
+coloured by stage. Another run shows what each rank computed and communicated. Reading `trace.json`
+is lenient, as with all records.
 """
 
 from __future__ import annotations
@@ -85,22 +85,26 @@ def read_trace(path: Path) -> Trace | None:
         return None
 
 
-def timeline_section(run: Path) -> str:
-    """Return the section of the report, or "" without a trace; writes `plots/timeline.png`."""
+@dataclass(frozen=True)
+class Timeline:
+    """The section of the report."""
+
+    title: str
+    note: str
+    picture: page.Picture
+
+
+def timeline_of(run: Path) -> Timeline | None:
+    """Return the section of the report, None without a trace; writes `plots/timeline.png`."""
     trace = read_trace(run / "trace.json")
     if trace is None:
-        return ""
+        return None
     plan = parse_plan(trace.about["plan"])
     if plan.pp > 1:
         schedule = make_schedule(plan.pp_kind, plan.pp, plan.num_micro_batches)
         shares = {step: measured_bubble(trace, step) for step in _whole_steps(trace, schedule)}
-        if not shares:
-            return ""
-        name = plan.pp_kind or "1f1b"
-        title, body = "Pipeline", _pipeline(run, trace, schedule, shares, name)
-    else:
-        title, body = "Timeline", _plain(run, trace)
-    return page.section(title, body)
+        return _pipeline(run, trace, schedule, shares, plan.pp_kind or "1f1b") if shares else None
+    return _plain(run, trace)
 
 
 def _whole_steps(trace: Trace, schedule: Schedule) -> list[int]:
@@ -116,7 +120,7 @@ def _actions(trace: Trace, step: int) -> list[Mapping[str, Any]]:
 def measured_bubble(trace: Trace, step: int) -> float:
     """Return the share of the ranks' time between a replica's first and last action that is none.
 
-    Of several replicas, all their time together counts.
+    The time of several replicas is added up.
     """
     replicas: dict[int, list[Mapping[str, Any]]] = {}
     for span in _actions(trace, step):
@@ -131,7 +135,7 @@ def measured_bubble(trace: Trace, step: int) -> float:
 
 def _pipeline(
     run: Path, trace: Trace, schedule: Schedule, shares: Mapping[int, float], name: str
-) -> str:
+) -> Timeline:
     step = sorted(shares, key=lambda step: shares[step])[(len(shares) - 1) // 2]
     spans, ranks = _actions(trace, step), _shown(trace)
     start = min(span["ts"] for span in spans)
@@ -159,12 +163,12 @@ def _pipeline(
     picture = _pictures(run, panels, legend[:16], "A step of the pipeline, and its schedule")
     works = {action.work for order in schedule.orders for action in order}
     split = ", W its later half, to the weights, in between" if "W" in works else ""
-    return (
-        f'<p class="note">Measured bubble {100 * measured:.1f} % (median of {len(shares)} steps), '
+    note = (
+        f"Measured bubble {100 * measured:.1f} % (median of {len(shares)} steps), "
         f"schedule {100 * theory:.1f} %. Numbers are micro-batches; forward is light, backward "
-        f"full{split}; where a row is empty the rank waits."
-        f"{page.text(_crowded(trace))}</p>{picture}"
+        f"full{split}; where a row is empty the rank waits.{_crowded(trace)}"
     )
+    return Timeline("Pipeline", note, picture)
 
 
 def _action_box(row: int, begin: float, length: float, action: Mapping[str, Any]) -> Box:
@@ -173,7 +177,7 @@ def _action_box(row: int, begin: float, length: float, action: Mapping[str, Any]
     return Box(row, begin, begin + length, colour, lighter, str(action["micro_batch"]))
 
 
-def _plain(run: Path, trace: Trace) -> str:
+def _plain(run: Path, trace: Trace) -> Timeline:
     def length(step: int) -> float:
         return sum(s["dur"] for s in trace.spans[step] if s["cat"] == "step" and s["pid"] == 0)
 
@@ -191,7 +195,7 @@ def _plain(run: Path, trace: Trace) -> str:
     legend = [*_KINDS.items(), ("communication, waits for other ranks included", _TALKS)]
     picture = _pictures(run, panels, legend, "What each rank did in a step")
     note = f"The median of {len(ordered)} traced steps.{_crowded(trace)}"
-    return f'<p class="note">{page.text(note)}</p>{picture}'
+    return Timeline("Timeline", note, picture)
 
 
 def _ms(microseconds: float) -> float:
@@ -228,12 +232,12 @@ Panel = tuple[str, str, Sequence[Box], Sequence[str]]
 
 
 def _pictures(
-    run: Path, panels: Sequence[Panel], legend: Sequence[tuple[str, str]], says: str
-) -> str:
+    run: Path, panels: Sequence[Panel], legend: Sequence[tuple[str, str]], description: str
+) -> page.Picture:
     light, dark = (draw(panels, legend, theme) for theme in (LIGHT, DARK))
     with replaced(run / "plots" / "timeline.png") as temporary:
         temporary.write_bytes(light)
-    return f'<div class="wide">{page.picture(light, dark, says)}</div>'
+    return page.Picture.of(light, dark, description)
 
 
 def draw(panels: Sequence[Panel], legend: Sequence[tuple[str, str]], theme: Theme) -> bytes:

@@ -8,26 +8,46 @@ scripts and without external parts; the curves also lie in `plots/` as PNG.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from meshuffle.data import ImageSource
 from meshuffle.files import write_bytes
-from meshuffle.infer.evaluate import Evaluation
+from meshuffle.infer.evaluation import Evaluation
 from meshuffle.report import page
 from meshuffle.report.gallery import gallery_of
-from meshuffle.report.page import section, text
-from meshuffle.report.pipeline_diagram import timeline_section
+from meshuffle.report.pipeline_diagram import timeline_of
 from meshuffle.report.plots import DARK, LIGHT, draw_chart, epoch_ticks, training_charts
 from meshuffle.report.record import Record, flatten, loss_text, number, read_record
+from meshuffle.report.sections import sections_of
 from meshuffle.tasks import make_task
 from meshuffle.tasks.base import Task
-from meshuffle.weights import Card
+from meshuffle.tasks.card import Card
 
 _MAX_ROWS = 20
 _MUCH_WAIT = 0.05  # of the time; then decoding limits
 _EPOCH_EVENT = re.compile(r"epoch \d+/\d+ ")  # what the curves already show
+
+
+@dataclass(frozen=True)
+class Number:
+    """One number of the headline; without a value it was not recorded."""
+
+    label: str
+    value: str | None
+    unit: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Inputs that could not be read: how many, some of their messages, and how many more."""
+
+    count: int
+    messages: Sequence[str]
+    more: int
 
 
 def write_report(
@@ -42,43 +62,40 @@ def write_report(
         card: of the weights that were evaluated.
         split: what to call the split, such as `test`.
     """
-    record = read_record(run)
-    task = make_task(card)
-    gallery = gallery_of(evaluation, source, task)
-    body = "\n".join(
-        (
-            _headline(record, evaluation, task, split),
-            _compared(record, task),
-            section("Training", _curves(record, task, run / "plots")),
-            timeline_section(run),
-            _details(evaluation, task, run / "plots", split),
-            section(gallery.worst_title, gallery.worst()),
-            section("Sample predictions", gallery.samples()),
-            section("Skipped images", _skipped(record, evaluation)),
-            '<div class="columns">',
-            section("Plan", _plan(record)),
-            section("Environment", page.facts(flatten(record.env))),
-            "</div>",
-            section("Events", _events(record)),
-            section("Configuration", page.block(record.config) if record.config else ""),
-            f"<footer>Written by Meshuffle, {datetime.now():%Y-%m-%d %H:%M}.</footer>",
-        )
+    record, task = read_record(run), make_task(card)
+    gallery, on_split = gallery_of(evaluation, source, task), f" on the {split} split" * bool(split)
+    curves, absent_curves = _curves(record, task, run / "plots")
+    evaluated = f"{evaluation.num_samples:,} images evaluated{on_split}"
+    content = page.render(
+        "report.html",
+        model=task.built or card.model,
+        data=card.data,
+        run=record.name,
+        size=f"{len(card.classes)} {task.answers} · {evaluated}",
+        numbers=[*_accuracies(record, evaluation, task, split), *_efforts(record, card)],
+        compared=list(_compared(record, task)),
+        curves=curves,
+        absent_curves=absent_curves if curves else [],
+        timeline=timeline_of(run),
+        sections=list(sections_of(task, evaluation, run / "plots", on_split)),
+        metrics=_other_metrics(evaluation, task),
+        on_split=on_split,
+        worst=gallery.worst(),
+        samples=gallery.samples(),
+        skipped=_skipped(record, evaluation),
+        plan=_plan(record),
+        environment=list(flatten(record.env)),
+        events=_events(record),
+        config=record.config.expandtabs(4).splitlines(),
+        written=f"{datetime.now():%Y-%m-%d %H:%M}",
     )
-    path, title = run / "report.html", task.built or card.model
-    if card.data:
-        title += f" on {card.data}"
-    write_bytes(path, page.page(title, body).encode())
-    return path
+    write_bytes(run / "report.html", content.encode())
+    return run / "report.html"
 
 
-def _on(split: str) -> str:
-    return f" on the {split} split" if split else ""
-
-
-def _compared(record: Record, task: Task) -> str:
-    """Return what a run that began from other weights made of them; of others nothing."""
+def _compared(record: Record, task: Task) -> Iterator[tuple[str, ...]]:
+    """Yield the metrics before and after of a run that began from other weights."""
     listed = record.result.get("compared")
-    rows = []
     for entry in listed if isinstance(listed, list) else []:
         if not isinstance(entry, Mapping):
             continue
@@ -88,38 +105,18 @@ def _compared(record: Record, task: Task) -> str:
                 number((entry.get(when) or {}).get(metric.key)) for when in ("before", "after")
             )
             if before is not None and after is not None:
-                numbers = (metric.number(before), metric.number(after))
-                rows.append((text(where), text(metric.label), *map(text, numbers)))
-    if not rows:
-        return ""
-    head = ("images", "metric", "before", "after")
-    return section("Before and after", page.table(head, rows, 2))
+                yield where, metric.label, metric.number(before), metric.number(after)
 
 
-def _details(evaluation: Evaluation, task: Task, folder: Path, split: str) -> str:
-    """Return what the task has to say beyond the metrics of the headline."""
-    found = task.sections(evaluation, folder, _on(split))
-    shown = [section(title, html) for title, html in found]
-    if evaluation.metrics.keys() - {"loss", *(metric.key for metric in task.metrics)}:
-        rows = [(text(key), f"{value:.5g}") for key, value in evaluation.metrics.items()]
-        shown.append(section(f"Metrics{_on(split)}", page.table(("metric", "value"), rows, 1)))
-    return "".join(shown)
+def _other_metrics(evaluation: Evaluation, task: Task) -> list[tuple[str, str]]:
+    """Return all metrics, where the task has others than those of the headline."""
+    shown = {"loss", *(metric.key for metric in task.metrics)}
+    if not evaluation.metrics.keys() - shown:
+        return []
+    return [(key, f"{value:.5g}") for key, value in evaluation.metrics.items()]
 
 
-def _headline(record: Record, evaluation: Evaluation, task: Task, split: str) -> str:
-    card = task.card
-    data = f" <span>on</span> {text(card.data)}" if card.data else ""
-    evaluated = f"{evaluation.num_samples:,} images evaluated{_on(split)}"
-    size = f"{len(card.classes)} {task.answers} · {evaluated}"
-    return (
-        f"<header><h1>{text(task.built or card.model)}{data}</h1>"
-        f'<p class="note">{text(record.name)} · {text(size)}</p>'
-        f'<dl class="big">{"".join(_accuracies(record, evaluation, task, split))}'
-        f"{''.join(_efforts(record, card))}</dl></header>"
-    )
-
-
-def _accuracies(record: Record, evaluation: Evaluation, task: Task, split: str) -> Iterator[str]:
+def _accuracies(record: Record, evaluation: Evaluation, task: Task, split: str) -> Iterator[Number]:
     first, *others = task.metrics
     splits = {**record.splits}
     if evaluation.metrics and (split or not splits):
@@ -131,30 +128,21 @@ def _accuracies(record: Record, evaluation: Evaluation, task: Task, split: str) 
             notes.append(f"loss {loss_text(loss)}")
         value = number(metrics.get(first.key))
         shown = None if value is None else f"{value:.{first.digits}f}"
-        yield _big(f"{name} {first.label}", shown, first.unit, " · ".join(notes))
+        yield Number(f"{name} {first.label}", shown, first.unit, " · ".join(notes))
     if not splits:
-        yield _big(first.label, None)
+        yield Number(first.label, None)
 
 
-def _efforts(record: Record, card: Card) -> Iterator[str]:
+def _efforts(record: Record, card: Card) -> Iterator[Number]:
     done = [e for row in record.epochs if (e := number(row.get("epoch"))) is not None]
     best = number(record.result.get("best_epoch"))
     note = "" if best is None else f"best: {best:g}"
     epochs = f"{max(done):g}" if done else str(card.epoch) if card.epoch else None
-    yield _big("epochs", epochs, "", note)
-    yield _big("training time", *_duration(record.seconds))
+    yield Number("epochs", epochs, "", note)
+    yield Number("training time", *_duration(record.seconds))
     rate, wait = record.images_per_s, record.data_wait or 0.0
     note = f"waited for data {page.percent(wait)} of the time" if wait > _MUCH_WAIT else ""
-    yield _big("images per second", None if rate is None else f"{rate:,.0f}", "", note)
-
-
-def _big(label: str, value: str | None, unit: str = "", note: str = "") -> str:
-    if value is None:
-        value, note = "–", "not recorded"
-    return (
-        f'<div><dt>{text(label)}</dt><dd>{text(value)} <span class="unit">{text(unit)}</span>'
-        f"<small>{text(note)}</small></dd></div>"
-    )
+    yield Number("images per second", None if rate is None else f"{rate:,.0f}", "", note)
 
 
 def _duration(seconds: float | None) -> tuple[str | None, str]:
@@ -167,37 +155,31 @@ def _duration(seconds: float | None) -> tuple[str | None, str]:
     return f"{seconds:.3g}", "s"
 
 
-def _curves(record: Record, task: Task, folder: Path) -> str:
-    pictures, missing = [], []
+def _curves(record: Record, task: Task, folder: Path) -> tuple[list[page.Picture], list[str]]:
+    """Return the curves that were recorded, also drawn into `folder`, and the titles of others."""
+    pictures, absent = [], []
     ticks = epoch_ticks(record)
     for chart in training_charts(record, task):
         if chart.is_empty:
-            missing.append(chart.title.lower().removesuffix(", %"))
+            absent.append(chart.title.lower().removesuffix(", %"))
             continue
         light, dark = (draw_chart(chart, ticks, theme) for theme in (LIGHT, DARK))
         write_bytes(folder / f"{chart.name}.png", light)
-        pictures.append(page.picture(light, dark, f"{chart.title} over the training"))
-    if not pictures:
-        return ""
-    note = f'<p class="missing">not recorded: {text(", ".join(missing))}</p>' if missing else ""
-    return f'<div class="charts">{"".join(pictures)}</div>{note}'
+        pictures.append(page.Picture.of(light, dark, f"{chart.title} over the training"))
+    return pictures, absent
 
 
-def _skipped(record: Record, evaluation: Evaluation) -> str:
-    inputs = record.result.get("skipped_inputs")
-    listed = [str(entry) for entry in inputs] if isinstance(inputs, list | tuple) else []
-    messages = list(dict.fromkeys([*listed, *evaluation.skipped]))
-    counted = number(inputs)
-    total = max(len(messages), int(counted or 0))
-    if not total:
-        return '<p class="note">None.</p>'
-    items = "".join(f"<li>{text(message)}</li>" for message in messages[: 2 * _MAX_ROWS])
-    more = total - min(len(messages), 2 * _MAX_ROWS)
-    note = f'<p class="note">and {more:,} more</p>' if items and more else ""
-    return f'<p class="note">{total:,} could not be read.</p><ul>{items}</ul>{note}'
+def _skipped(record: Record, evaluation: Evaluation) -> Skipped:
+    """Return the inputs that training or this evaluation could not read."""
+    listed = record.result.get("skipped")
+    training = [str(entry) for entry in listed] if isinstance(listed, list) else []
+    messages = list(dict.fromkeys([*training, *evaluation.skipped]))
+    count = max(len(messages), int(number(record.result.get("skipped_inputs")) or 0))
+    shown = messages[: 2 * _MAX_ROWS]
+    return Skipped(count, shown, count - len(shown))
 
 
-def _plan(record: Record) -> str:
+def _plan(record: Record) -> list[tuple[str, str]]:
     pairs = list(flatten(record.plan))
     for key, label in (
         ("predicted_step_ms", "predicted step"),
@@ -205,15 +187,15 @@ def _plan(record: Record) -> str:
     ):
         if (value := number(record.result.get(key))) is not None:
             pairs.append((label, f"{value:,.1f} ms"))
-    return page.facts(pairs)
+    return pairs
 
 
-def _events(record: Record) -> str:
+def _events(record: Record) -> list[tuple[str, str]]:
     rows = []
     for event in record.events:
-        said = str(event.get("text", ""))
-        if not _EPOCH_EVENT.match(said):
+        message = str(event.get("text", ""))
+        if not _EPOCH_EVENT.match(message):
             at = number(event.get("time"))
             when = "" if at is None else f"{datetime.fromtimestamp(at):%Y-%m-%d %H:%M:%S}"
-            rows.append((text(when), text(said)))
-    return page.table(("time", "event"), rows[-2 * _MAX_ROWS :]) if rows else ""
+            rows.append((when, message))
+    return rows[-2 * _MAX_ROWS :]

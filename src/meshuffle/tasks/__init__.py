@@ -1,26 +1,22 @@
-"""The tasks by name: one file each, imported when it is asked for."""
+"""The tasks by name: one file each."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
-from typing import TYPE_CHECKING
 
 from meshuffle.errors import ConfigError, did_you_mean
-from meshuffle.tasks.base import Task
+from meshuffle.tasks.base import LoadNetwork, Task
+from meshuffle.tasks.card import Card
+from meshuffle.tasks.classify import Classify
+from meshuffle.tasks.detect import Detect
+from meshuffle.tasks.generate import Generate
+from meshuffle.tasks.multilabel import MultiLabel
+from meshuffle.tasks.regress import Regress
+from meshuffle.tasks.segment import Segment
 
-if TYPE_CHECKING:
-    from meshuffle.weights import Card
-
-TASKS: Mapping[str, str] = {
-    "classify": "Classify",
-    "multilabel": "MultiLabel",
-    "regress": "Regress",
-    "detect": "Detect",
-    "segment": "Segment",
-    "generate": "Generate",
+TASKS: Mapping[str, type[Task]] = {
+    task.name: task for task in (Classify, MultiLabel, Regress, Detect, Segment, Generate)
 }
-"""Name, which is also that of the module, and its class."""
 
 
 def find_task(name: str) -> type[Task]:
@@ -31,10 +27,9 @@ def find_task(name: str) -> type[Task]:
     """
     if name not in TASKS:
         raise ConfigError(f"--task {name}: no such task{did_you_mean(name, TASKS)}")
-    task: type[Task] = getattr(import_module(f"{__name__}.{name}"), TASKS[name])
-    return task
+    return TASKS[name]
 
 
-def make_task(card: Card, *, label_smoothing: float = 0.0) -> Task:
-    """Return the task of a card."""
-    return find_task(card.task)(card, label_smoothing=label_smoothing)
+def make_task(card: Card, *, label_smoothing: float = 0.0, load: LoadNetwork | None = None) -> Task:
+    """Return the task of a card; `load` is needed where its network is to be built."""
+    return find_task(card.task)(card, label_smoothing=label_smoothing, load=load)

@@ -1,4 +1,4 @@
-"""What a model learns: head, loss, metrics, words and picture. Each task is a file in `tasks/`.
+"""What a model learns: head, loss, metrics, words and picture. Each task is a file of this folder.
 
     card ──network──▶ module ──outputs [N, …]──▶ loss_sum                 while it trains
                                        ├──▶ judge ──▶ rows of N samples ──▶ conclude: metrics
@@ -11,28 +11,27 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from meshuffle.errors import ConfigError
-
-if TYPE_CHECKING:
-    from meshuffle.config import TrainConfig
-    from meshuffle.data import Data
-    from meshuffle.infer.evaluate import Evaluation
-    from meshuffle.train.step import Step
-    from meshuffle.weights import Card
+from meshuffle.config import TrainConfig
+from meshuffle.data import Data
+from meshuffle.errors import ConfigError, PlanError
+from meshuffle.planner.plan import Plan
+from meshuffle.tasks.card import Card
 
 Rows = Mapping[str, NDArray[Any]]
-Column = NDArray[np.int64] | NDArray[np.float32]
+"""By name a column with a row for each sample."""
+
+LoadNetwork = Callable[[Path, Card | None], tuple[nn.Module, Card]]
+"""How a task opens the model of another weights file: `weights.load_or_build`."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +68,13 @@ class Task:
         mixes: mixup and cutmix make sense; `weighs_classes`: so do weights of classes;
             `smooths`: so does label smoothing.
         splits: the plans it knows besides dp.
-        suits: settings to begin from, where none are given and it is not what fits a classifier.
+        defaults: settings to begin from, where none are given and it is not what fits a classifier.
         built: what the network is, for people, where it is not the card's model alone.
         answers: what the card's `classes` are, for people.
         outputs: name of the outputs in an exported file; `argmax`: the largest along dim 1 is the
             answer.
         label_smoothing: see `Classify`.
+        load: opens other weights, where `network` needs them.
     """
 
     name: ClassVar[str]
@@ -85,14 +85,16 @@ class Task:
     weighs_classes: ClassVar[bool] = False
     smooths: ClassVar[bool] = False
     splits: ClassVar[tuple[str, ...]] = ("tp", "pp")
-    suits: ClassVar[Mapping[str, Any]] = {}
+    defaults: ClassVar[Mapping[str, Any]] = {}
     built: ClassVar[str] = ""
     answers: ClassVar[str] = "classes"
     outputs: ClassVar[str] = "logits"
     argmax: ClassVar[bool] = False
 
-    def __init__(self, card: Card, *, label_smoothing: float = 0.0) -> None:
-        self.card, self.label_smoothing = card, label_smoothing
+    def __init__(
+        self, card: Card, *, label_smoothing: float = 0.0, load: LoadNetwork | None = None
+    ) -> None:
+        self.card, self.label_smoothing, self.load = card, label_smoothing, load
 
     @property
     def num_classes(self) -> int:
@@ -100,18 +102,29 @@ class Task:
         return len(self.card.classes)
 
     @classmethod
-    def settings(cls, config: TrainConfig, data: Data) -> dict[str, Any]:
+    def settings(cls, config: TrainConfig, data: Data, load: LoadNetwork) -> dict[str, Any]:
         """Return what the task must remember beside the weights, as plain JSON data."""
         if config.head is not None:
             raise ConfigError(f"--head {config.head}: {cls.name} has no choice of heads")
         return {}
 
-    @property
-    def step_type(self) -> type[Step]:
-        """What a training step is; a task with several losses has its own."""
-        from meshuffle.train.step import Step
+    @classmethod
+    def check_plan(cls, plan: Plan) -> None:
+        """Refuse a plan that splits the model along an axis that the task does not support.
 
-        return Step
+        Raises:
+            PlanError: names the axis and those that it supports.
+        """
+        for axis, size in (("tp", plan.tp), ("pp", plan.pp)):
+            if size > 1 and axis not in cls.splits:
+                known = ", ".join(("dp", *cls.splits))
+                raise PlanError(f"plan {plan}: --task {cls.name} knows {known}, not {axis}")
+
+    @classmethod
+    def metrics_text(cls, metrics: Mapping[str, float]) -> str:
+        """Return the metrics for people, for example `top-1 97.50 %, top-5 99.90 %`."""
+        shown = (m for m in cls.metrics if metrics.get(m.key) is not None)
+        return ", ".join(metric.text(metrics[metric.key]) for metric in shown)
 
     def network(self, seed: int) -> nn.Module:
         """Return the module with random weights: images (N, 3, h, w) → outputs (N, …)."""
@@ -214,22 +227,6 @@ class Task:
         """Return what is true of sample i in a line; empty where a line cannot say it."""
         return ""
 
-    def sections(
-        self, evaluation: Evaluation, folder: Path, where: str
-    ) -> Iterator[tuple[str, str]]:
-        """Yield (title, HTML) of what the report shows of this task alone.
-
-        Args:
-            folder: of the report's pictures as files.
-            where: for example ` on the test split`, for a title.
-        """
-        yield from ()
-
     def picture(self, image: Image.Image, rows: Rows, i: int, truth: Any = None) -> Image.Image:
         """Return the image with the prediction of sample i drawn, and the truth where known."""
         return image
-
-
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch for one step of one rank, so that dropout needs no stored random state."""
-    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % (1 << 63))

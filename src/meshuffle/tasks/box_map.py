@@ -52,8 +52,8 @@ def mean_average_precision(
     truth = _entries(images, rows[:, 1:], rows[:, 0], iscrowd=0)
     images, found = np.nonzero(boxes_ND6[..., 5] >= 0)
     rows = boxes_ND6[images, found]
-    said = _entries(images, rows[:, :4], rows[:, 5])
-    for entry, score in zip(said, rows[:, 4].tolist(), strict=True):
+    predicted = _entries(images, rows[:, :4], rows[:, 5])
+    for entry, score in zip(predicted, rows[:, 4].tolist(), strict=True):
         entry["score"] = score
     coco = library.COCO(
         {
@@ -62,7 +62,7 @@ def mean_average_precision(
             "annotations": truth,
         }
     )
-    judge = library.COCOeval_faster(coco, coco.loadRes(said), "bbox")
+    judge = library.COCOeval_faster(coco, coco.loadRes(predicted), "bbox")
     judge.run()
     percent = [100 * max(0.0, float(value)) for value in judge.stats[:3]]
     return dict(zip(("map", "map50", "map75"), percent, strict=True))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,14 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from meshuffle.config import TrainConfig
+from meshuffle.data import Data
 from meshuffle.models import create_model
-from meshuffle.tasks.base import Metric, Rows, Task
-from meshuffle.train.best_epoch import is_chance
-
-if TYPE_CHECKING:
-    from meshuffle.config import TrainConfig
-    from meshuffle.data import Data
-    from meshuffle.infer.evaluate import Evaluation
+from meshuffle.tasks.base import LoadNetwork, Metric, Rows, Task
 
 TOP = 5
 
@@ -39,9 +35,9 @@ class Classify(Task):
     argmax = True
 
     @classmethod
-    def settings(cls, config: TrainConfig, data: Data) -> dict[str, Any]:
+    def settings(cls, config: TrainConfig, data: Data, load: LoadNetwork) -> dict[str, Any]:
         """Return the classes' weights, where they are asked for."""
-        kept = super().settings(config, data)
+        kept = super().settings(config, data, load)
         if config.class_weights == "balanced" and "train" in data.splits:
             counts = np.bincount(data.splits["train"].labels, minlength=len(data.classes))
             weights = counts.sum() / (len(counts) * np.maximum(counts, 1))
@@ -134,17 +130,13 @@ class Classify(Task):
         """Return for example `bee (97.1 %)`."""
         return f"{prediction['label']} ({100 * prediction['probability']:.1f} %)"
 
-    def sections(
-        self, evaluation: Evaluation, folder: Path, where: str
-    ) -> Iterator[tuple[str, str]]:
-        """Yield which classes are taken for which."""
-        from meshuffle.report.confusion import confusion_section
 
-        names = tuple(self.card.titles.get(name, name) for name in evaluation.classes)
-        yield f"Confusion{where}", confusion_section(evaluation, names, folder)
+def is_chance(top1: float, highest: float, num: int) -> bool:
+    """Whether `top1` of `num` images is below `highest` by no more than its standard error.
 
-
-def confusion(rows: Rows, num_classes: int) -> NDArray[np.int64]:
-    """Return how often class i (row) was taken for class j (column), int64 (C, C)."""
-    flat = rows["labels"] * num_classes + rows["top_classes"][:, 0]
-    return np.bincount(flat, minlength=num_classes**2).reshape(num_classes, num_classes)
+    That is at least one image: 0.7 points of 143, 0.2 of 50,000.
+    """
+    share = (highest / 100 * num + 1) / (num + 2)  # Laplace's, so that 100 % has an error too
+    standard_error = 100 * math.sqrt(share * (1 - share) / max(1, num))
+    one_image = 100.5 / max(1, num)  # and a little, for rounding
+    return highest - top1 <= max(standard_error, one_image)

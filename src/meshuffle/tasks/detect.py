@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,21 +12,19 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from meshuffle.config import TrainConfig
+from meshuffle.data import Data
 from meshuffle.data.preprocess import Preprocess
+from meshuffle.data.target import Boxes
 from meshuffle.models.detections import Decoded, best_boxes, detections
 from meshuffle.models.detector import anchors_for, create_detector
-from meshuffle.tasks.base import Metric, Rows, Task
+from meshuffle.tasks.base import LoadNetwork, Metric, Rows, Task
 from meshuffle.tasks.box_loss import detection_losses
 from meshuffle.tasks.box_map import mean_average_precision, require
 from meshuffle.tasks.box_picture import draw_boxes, enlarged
 
-if TYPE_CHECKING:
-    from meshuffle.config import TrainConfig
-    from meshuffle.data import Data
-    from meshuffle.data.target import Boxes
-
 SHOWN_SCORE = 0.3
-"""A box is told and drawn from this score on; the metrics look at all from 0.05 on."""
+"""Boxes are reported and drawn from this score on; the metrics look at all from 0.05 on."""
 
 
 class Detect(Task):
@@ -43,7 +41,7 @@ class Detect(Task):
         Metric("map75", "mAP at IoU 0.75"),
     )
     dense = True
-    suits: ClassVar[Mapping[str, Any]] = {
+    defaults: ClassVar[Mapping[str, Any]] = {
         "label_smoothing": 0.0,
         "body_lr": 1.0,
         "crop_scale": 1.0,  # smaller views cost 3 to 6 points of mAP where epochs are few
@@ -51,7 +49,7 @@ class Detect(Task):
     outputs = "boxes"
 
     @classmethod
-    def settings(cls, config: TrainConfig, data: Data) -> dict[str, Any]:
+    def settings(cls, config: TrainConfig, data: Data, load: LoadNetwork) -> dict[str, Any]:
         """Return the head's name.
 
         Raises:

@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from meshuffle.data import Preprocess
 from meshuffle.errors import ConfigError
 from meshuffle.models import classifier_of, create_model
-from meshuffle.weights import Card, build_model, load_model
+from meshuffle.tasks.base import LoadNetwork
+from meshuffle.tasks.card import Card
 
 _MODEL, _FEATURES, _SIZE, _SEED = "shufflenet_v2_x0_5", 32, 64, 0
 _TEXTURES = 64
@@ -130,31 +131,34 @@ def _textures() -> Tensor:
     return x_NCHW / math.sqrt(math.log2(_SIZE) + 1)
 
 
-def critic_settings(run: str) -> dict[str, str]:
+def critic_settings(run: str, load: LoadNetwork) -> dict[str, str]:
     """Return what a run remembers of the classifier whose features it uses: path and card.
 
     Raises:
-        RunError, ModelError: of `load_model`.
+        RunError, ModelError: the weights of the run cannot be opened.
         ConfigError: its model does not end in pooled features.
     """
     path = Path(run).expanduser().resolve()
-    _, card = load_model(path)
+    _, card = load(path, None)
     if card.task not in _TASKS:
         raise ConfigError(f"--knobs.features {run}: a {card.task} model; give {', '.join(_TASKS)}")
     return {"run": str(path), "card": card.to_json()}
 
 
-def make_critic(settings: dict[str, str] | None, given: Preprocess) -> Critic:
+def make_critic(
+    settings: dict[str, str] | None, given: Preprocess, load: LoadNetwork | None
+) -> Critic:
     """Return the critic of a run.
 
     Args:
         settings: of `critic_settings`; None is the random one.
         given: of the images it gets.
+        load: opens the classifier; the random critic needs none.
 
     Where the classifier's files are gone, its weights come with the run's own.
     """
     if settings is None:
         return random_critic(given)
-    card, path = Card.from_json(settings["card"]), Path(settings["run"])
-    network = load_model(path)[0] if path.exists() else build_model(card)
+    assert load is not None, "features of a classifier: its weights must be opened"
+    network, card = load(Path(settings["run"]), Card.from_json(settings["card"]))
     return Critic(network, card.preprocess, given)

@@ -1,4 +1,4 @@
-"""How a GAN trains: the two networks in one module, and a step of two updates.
+"""A GAN: both networks in one module, and their losses; `train/gan_step.py` updates them.
 
     discriminator   real x, made G(z₁)    Σ relu(1 − D(x)) + relu(1 + D(G(z₁)))
     generator       G(z₂)                 −Σ D(G(z₂))
@@ -8,7 +8,7 @@ Both sums go over the samples of all ranks and are divided by their number. This
 (β₁ = 0, 1805.08318). Tried on scikit-learn's digits at 16 pixels, 2000 steps of batch 32 at rate
 0.001: the distance to the real ones, which is 0.12 in pixels between two halves of these, still
 fell, to 1.5; with batch norm in the discriminator it swung from 3 to 4, with group norm from 1.5
-to 2.0, and the discriminator told nearly all images apart; with the logistic loss it won at once.
+to 2.0, and the discriminator was right on nearly all images; with the logistic loss it won at once.
 
 z is a hash of seed, step, micro-batch and the sample's number in the whole batch, so that any
 number of ranks draws the same.
@@ -18,26 +18,19 @@ Shape suffixes: N images, Z numbers of noise, C channels, H height, W width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meshuffle.comm.device import autocast
-from meshuffle.data import Batch, Preprocess
+from meshuffle.data import Preprocess
 from meshuffle.models.gan import Discriminator, Generator
-from meshuffle.parallel.data_parallel import DataParallel
 from meshuffle.parallel.random_masks import random_bits
 from meshuffle.tasks.fid import Critic
-from meshuffle.train.step import Step
 
-BETAS = (0.0, 0.99)
-"""Of Adam; see above."""
-
-_FOR_DISCRIMINATOR, _FOR_GENERATOR, _FOR_EVALUATION, _PIXELS = range(4)  # draws of one key
+FOR_DISCRIMINATOR, FOR_GENERATOR, _FOR_EVALUATION, _PIXELS = range(4)
+"""Which of the random numbers of one key."""
 
 
 class Gan(nn.Module):
@@ -124,113 +117,6 @@ def hinge(real_logits: Tensor, made_logits: Tensor) -> Tensor:
 def told_apart(real_logits: Tensor, made_logits: Tensor) -> Tensor:
     """Return 1 where the real image has the higher logit, 0 where the made one has, (N,)."""
     return ((real_logits - made_logits).sign()[:, 0].float() + 1) / 2
-
-
-@dataclass
-class GanStep(Step):
-    """A step of two updates by one optimiser: of the discriminator, then of the generator.
-
-    Each phase computes gradients of its own network alone, sums them over the ranks in buckets of
-    that network, and updates; the other's parameters have no gradient then, so that the optimiser
-    leaves them and their state as they are.
-    """
-
-    _reducers: Mapping[str, DataParallel] = field(default_factory=dict, init=False)
-    _parallel: DataParallel | None = field(default=None, init=False)
-
-    def run(
-        self,
-        micro_batches: list[Batch],
-        counts: list[int],
-        lr: float,
-        draws: Sequence[tuple[int, int]] = (),
-    ) -> Tensor:
-        """Do both updates; arguments and result as of `Step.run`.
-
-        The loss is the discriminator's; the score is `told_apart`.
-        """
-        total, sums = sum(counts), torch.zeros(3, dtype=self._sum_dtype, device=self.device)
-        self.optimizer.zero_grad(set_to_none=True)
-        used = [i for i, count in enumerate(counts) if count]
-        given = draws or [(i, 0) for i in range(len(counts))]
-        if not used:
-            return sums
-
-        def discriminate(i: int) -> Tensor:
-            loss_N, own = self._discriminate(micro_batches[i], *given[i])
-            sums.add_(own)
-            return loss_N.sum() / total
-
-        def generate(i: int) -> Tensor:
-            return self._generate(len(micro_batches[i]), *given[i]).sum() / total
-
-        self._phase("discriminator", discriminate, used, lr)
-        self._phase("generator", generate, used, lr)
-        return sums
-
-    def _phase(
-        self, name: str, loss_of: Callable[[int], Tensor], used: list[int], lr: float
-    ) -> None:
-        """Update the network `name` by the gradient of the losses of all micro-batches."""
-        trained = [p for p in self.model.get_submodule(name).parameters() if p.requires_grad]
-        reducer = self._reducer(name)
-        for i in used:
-            if i == used[-1]:
-                reducer.expect_last_backward()
-            loss_of(i).backward(inputs=trained)
-        reducer.reduce_gradients()
-        self._update(lr)
-        self.parallel.share_update()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _discriminate(self, batch: Batch, key: int, first: int) -> tuple[Tensor, Tensor]:
-        """Return the loss of each sample, (N,), and [loss sum, score, samples], (3,)."""
-        gan = self._gan
-        x_NCHW, _ = self._inputs(batch)
-        x_NCHW = x_NCHW.to(gan.discriminator.last.weight.dtype)
-        with autocast(self.device, self.precision):
-            with torch.no_grad():
-                made_NCHW = gan.make(gan.noise(key, len(batch), _FOR_DISCRIMINATOR, first))
-            logits = [_exact(gan.discriminator(images)) for images in (x_NCHW, made_NCHW)]
-        loss_N = hinge(*logits)
-        with torch.no_grad():
-            values = [loss_N.sum(), told_apart(*logits).sum(), loss_N.new_tensor(len(batch))]
-            return loss_N, torch.stack([value.to(self._sum_dtype) for value in values])
-
-    def _generate(self, num: int, key: int, first: int) -> Tensor:
-        """Return the generator's loss of each of `num` images, (num, 1)."""
-        gan = self._gan
-        with autocast(self.device, self.precision):
-            made_NCHW = gan.make(gan.noise(key, num, _FOR_GENERATOR, first))
-            return -_exact(gan.discriminator(made_NCHW))
-
-    def _update(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            if "betas" in group:
-                group["betas"] = BETAS
-        super()._update(lr)
-
-    @property
-    def _gan(self) -> Gan:
-        assert isinstance(self.model, Gan)
-        return self.model
-
-    def _reducer(self, name: str) -> DataParallel:
-        """Return what sums the gradients of one network over the ranks that `parallel` knows."""
-        if self._parallel is not self.parallel:
-            for old in self._reducers.values():
-                old.close()
-            group, mode = self.parallel.group, self.parallel.mode
-            self._reducers = {
-                part: DataParallel(self.model.get_submodule(part), group, mode)
-                for part in ("discriminator", "generator")
-            }
-            self._parallel = self.parallel
-        return self._reducers[name]
-
-
-def _exact(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def images_in(outputs: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:

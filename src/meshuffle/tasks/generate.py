@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,25 +12,23 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from meshuffle.config import TrainConfig
+from meshuffle.data import Data
 from meshuffle.data.preprocess import Preprocess
 from meshuffle.errors import ConfigError, ModelError, did_you_mean
 from meshuffle.models.gan import NOISE, WIDTH, Discriminator, Generator, Made
 from meshuffle.parallel.random_masks import draw_key
-from meshuffle.tasks.base import Metric, Rows, Task
+from meshuffle.tasks.base import LoadNetwork, Metric, Rows, Task
 from meshuffle.tasks.box_picture import enlarged
 from meshuffle.tasks.fid import critic_settings, frechet_distance, make_critic
-from meshuffle.tasks.gan import Gan, GanStep, hinge, images_in, told_apart
-
-if TYPE_CHECKING:
-    from meshuffle.config import TrainConfig
-    from meshuffle.data import Data
-    from meshuffle.infer.evaluate import Evaluation
-    from meshuffle.train.step import Step
+from meshuffle.tasks.gan import Gan, hinge, images_in, told_apart
 
 KEPT_SIDE = 32
 """Pixels of the side of a generated image that evaluation keeps for pictures."""
 _KNOBS = ("width", "noise", "features")
-_SHOWN, _GAP = 16, 2
+SHOWN = 16
+"""Generated images on a sheet."""
+_GAP = 2
 
 
 class Generate(Task):
@@ -53,7 +50,7 @@ class Generate(Task):
     metrics = (Metric("fid", "FID", "", 2, lower=True), Metric("told_apart", "told apart"))
     running = Metric("told_apart", "told apart")
     splits = ()
-    suits: ClassVar[Mapping[str, Any]] = {
+    defaults: ClassVar[Mapping[str, Any]] = {
         "label_smoothing": 0.0,
         "optimizer": "adam",
         "lr": 0.0007,
@@ -64,14 +61,14 @@ class Generate(Task):
     """SGD does not train a GAN; and what changes the images would be learned like them."""
 
     @classmethod
-    def settings(cls, config: TrainConfig, data: Data) -> dict[str, Any]:
+    def settings(cls, config: TrainConfig, data: Data, load: LoadNetwork) -> dict[str, Any]:
         """Return the classifier whose features are used, where one is given.
 
         Raises:
             ConfigError: an input size that does not halve to 4 pixels, or settings that have no
                 meaning here; RunError: no such run.
         """
-        kept = super().settings(config, data)
+        kept = super().settings(config, data, load)
         _refuse_others(config)
         height, width = Preprocess.for_data(data, config.input_size).size
         sizes = [4 << i for i in range(1, 9)]
@@ -82,19 +79,14 @@ class Generate(Task):
                 f"set --input-size {near}"
             )
         if run := config.knobs.get("features"):
-            kept["features"] = critic_settings(run)
+            kept["features"] = critic_settings(run, load)
         return kept
-
-    @property
-    def step_type(self) -> type[Step]:
-        """Two updates in one step."""
-        return GanStep
 
     def network(self, seed: int) -> nn.Module:
         """Return both networks, and the critic: images (N, 3, h, w) → logits (N, 1); see `Gan`."""
         card, knobs = self.card, self.card.knobs
         size, width = card.preprocess.size[0], knobs.get("width", WIDTH)
-        critic = make_critic(card.settings.get("features"), card.preprocess)
+        critic = make_critic(card.settings.get("features"), card.preprocess, self.load)
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed)
@@ -165,19 +157,8 @@ class Generate(Task):
 
     def picture(self, image: Image.Image, rows: Rows, i: int, truth: Any = None) -> Image.Image:
         """Return a sheet of 16 generated images, from that of sample i on."""
-        order = (np.arange(min(_SHOWN, len(rows["samples"]))) + i) % len(rows["samples"])
+        order = (np.arange(min(SHOWN, len(rows["samples"]))) + i) % len(rows["samples"])
         return sheet(rows["samples"][order])
-
-    def sections(
-        self, evaluation: Evaluation, folder: Path, where: str
-    ) -> Iterator[tuple[str, str]]:
-        """Yield a sheet of images that it made."""
-        from meshuffle.report.page import thumbnail
-
-        if evaluation.num_samples:
-            drawn = sheet(evaluation.rows["samples"][:_SHOWN])
-            picture = f'<div class="made"><img src="{thumbnail(drawn, 640)}" alt=""></div>'
-            yield "Generated images", picture
 
     def sample(self, model: nn.Module, num: int, seed: int = 0) -> Image.Image:
         """Return a sheet of `num` generated images; the same seed gives the same ones."""

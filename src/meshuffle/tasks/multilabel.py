@@ -69,7 +69,7 @@ class MultiLabel(Task):
 
     def conclude(self, rows: Rows) -> dict[str, float]:
         """Return `map` and `f1` in percent."""
-        truth, said = rows["targets"], rows["probabilities"] > _LIKELY
+        truth, predicted = rows["targets"], rows["probabilities"] > _LIKELY
         present = truth.any(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UndefinedMetricWarning)
@@ -77,8 +77,8 @@ class MultiLabel(Task):
                 average_precision_score(truth[:, c], rows["probabilities"][:, c])
                 for c in np.flatnonzero(present)
             ]
-        hits = int((said & (truth == 1)).sum())
-        decided = int(said.sum()) + int(truth.sum())
+        hits = int((predicted & (truth == 1)).sum())
+        decided = int(predicted.sum()) + int(truth.sum())
         return {
             "map": 100 * float(np.mean(precisions)) if precisions else 0.0,
             "f1": 100 * 2 * hits / decided if decided else 100.0,

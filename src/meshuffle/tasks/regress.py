@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -11,12 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from meshuffle.config import TrainConfig
+from meshuffle.data import Data
 from meshuffle.models import create_model
-from meshuffle.tasks.base import Metric, Rows, Task
-
-if TYPE_CHECKING:
-    from meshuffle.config import TrainConfig
-    from meshuffle.data import Data
+from meshuffle.tasks.base import LoadNetwork, Metric, Rows, Task
 
 
 class Regress(Task):
@@ -30,13 +28,17 @@ class Regress(Task):
     metrics = (Metric("r2", "R²", "", 4), Metric("mae", "mean error", "", 4, lower=True))
     answers = "targets"
     outputs = "values"
-    suits: ClassVar[Mapping[str, Any]] = {"optimizer": "adamw", "lr": 0.001, "label_smoothing": 0.0}
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "optimizer": "adamw",
+        "lr": 0.001,
+        "label_smoothing": 0.0,
+    }
     """At a classifier's rate SGD diverges: a squared error has no bound on its gradient."""
 
     @classmethod
-    def settings(cls, config: TrainConfig, data: Data) -> dict[str, Any]:
+    def settings(cls, config: TrainConfig, data: Data, load: LoadNetwork) -> dict[str, Any]:
         """Return mean and standard deviation of each training target."""
-        kept = super().settings(config, data)
+        kept = super().settings(config, data, load)
         if "train" in data.splits:
             source = data.splits["train"]
             values = np.stack([source.target(i) for i in range(len(source))]).astype(np.float64)
@@ -88,8 +90,8 @@ class Regress(Task):
 
         `r2` is the share of the variance that is explained (scikit-learn's `r2_score`).
         """
-        truth, said = rows["targets"].astype(np.float64), rows["values"].astype(np.float64)
-        errors = said - truth
+        truth, predicted = rows["targets"].astype(np.float64), rows["values"].astype(np.float64)
+        errors = predicted - truth
         spread = ((truth - truth.mean(0)) ** 2).sum(0)
         lost = (errors**2).sum(0)
         explained = np.where(spread > 0, 1 - lost / np.where(spread > 0, spread, 1), lost == 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -11,14 +11,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from meshuffle.config import TrainConfig
+from meshuffle.data import Data
 from meshuffle.data.target import VOID
 from meshuffle.models.segmenter import create_segmenter, require_head
-from meshuffle.tasks.base import Metric, Rows, Task
+from meshuffle.tasks.base import LoadNetwork, Metric, Rows, Task
 from meshuffle.tasks.mask_picture import draw_masks, mask_image
-
-if TYPE_CHECKING:
-    from meshuffle.config import TrainConfig
-    from meshuffle.data import Data
 
 KEPT_SIDE = 96
 """Pixels of the long side of a mask that evaluation keeps for pictures."""
@@ -41,10 +39,10 @@ class Segment(Task):
     running = Metric("pixel_accuracy", "pixel accuracy")
     dense = smooths = True
     argmax = True
-    suits: ClassVar[Mapping[str, Any]] = {"optimizer": "adamw", "lr": 0.002, "body_lr": 1.0}
+    defaults: ClassVar[Mapping[str, Any]] = {"optimizer": "adamw", "lr": 0.002, "body_lr": 1.0}
 
     @classmethod
-    def settings(cls, config: TrainConfig, data: Data) -> dict[str, Any]:
+    def settings(cls, config: TrainConfig, data: Data, load: LoadNetwork) -> dict[str, Any]:
         """Return the head's name.
 
         Raises:

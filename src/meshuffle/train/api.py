@@ -15,12 +15,12 @@ import torch.distributed as dist
 from meshuffle.comm.device import pick_device
 from meshuffle.comm.group import RankEnv, process_group, rank_env
 from meshuffle.config import Origin, TrainConfig, to_toml
-from meshuffle.data import open_data
 from meshuffle.errors import MeshuffleError
 from meshuffle.tasks import find_task
-from meshuffle.train.initial_weights import adopt_model
+from meshuffle.train.launch import launch
 from meshuffle.train.rank import train_rank
-from meshuffle.train.run import Prepared, launch, prepare, reopen, resolve_for
+from meshuffle.train.resolve import resolve_run
+from meshuffle.train.run import Prepared, prepare, reopen
 
 
 def train(config: TrainConfig, origins: Mapping[str, Origin] | None = None) -> dict[str, Any]:
@@ -86,8 +86,8 @@ def _result(prepared: Prepared) -> dict[str, Any]:
     result = json.loads((prepared.run / "result.json").read_text())
     for split, metrics in result["splits"].items():
         if metrics:
-            said = told(result.get("task", "classify"), metrics)
-            _say(f"{split}: {said}, best epoch {result['best_epoch']}")
+            shown = find_task(result.get("task", "classify")).metrics_text(metrics)
+            _say(f"{split}: {shown}, best epoch {result['best_epoch']}")
     if result["skipped_inputs"]:
         _say(f"{result['skipped_inputs']} unreadable images were skipped (see report.html)")
     _say(f"report: {prepared.run / 'report.html'}")
@@ -98,12 +98,6 @@ def _result(prepared: Prepared) -> dict[str, Any]:
         "predicted_step_ms": prepared.plan.predicted_step_ms,
         "measured_step_ms": result["measured_step_ms"],
     }
-
-
-def told(task: str, metrics: Mapping[str, float]) -> str:
-    """Return the metrics of a task in words, for example `top-1 97.50 %, top-5 99.90 %`."""
-    shown = find_task(task).metrics
-    return ", ".join(m.text(metrics[m.key]) for m in shown if metrics.get(m.key) is not None)
 
 
 def _say(*lines: str) -> None:
@@ -117,12 +111,7 @@ def describe_config(
     config: TrainConfig, origins: Mapping[str, Origin]
 ) -> tuple[dict[str, Any], str]:
     """Return the resolved settings as plain data and as TOML with origins; trains nothing."""
-    config = adopt_model(config, origins)
-    data = open_data(config.data, task=config.task, need=("train", "val"))
-    resolved = resolve_for(config, data)
-    full = {
-        name: origins.get(name, "chosen" if getattr(config, name) != value else "default")
-        for name, value in vars(resolved).items()
-    }
-    values = {k: {"value": v, "origin": full[k]} for k, v in dataclasses.asdict(resolved).items()}
-    return values, to_toml(resolved, full).rstrip()
+    resolved = resolve_run(config, origins)
+    settings = dataclasses.asdict(resolved.config)
+    values = {k: {"value": v, "origin": resolved.origins[k]} for k, v in settings.items()}
+    return values, to_toml(resolved.config, resolved.origins).rstrip()

@@ -1,8 +1,7 @@
-"""Which epoch is the best one, and which loss is not to be believed."""
+"""Choose the best epoch, stop early, and warn of implausible validation losses."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 _FAR = 100.0  # times training's loss
@@ -17,8 +16,8 @@ def is_better(
 ) -> bool:
     """Whether an epoch beats the kept one on the validation split.
 
-    Of the epochs whose score is the best but for chance, the one with the lowest loss is the best:
-    the best of many such scores is chance too. The loss is the one that training minimises;
+    Among epochs whose scores differ from the best by chance alone, the lowest loss wins: the best
+    of many such scores is chance too. The loss is the one that training minimises;
     without its label smoothing it would be lowest in an epoch that is not yet trained to the end.
 
     Args:
@@ -35,22 +34,16 @@ def is_better(
     return as_good(score, best) and loss < kept_loss
 
 
-def is_chance(top1: float, highest: float, num: int) -> bool:
-    """Whether `top1` of `num` images is below `highest` by no more than its standard error.
-
-    That is at least one image: 0.7 points of 143, 0.2 of 50,000.
-    """
-    share = (highest / 100 * num + 1) / (num + 2)  # Laplace's, so that 100 % has an error too
-    standard_error = 100 * math.sqrt(share * (1 - share) / max(1, num))
-    one_image = 100.5 / max(1, num)  # and a little, for rounding
-    return highest - top1 <= max(standard_error, one_image)
+def is_out_of_patience(epoch: int, best_epoch: int, patience: int) -> bool:
+    """Whether early stopping ends training: `patience` epochs without a better one; 0 is never."""
+    return patience > 0 and epoch - best_epoch >= patience
 
 
-def doubt(train_loss: float, val_loss: float, num_images: int) -> str | None:
-    """Return what to say of a validation loss that is no number, or far above training's.
+def implausible_loss(train_loss: float, val_loss: float, num_images: int) -> str | None:
+    """Return a warning about a validation loss that is no number, or far above training's.
 
     Args:
-        num_images: that a batch norm sees at a time.
+        num_images: how many a batch norm sees at a time.
     """
     if val_loss <= _FAR * max(1.0, train_loss):  # not so of nan
         return None

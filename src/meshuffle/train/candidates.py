@@ -17,14 +17,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from meshuffle.comm.device import keep_freed_pages, num_cores, pick_device, synchronize
+from meshuffle.comm.device import num_cores, pick_device, synchronize
 from meshuffle.comm.group import RankEnv, new_group, process_group, rank_env
+from meshuffle.comm.heap import keep_freed_pages
 from meshuffle.comm.launch import end_with_parent, report_failure, torchrun
 from meshuffle.config import TrainConfig, read_config, to_toml
 from meshuffle.data import Batch, shard_bounds
 from meshuffle.planner.plan import Plan, parse_plan
+from meshuffle.tasks.card import Card
 from meshuffle.train.state import TrainState, build_state
-from meshuffle.weights import Card
 
 _TURNS, _TURN_S, _MAX_STEPS = 3, 0.5, 8
 _AS_GOOD = 1.05
@@ -126,9 +127,8 @@ def _build(
     device: torch.device,
     group: dist.ProcessGroup,
 ) -> TrainState:
-    return build_state(
-        config, plan, card, RankEnv(env.rank, plan.dp, env.rank, plan.dp), device, group
-    )[0]
+    ranks = RankEnv(env.rank, plan.dp, env.rank, plan.dp)
+    return build_state(config, plan, card, ranks, device, group)
 
 
 def _turn(state: TrainState, plan: Plan, env: RankEnv, warm: bool) -> float:

@@ -29,8 +29,8 @@ from meshuffle.comm.exchange import Exchange
 from meshuffle.comm.lost_ranks import ranks_in_words
 from meshuffle.errors import MeshuffleError
 from meshuffle.parallel.module import Parallel
-from meshuffle.train.checkpoint.checkpoint import way_back
-from meshuffle.train.place import Place
+from meshuffle.parallel.place import Place
+from meshuffle.train.checkpoint.checkpoint import recovery_hint
 from meshuffle.train.state import TrainState
 
 _ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2⁶⁴ over the golden ratio, as a signed number
@@ -132,12 +132,15 @@ class Consistency:
         for name, scope in {n: s for row in rows for n, (s, _) in row.items()}.items():
             ranks = members(scope, self._state.place)
             found.append(_differing(name, {rank: rows[rank][name][1] for rank in ranks}))
-        told = [text for text in found if text]
-        more = f", and {len(told) - _MOST_NAMED} more tensors" if len(told) > _MOST_NAMED else ""
+        differences = [text for text in found if text]
+        num_more = len(differences) - _MOST_NAMED
+        more = f", and {num_more} more tensors" if num_more > 0 else ""
         raise MeshuffleError(
             f"ranks that should hold the same do not, found after step {steps[0]}: "
-            f"{'; '.join(told[:_MOST_NAMED])}{more}. Memory or a link is at fault, or code that "
-            f"does not do the same on all ranks. No checkpoint holds this; {way_back(self._run)}"
+            f"{'; '.join(differences[:_MOST_NAMED])}{more}. "
+            "Memory or a link is at fault, or code that "
+            "does not do the same on all ranks. No checkpoint holds this; "
+            f"{recovery_hint(self._run)}"
         )
 
 

@@ -11,16 +11,17 @@ from meshuffle.comm.group import RankEnv
 from meshuffle.data import ImageSource, open_data, relabel
 from meshuffle.errors import DataError
 from meshuffle.files import write_json
+from meshuffle.tasks.card import Card
 from meshuffle.train.initial_weights import START
 from meshuffle.train.loop import Loop, median_step_ms
 from meshuffle.train.step import sum_over_ranks
-from meshuffle.weights import Card, load_model, read_weights
+from meshuffle.weights import load_model, read_weights
 
 
 def finish(run: Path, loop: Loop, env: RankEnv) -> dict[str, Any]:
     """Evaluate the best weights, write `result.json` and the report; every rank calls it.
 
-    Of a run that began from other weights, those are evaluated too, on the same images; and both
+    If the run began from other weights, those are evaluated too, on the same images; and both
     on what the other weights had learned from, where that is still there.
 
     Returns:

@@ -29,11 +29,10 @@ from meshuffle.data import (
     train_loader,
 )
 from meshuffle.errors import Interrupted
-from meshuffle.infer.evaluate import Evaluation, evaluate
-from meshuffle.infer.replica_batches import replica_group, shared
+from meshuffle.infer.evaluation import Evaluation, evaluate_batches
+from meshuffle.infer.replica_batches import broadcast_batches, replica_group
 from meshuffle.parallel.random_masks import draw_key
-from meshuffle.tasks.base import seed_step
-from meshuffle.train.best_epoch import doubt, is_better
+from meshuffle.train.best_epoch import implausible_loss, is_better, is_out_of_patience
 from meshuffle.train.checkpoint.saver import Saver
 from meshuffle.train.compiling import CompileChoice
 from meshuffle.train.consistency import Consistency
@@ -42,7 +41,7 @@ from meshuffle.train.optimiser import hold_frozen, learning_rate
 from meshuffle.train.out_of_memory import out_of_memory
 from meshuffle.train.signals import StopRequest
 from meshuffle.train.state import TrainState
-from meshuffle.train.step import gather_over_ranks, sum_over_ranks
+from meshuffle.train.step import gather_over_ranks, seed_step, sum_over_ranks
 from meshuffle.train.watch import Watch
 
 
@@ -137,7 +136,7 @@ class Loop:
             hold_frozen(self.state.model, self.state.frozen)
         self._meter = Meter(self.state, self.watch)
         waiting = time.perf_counter()
-        for batch in shared(self._read_epoch, self.replica):
+        for batch in broadcast_batches(self._read_epoch, self.replica):
             self._meter.wait_s += time.perf_counter() - waiting
             self._step(batch)
             waiting = time.perf_counter()
@@ -285,13 +284,13 @@ class Loop:
         row |= {f"val_{key}": value for key, value in evaluation.metrics.items()}
         better = self._keep_best(evaluation)
         num = (state.config.batch or 1) // state.step.num_micro_batches
-        said = doubt(means["loss"], evaluation.metrics.get("loss", 0.0), num)
+        warning = implausible_loss(means["loss"], evaluation.metrics.get("loss", 0.0), num)
         progress.sums, progress.epoch_step, progress.epoch_seconds = [0.0, 0.0, 0.0], 0, 0.0
         self.watch.end_epoch(row)
-        if said:
-            self.watch.event(said)
+        if warning:
+            self.watch.event(warning)
         patience = state.config.early_stop
-        if patience and not better and progress.epoch - progress.best_epoch >= patience:
+        if not better and is_out_of_patience(progress.epoch, progress.best_epoch, patience):
             self.watch.event(f"no better epoch since {progress.best_epoch}: stopping early")
             progress.finished = True
             self.consistency.before_saving()
@@ -337,20 +336,20 @@ class Loop:
 
         def until_lost() -> Iterator[Batch]:
             nonlocal num_lost
-            for images in shared(read, self.replica):
+            for images in broadcast_batches(read, self.replica):
                 if images is None:
                     num_lost = 1
                     return
                 yield images
 
-        evaluation = evaluate(
+        evaluation = evaluate_batches(
             state.judged,
             until_lost(),
             state.step.task,
             state.card.preprocess,
             state.step.device,
             group=self.control,
-            speaks=state.place.speaks,
+            is_output_rank=state.place.is_output_rank,
             channels_last=state.config.channels_last,
         )
         if sum_over_ranks([float(num_lost)], self.exchange)[0]:

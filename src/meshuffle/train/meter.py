@@ -44,8 +44,8 @@ class Meter:
         now = time.perf_counter()
         seconds, self._shown = now - self._shown, now
         main_seconds = seconds if exchange.rank == 0 else 0.0
-        speaks = float(self._state.step.knows_loss)  # several ranks of a replica have these sums
-        own = [speaks * value for value in self._pending.tolist()]
+        counts = float(self._state.step.has_loss)  # several ranks of a replica have these sums
+        own = [counts * value for value in self._pending.tolist()]
         *sums, seconds = sum_over_ranks([*own, main_seconds], exchange)
         progress = self._state.progress
         if not math.isfinite(sums[0]):

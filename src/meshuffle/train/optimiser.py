@@ -190,7 +190,7 @@ def average(model: nn.Module, decay: float) -> AveragedModel:
 def clip_gradients(model: nn.Module, max_norm: float, ranks: Ranks | None = None) -> Tensor | None:
     """Scale all gradients so that their global norm is at most `max_norm`; 0 does nothing.
 
-    Returns the norm that they had. Of a split model, all ranks call it: a whole gradient counts
+    Returns the norm that they had. All ranks of a split model call it: a whole gradient counts
     once, one in parts with all of them.
     """
     if not max_norm:

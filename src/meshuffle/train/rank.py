@@ -12,30 +12,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from meshuffle.comm.device import keep_freed_pages, pick_device, set_room_apart
+from meshuffle.comm.device import pick_device
 from meshuffle.comm.exchange import make_exchange
 from meshuffle.comm.group import RankEnv, new_group, process_group, rank_env, set_patience
+from meshuffle.comm.heap import keep_freed_pages, set_room_apart
 from meshuffle.comm.launch import end_with_parent, report_failure
 from meshuffle.comm.lost_ranks import told_when_lost
 from meshuffle.config import TrainConfig, read_config
 from meshuffle.data import Data, auto_workers, open_data, prepare_workers, relabel
-from meshuffle.errors import Interrupted
+from meshuffle.errors import Interrupted, RunError
 from meshuffle.parallel.module import Parallel
+from meshuffle.parallel.place import threads_per_rank
 from meshuffle.planner.plan import read_plan
 from meshuffle.report.record import read_record
+from meshuffle.tasks.card import Card
 from meshuffle.train.checkpoint.checkpoint import locked
 from meshuffle.train.checkpoint.intact import agree_on_checkpoint
 from meshuffle.train.finish import finish
 from meshuffle.train.initial_weights import START
 from meshuffle.train.loop import Loop
-from meshuffle.train.place import describe_split
-from meshuffle.train.run import threads_per_rank
 from meshuffle.train.signals import stop_requests
+from meshuffle.train.split import describe_split
 from meshuffle.train.state import TrainState, build_state, make_card
 from meshuffle.train.timeline import traced
 from meshuffle.train.watch import SilentWatch, Watch, watch_run
-from meshuffle.weights import Card, read_weights
+from meshuffle.weights import read_weights
 
 
 def train_rank(run: Path) -> dict[str, Any]:
@@ -66,11 +69,11 @@ def train_rank(run: Path) -> dict[str, Any]:
             workers = auto_workers(data.splits["train"], env.local_world, threads)
         if workers:
             prepare_workers()
-        begun, about = _begun(run)
-        card = begun or make_card(config, data)
+        tensors, card, lines = _start(run, config)
+        card = card or make_card(config, data)
         data = relabel(data, card.classes)
-        state, lines = build_state(config, plan, card, env, device, group, run / START)
-        lines += [*about, *_left_out(data)]
+        state = build_state(config, plan, card, env, device, group, tensors)
+        lines += _ignored(data)
         if found.folder is not None:
             state.restore(found.folder)
             where = f"epoch {state.progress.epoch + 1}, step {state.progress.step}"
@@ -90,19 +93,28 @@ def train_rank(run: Path) -> dict[str, Any]:
             return finish(run, loop, env)
 
 
-def _left_out(data: Data) -> list[str]:
-    """Return a line about what the data hold that is not used, or that was put right."""
+def _ignored(data: Data) -> list[str]:
+    """Return a line about files of the data that are not used, or were repaired."""
     if not data.ignored:
         return []
     more = f" and {len(data.ignored) - 1} more" if len(data.ignored) > 1 else ""
     return [f"data: ignored {data.ignored[0]}{more}; `meshuffle data check` lists them"]
 
 
-def _begun(run: Path) -> tuple[Card | None, list[str]]:
-    """Return the card of a run that began from other weights, and what was said of them."""
+def _start(
+    run: Path, config: TrainConfig
+) -> tuple[dict[str, Tensor] | None, Card | None, list[str]]:
+    """Return the weights that a run began from with their card, and lines about what fitted.
+
+    Raises:
+        RunError: the run's own copy of them is gone.
+    """
+    if not config.from_:
+        return None, None, []
     if not (run / START).is_file():
-        return None, []
-    return read_weights(run / START)[1], list(read_record(run).env.get("from", ()))
+        raise RunError(f"{run / START} is missing: the weights that this run began with")
+    tensors, card = read_weights(run / START)
+    return tensors, card, list(read_record(run).env.get("from", ()))
 
 
 def _watch(run: Path, state: TrainState, env: RankEnv) -> contextlib.AbstractContextManager[Watch]:

@@ -1,6 +1,6 @@
 """From settings to a run folder, and from a run folder to ranks that train.
 
-prepare ──▶ run folder: config.toml, plan.json, env.json ──▶ launch ──▶ train_rank (rank.py)
+resolve_run ──▶ build_model ──▶ plan ──▶ run folder ──▶ launch ──▶ train_rank (rank.py)
 """
 
 from __future__ import annotations
@@ -12,34 +12,28 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from meshuffle.comm.device import check_device, num_accelerators, num_cores
 from meshuffle.comm.group import RankEnv
-from meshuffle.comm.launch import torchrun
-from meshuffle.comm.lost_ranks import ranks_in_words, read_waiting
-from meshuffle.config import Origin, TrainConfig, read_config, resolve, to_toml
+from meshuffle.config import Origin, TrainConfig, read_config, to_toml
 from meshuffle.data import (
-    Data,
     EpochSampler,
-    augmentation_for,
     build_train_transform,
-    open_data,
 )
 from meshuffle.data.source import absolute_data
-from meshuffle.errors import ConfigError, PlanError, RankFailed, RunError
+from meshuffle.errors import PlanError, RunError
 from meshuffle.files import write_json, write_text
 from meshuffle.planner.plan import Plan, parse_plan, read_plan
 from meshuffle.tasks import find_task
-from meshuffle.tasks.base import Task
+from meshuffle.tasks.card import Card
 from meshuffle.train.candidates import fastest_plan
-from meshuffle.train.checkpoint.checkpoint import way_back
 from meshuffle.train.compiling import CompileChoice
-from meshuffle.train.initial_weights import START, adopt_model, has_new_head
-from meshuffle.train.place import schedule_of, split_model
-from meshuffle.train.state import augment_config, augment_values, build_model, make_card
+from meshuffle.train.initial_weights import START
+from meshuffle.train.resolve import resolve_run
+from meshuffle.train.split import schedule_of, split_model
+from meshuffle.train.state import augment_config, build_model, make_card
 from meshuffle.train.watch import environment
-from meshuffle.weights import Card, require_repeated, save_weights
+from meshuffle.weights import require_repeated, save_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,57 +46,50 @@ class Prepared:
 
 
 def prepare(
-    config: TrainConfig, origins: Mapping[str, Origin], env: RankEnv | None = None
+    given: TrainConfig, origins: Mapping[str, Origin], env: RankEnv | None = None
 ) -> Prepared:
     """Check everything that can be checked, choose what was left open, make the run folder.
 
     Args:
-        config: as given; Nones are resolved here.
+        given: settings as the user gave them; Nones are resolved here.
         origins: where each value came from, by field name.
         env: the ranks that a launcher has started, or None.
 
     Raises:
         InputError: the data, the model, the plan or a setting is wrong.
     """
-    begins = config.from_ and absolute_data(config.from_)
-    config = dataclasses.replace(config, data=absolute_data(config.data), from_=begins)
-    given, config = config, adopt_model(config, origins)
-    data = open_data(config.data, task=config.task, need=("train", "val"))
-    resolved = resolve_for(config, data)
-    card = make_card(resolved, data)
-    model, frozen, about = _rehearse(resolved, card, len(data.splits["train"]))
-    plan, lines = _choose_plan(resolved, card, env)
+    resolved = resolve_run(_with_absolute_paths(given), origins)
+    config, start = resolved.config, resolved.start
+    card = make_card(config, resolved.data, start)
+    _try_settings(config, card, len(resolved.data.splits["train"]))
+    model, frozen, start_lines = build_model(config, card, start)
+    plan, lines = _choose_plan(config, card, env)
     if plan.tp > 1 or plan.pp > 1:
-        split = split_model(model, frozen, resolved, plan, torch.device("cpu"))
+        split = split_model(model, frozen, config, plan, torch.device("cpu"))
         plan = dataclasses.replace(plan, cuts=split.cuts)
-    origins = {
-        name: origins.get(name, "chosen" if getattr(given, name) != value else "default")
-        for name, value in vars(resolved).items()
-    }
-    run = make_run_folder(resolved)
+    run = make_run_folder(config)
     # Without the folder, so that the run can be moved, and made again from its settings.
-    resolved = dataclasses.replace(resolved, plan=str(plan), out=None)
-    write_text(run / "config.toml", to_toml(resolved, origins))
+    config = dataclasses.replace(config, plan=str(plan), out=None)
+    write_text(run / "config.toml", to_toml(config, resolved.origins))
     write_json(run / "plan.json", plan.to_dict())
-    write_json(run / "env.json", {**environment(), **({"from": about} if about else {})})
-    if config.from_:
+    write_json(run / "env.json", environment() | ({"from": start_lines} if start_lines else {}))
+    if start is not None:
         save_weights(run / START, model.state_dict(), card)
     return Prepared(run, plan, tuple(lines))
 
 
-def _rehearse(
-    config: TrainConfig, card: Card, num_train: int
-) -> tuple[nn.Module, list[str], list[str]]:
-    """Build what every rank will build, so that a wrong value leaves no run folder behind.
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    start = config.from_ and absolute_data(config.from_)
+    return dataclasses.replace(config, data=absolute_data(config.data), from_=start)
 
-    Returns what `build_model` does.
-    """
+
+def _try_settings(config: TrainConfig, card: Card, num_train: int) -> None:
+    """Make what every rank will make, so that a wrong value leaves no run folder behind."""
     check_device(config.device)
     CompileChoice(config, None)
     augment = augment_config(config)
     EpochSampler(num_train, config.batch or 1, repeats=augment.repeats)
     build_train_transform(augment, card.preprocess, dense=find_task(config.task).dense)
-    return build_model(config, card)
 
 
 def reopen(run: Path, env: RankEnv | None = None, model: str | None = None) -> Prepared:
@@ -123,59 +110,6 @@ def reopen(run: Path, env: RankEnv | None = None, model: str | None = None) -> P
     return Prepared(run, plan)
 
 
-def resolve_for(config: TrainConfig, data: Data) -> TrainConfig:
-    """Return `config` with every open value chosen for `data`."""
-    augment = augment_values(augmentation_for(data))
-    task = find_task(config.task)
-    if (config.mixup or config.cutmix) and not task.mixes:
-        raise ConfigError(f"--mixup and --cutmix: {config.task} has no labels to mix")
-    if config.class_weights != "none" and not task.weighs_classes:
-        raise ConfigError(f"--class-weights {config.class_weights}: {config.task} has none")
-    if config.label_smoothing and not task.smooths:
-        raise ConfigError(f"--label-smoothing {config.label_smoothing:g}: {config.task} has none")
-    new_head = bool(config.from_) and has_new_head(config, data)
-    num_train = len(data.splits["train"])
-    return resolve(config, num_train, data.input_size, augment, suits=task.suits, new_head=new_head)
-
-
-def launch(prepared: Prepared, module: str = "meshuffle.train.rank") -> None:
-    """Train: in this process where the plan has one rank, else in ranks started by torchrun."""
-    from meshuffle.train.rank import train_rank
-
-    if prepared.plan.num_ranks == 1:
-        train_rank(prepared.run)
-    else:
-        threads = threads_per_rank(prepared.plan)
-        try:
-            torchrun(module, [str(prepared.run)], prepared.plan.num_ranks, threads=threads)
-        except RankFailed as failed:
-            raise explained(failed, prepared.run) from None
-
-
-def explained(failed: RankFailed, run: Path) -> RankFailed:
-    """Add to a lost rank's message what the others waited for, and how to go on."""
-    waiting = read_waiting(run / "lost")
-    if not waiting:
-        return failed
-    world, step = waiting[0].world, max(each.step for each in waiting)
-    silent = sorted(set(range(world)) - {each.rank for each in waiting})
-    text = str(failed)
-    if silent and all(each.is_late for each in waiting):
-        text = f"{ranks_in_words(silent)} of {world} did not answer"
-    ops = " and ".join(sorted({each.op for each in waiting}))
-    late = ranks_in_words([each.rank for each in waiting])
-    found = RankFailed(
-        f"{text}; {late} waited for {ops} at step {step} (see {run / 'lost'}); {way_back(run)}"
-    )
-    found.exit_code = failed.exit_code
-    return found
-
-
-def threads_per_rank(plan: Plan, local_world: int | None = None) -> int:
-    """Return the plan's threads, or an even share of this host's cores, at least 1."""
-    return plan.threads or max(1, num_cores() // (local_world or plan.num_ranks))
-
-
 def _choose_plan(config: TrainConfig, card: Card, env: RankEnv | None) -> tuple[Plan, list[str]]:
     """Return the plan, and lines to print."""
     assert config.batch is not None
@@ -188,17 +122,9 @@ def _choose_plan(config: TrainConfig, card: Card, env: RankEnv | None) -> tuple[
     return fastest_plan(config, card, num_cores(), num_accelerators())
 
 
-def check_splits(plan: Plan, task: Task | type[Task]) -> None:
-    """Refuse a plan that splits a model in a way that its task does not know."""
-    for axis, size in (("tp", plan.tp), ("pp", plan.pp)):
-        if size > 1 and axis not in task.splits:
-            known = ", ".join(("dp", *task.splits))
-            raise PlanError(f"plan {plan}: --task {task.name} knows {known}, not {axis}")
-
-
 def _check_plan(plan: Plan, config: TrainConfig, env: RankEnv | None) -> None:
     """Refuse what a later version will do, and what this batch or these ranks cannot."""
-    check_splits(plan, find_task(config.task))
+    find_task(config.task).check_plan(plan)
     if plan.pp > 1 or plan.mb:
         _check_micro_batches(plan, config)
     if plan.dp_kind == "central" and plan.tp * plan.pp > 1:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 Label = tuple[str, Mapping[str, Any]]
-"""A span's name and what else is to be said of it, as plain data."""
+"""A span's name and what else describes it, as plain data."""
 
 _ROUNDS = 10
 
@@ -86,8 +86,8 @@ class Spans:
         self._hooks.append((owner, name, name in vars(owner), original))
 
         def recorded(*arguments: Any, **options: Any) -> Any:
-            said = label(*arguments, **options)
-            if said is None:
+            labelled = label(*arguments, **options)
+            if labelled is None:
                 return original(*arguments, **options)
             own = [self._clock.mark()]
             self._open.append(own)
@@ -96,7 +96,7 @@ class Spans:
             finally:
                 end = self._clock.mark()
                 self._open.pop()
-                self._found.append((lane, said, own[0], end))
+                self._found.append((lane, labelled, own[0], end))
                 if lane == "idle" and self._open:
                     self._open[-1][0] = end
 

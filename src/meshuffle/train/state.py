@@ -24,14 +24,18 @@ from meshuffle.parallel.batch_norm import synchronise_batch_norm
 from meshuffle.parallel.data_parallel import DataParallel, Mode, broadcast_from_main
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.parts import gather_named
+from meshuffle.parallel.place import Place, join_ranks, place_of
 from meshuffle.parallel.random_masks import DrawState, key_dropout
 from meshuffle.parallel.ranks import Ranks
 from meshuffle.planner.plan import Plan
 from meshuffle.tasks import find_task, make_task
-from meshuffle.train import initial_weights, optimiser
+from meshuffle.tasks.card import Card
+from meshuffle.train import optimiser
 from meshuffle.train.checkpoint import checkpoint
 from meshuffle.train.checkpoint.saver import Saver
-from meshuffle.train.place import Place, join_ranks, num_micro_batches, place_of, split_model
+from meshuffle.train.gan_step import GanStep
+from meshuffle.train.initial_weights import InitialWeights
+from meshuffle.train.split import num_micro_batches, split_model
 from meshuffle.train.step import Step
 
 AUGMENT_FIELDS = {
@@ -59,6 +63,10 @@ def augment_values(augment: AugmentConfig) -> dict[str, Any]:
     """Return the fields of TrainConfig that describe `augment`."""
     values = {ours: getattr(augment, theirs) for ours, theirs in AUGMENT_FIELDS.items()}
     return {**values, "crop_scale": values["crop_scale"] or 0.0}
+
+
+STEPS: Mapping[str, type[Step]] = {"generate": GanStep}
+"""What a training step is, by task; the others take `Step`."""
 
 
 @dataclass
@@ -90,7 +98,7 @@ class TrainState:
     """The model of one rank with all that trains it."""
 
     config: TrainConfig
-    card: weights.Card
+    card: Card
     model: nn.Module
     average: AveragedModel | None
     frozen: list[str]
@@ -237,57 +245,61 @@ def model_knobs(config: TrainConfig) -> dict[str, Any]:
     return knobs
 
 
-def make_card(config: TrainConfig, data: Data) -> weights.Card:
-    """Return the card of a run: from its settings and its data."""
-    card = weights.Card(
+def make_card(config: TrainConfig, data: Data, start: InitialWeights | None = None) -> Card:
+    """Return the card of a run, from its settings, its data and the weights it begins from."""
+    card = Card(
         model=config.model,
         classes=data.classes,
         preprocess=Preprocess.for_data(data, config.input_size),
         task=config.task,
-        settings=find_task(config.task).settings(config, data),
+        settings=find_task(config.task).settings(config, data, weights.load_or_build),
         knobs=model_knobs(config),
         titles=dict(data.titles),
         data=config.data,
     )
-    return initial_weights.card_from(config.from_, card) if config.from_ else card
+    return card if start is None else start.inherit(card)
 
 
 def build_model(
-    config: TrainConfig, card: weights.Card, start: Path | None = None
+    config: TrainConfig, card: Card, start: InitialWeights | None = None
 ) -> tuple[nn.Module, list[str], list[str]]:
-    """Return the model as training starts, the names that are frozen, and lines to tell.
+    """Return the model as training starts, the names of frozen modules, and lines for the user.
 
     Args:
-        start: the run's own copy of what it begins with, where it has one.
+        start: the weights that the run begins from; the lines say which of them fit.
     """
-    model, lines = new_model(config, card), []
-    if start is not None and start.is_file():
-        model.load_state_dict(weights.read_weights(start)[0])
-    elif config.from_:
-        lines = initial_weights.start_from(model, config.from_, card)
-    frozen = optimiser.freeze(model, config.freeze or "none", norms=bool(config.freeze_norm))
-    return model, frozen, lines
+    model = new_model(config, card)
+    lines = [] if start is None else start.copy_into(model, card)
+    return model, _freeze(model, config), lines
 
 
-def new_model(config: TrainConfig, card: weights.Card) -> nn.Module:
+def _freeze(model: nn.Module, config: TrainConfig) -> list[str]:
+    return optimiser.freeze(model, config.freeze or "none", norms=bool(config.freeze_norm))
+
+
+def new_model(config: TrainConfig, card: Card) -> nn.Module:
     """Return the model with random weights, all of it to be trained."""
-    return make_task(card).network(config.seed)
+    return weights.build_model(card, config.model, seed=config.seed)
 
 
 def build_state(
     config: TrainConfig,
     plan: Plan,
-    card: weights.Card,
+    card: Card,
     env: RankEnv,
     device: torch.device,
     group: dist.ProcessGroup,
-    start: Path | None = None,
-) -> tuple[TrainState, list[str]]:
+    start: Mapping[str, Tensor] | None = None,
+) -> TrainState:
     """Build the model, its optimiser and its parallel parts, in the order in which they apply.
 
-    Returns the state, and lines to tell the user about weights that did not fit.
+    Args:
+        start: the tensors that the run begins with; None is random ones.
     """
-    model, frozen, lines = build_model(config, card, start)
+    model = new_model(config, card)
+    if start is not None:
+        model.load_state_dict(start)
+    frozen = _freeze(model, config)
     model.to(device)
     if config.channels_last:
         _to_channels_last(model)
@@ -304,7 +316,7 @@ def build_state(
         synchronise_batch_norm(model, make_exchange(group, device, one_host))
         key_dropout(model, draw_state)
     task = make_task(card, label_smoothing=config.label_smoothing or 0.0)
-    step = task.step_type(
+    step = STEPS.get(task.name, Step)(
         model=model,
         forward=model,
         optimizer=optimiser.build_optimizer(model, config, factors),
@@ -322,7 +334,7 @@ def build_state(
     )
     state = TrainState(config, card, model, average, frozen, step, group, plan, factors)
     state.place = place_of(plan, env)
-    return state, lines
+    return state
 
 
 def _own_part(

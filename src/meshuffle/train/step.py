@@ -14,9 +14,9 @@ from meshuffle.comm.exchange import Exchange
 from meshuffle.data import AugmentConfig, Batch, Preprocess, mix_batch, shard_bounds
 from meshuffle.parallel.data_parallel import DataParallel
 from meshuffle.parallel.module import Parallel
-from meshuffle.parallel.pipeline import Pipeline
 from meshuffle.parallel.random_masks import DrawState
 from meshuffle.parallel.ranks import Ranks
+from meshuffle.parallel.runner import Runner
 from meshuffle.tasks.base import Task
 from meshuffle.train.optimiser import clip_gradients
 
@@ -42,7 +42,7 @@ class Step:
     num_micro_batches: int = 1
     clip_norm: float = 0.0
     ranks: Ranks | None = None
-    """Of a model that is split within its layers."""
+    """The mesh, where the model is split within its layers or into stages."""
     draw_state: DrawState | None = None
     """What the model's random numbers depend on."""
 
@@ -111,7 +111,7 @@ class Step:
 
     def _run_pipeline(
         self,
-        pipeline: Pipeline,
+        pipeline: Runner,
         micro_batches: list[Batch],
         used: list[int],
         total: int,
@@ -176,12 +176,12 @@ class Step:
         return x_NCHW.contiguous(memory_format=layout), targets
 
     @property
-    def pipeline(self) -> Pipeline | None:
+    def pipeline(self) -> Runner | None:
         """What runs a model that is cut into stages."""
         return self.model.pipeline if isinstance(self.model, Parallel) else None
 
     @property
-    def knows_loss(self) -> bool:
+    def has_loss(self) -> bool:
         """True on the one rank of a replica whose sums are counted."""
         if self.ranks is None:
             return True
@@ -197,6 +197,11 @@ def _between(batch: Batch, start: int, stop: int) -> Batch:
     part = select(batch, (batch.positions >= start) & (batch.positions < stop))
     part.positions, part.skipped = part.positions - start, []
     return part
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch for one step of one rank, so that dropout needs no stored random state."""
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % (1 << 63))
 
 
 def select(batch: Batch, kept: Tensor) -> Batch:

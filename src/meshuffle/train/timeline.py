@@ -25,10 +25,10 @@ from meshuffle.comm.device import num_cores
 from meshuffle.comm.exchange import GroupExchange, SharedExchange
 from meshuffle.data import Batch
 from meshuffle.files import write_text
-from meshuffle.parallel.pipeline import Pipeline
+from meshuffle.parallel.place import Place, place_of
+from meshuffle.parallel.runner import Runner
 from meshuffle.planner.schedules import Action
 from meshuffle.train.loop import Loop
-from meshuffle.train.place import Place, place_of
 from meshuffle.train.spans import Label, Span, Spans, clock_ahead_ns
 from meshuffle.train.step import Step
 
@@ -126,7 +126,7 @@ def _place_hooks(spans: Spans, loop: Loop) -> None:
     _hook_collectives(spans, step, loop)
 
 
-def _hook_pipeline(spans: Spans, pipeline: Pipeline) -> None:
+def _hook_pipeline(spans: Spans, pipeline: Runner) -> None:
     def action(_: Any, action: Action) -> Label:
         notes = {"stage": action.stage, "work": action.work, "micro_batch": action.micro_batch}
         return str(action), notes

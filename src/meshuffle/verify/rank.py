@@ -22,14 +22,12 @@ from torch import Tensor
 from meshuffle.comm.group import RankEnv, process_group, rank_env
 from meshuffle.comm.sent_bytes import SentBytes
 from meshuffle.errors import InputError, PlanError, RankFailed, in_words
-from meshuffle.parallel.code import predicted_bytes
+from meshuffle.layout.traffic import predicted_bytes
+from meshuffle.parallel.build import build
 from meshuffle.parallel.gradients import sum_gradients
-from meshuffle.parallel.module import Parallel
-from meshuffle.parallel.pipeline import Pipeline
 from meshuffle.parallel.random_masks import draw_key
 from meshuffle.parallel.ranks import Ranks, join
 from meshuffle.planner.plan import Plan
-from meshuffle.planner.schedules import make_schedule
 from meshuffle.verify.compare import Report
 from meshuffle.verify.job import (
     Job,
@@ -68,17 +66,10 @@ class Run:
         sizes = {len(part) for replicas in parts for part in replicas}
         # All replicas take the layouts and cuts of the smallest one: their parts must match.
         example = tuple(x[: max(2, min(sizes))] for x in inputs)
-        schedule = make_schedule(plan.pp_kind, plan.pp, plan.num_micro_batches)
-        self.module = Parallel(
-            model,
-            example,
-            plan.tp,
-            ranks.tp_rank,
-            prefer=plan.tp_kind,
-            dp=plan.dp,
-            num_stages=schedule.num_stages,
-            stages=schedule.stages_of(ranks.pp_rank),
-        )
+        cpu = torch.device("cpu")
+        self.module = build(model, example, plan, ranks, cpu, always_pipeline=True)
+        assert self.module.pipeline is not None
+        self.pipeline = self.module.pipeline
         is_fixed = self.module.assignment.program.graph.symbol is None
         if is_fixed and len(sizes) > 1:
             num = plan.dp * plan.num_micro_batches
@@ -89,8 +80,6 @@ class Run:
             )
         own = self.module.state_dict()
         self.module.load_whole({name: reference[f"initial/{name}"] for name in own})
-        self.module.bind(ranks)
-        self.pipeline = Pipeline(self.module, ranks, schedule)
         for name, part in self.module.named_modules():  # the last conversion, for an error
             if name.startswith("tp"):
                 part.register_forward_pre_hook(lambda *_, name=name: setattr(self, "where", name))
@@ -204,7 +193,9 @@ class Run:
         module, schedule = self.module, self.pipeline.schedule
         program, sizes = module.assignment.program, map(len, self.parts)
         return sum(
-            predicted_bytes(module.codes_for(size), program, schedule, i, size)
+            predicted_bytes(
+                module.codes_for(size), schedule.ranks, program, size, schedule.split_backwards(i)
+            )
             for i, size in enumerate(sizes)
         )
 

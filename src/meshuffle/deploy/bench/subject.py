@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from meshuffle.data import ImageSource, Preprocess, eval_loader, open_data, subset
 from meshuffle.deploy.int8 import NUM_IMAGES
 from meshuffle.errors import ConfigError, DataError
-from meshuffle.infer.evaluate import joined
+from meshuffle.infer.evaluation import joined
 from meshuffle.infer.images import open_split
 from meshuffle.tasks import make_task
-from meshuffle.weights import Card, build_model, load_model
+from meshuffle.tasks.card import Card
+from meshuffle.weights import build_model, load_model
 
 _BATCH = 32
 _SIZE = 224

@@ -24,8 +24,8 @@ from meshuffle.deploy.serve.limits import Refused
 from meshuffle.deploy.serve.pages import api_page, start_page
 from meshuffle.deploy.serve.service import Service
 from meshuffle.deploy.serve.upload import MULTIPART, RAW_TYPES, read_upload
+from meshuffle.tasks.card import Card
 from meshuffle.tasks.mask_picture import palette
-from meshuffle.weights import Card
 
 _REFUSALS: Mapping[int, str] = {
     400: "The request is malformed, or its body is empty.",

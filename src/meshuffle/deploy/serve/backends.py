@@ -22,7 +22,8 @@ from meshuffle.deploy.formats.base import Run
 from meshuffle.deploy.serve.split import SplitNetwork, members_of
 from meshuffle.errors import ConfigError, did_you_mean
 from meshuffle.planner.plan import parse_plan
-from meshuffle.weights import Card, find_weights, load_model
+from meshuffle.tasks.card import Card
+from meshuffle.weights import find_weights, load_model
 
 TORCH = "torch"
 _FILES = ("onnx", "openvino")

@@ -23,7 +23,7 @@ from meshuffle.errors import ImageError
 from meshuffle.files import finite
 from meshuffle.tasks import make_task
 from meshuffle.tasks.base import Rows
-from meshuffle.weights import Card
+from meshuffle.tasks.card import Card
 
 _STATUS = {"large": 413, "unknown": 415, "broken": 422}
 _START_OF_SCAN = b"\xff\xda"

@@ -31,7 +31,7 @@ from meshuffle.deploy.serve.engine import Engine, View
 from meshuffle.deploy.serve.limits import Limits
 from meshuffle.deploy.serve.protocol import Connection, Patience
 from meshuffle.errors import in_words
-from meshuffle.weights import Card
+from meshuffle.tasks.card import Card
 
 if TYPE_CHECKING:
     from meshuffle.deploy.serve.service import Service

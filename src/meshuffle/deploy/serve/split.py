@@ -32,7 +32,7 @@ from meshuffle.comm.forking import fork_server
 from meshuffle.comm.group import RankEnv, process_group
 from meshuffle.deploy.formats.base import Run
 from meshuffle.errors import in_words
-from meshuffle.infer.predict import Normalised, own_part
+from meshuffle.infer.split import Normalised, own_part
 from meshuffle.planner.plan import parse_plan
 from meshuffle.tasks import make_task
 from meshuffle.weights import load_model

@@ -35,8 +35,8 @@ from meshuffle.errors import ConfigError, MeshuffleError, PlanError
 from meshuffle.planner.plan import Plan
 from meshuffle.planner.schedules import make_schedule
 from meshuffle.tasks import make_task
-from meshuffle.train.run import check_splits
-from meshuffle.weights import Card, open_weights, require_repeated
+from meshuffle.tasks.card import Card
+from meshuffle.weights import open_weights, require_repeated
 
 TOKEN_VARIABLE = "MESHUFFLE_TOKEN"
 _BACKLOG = 1024
@@ -146,7 +146,7 @@ def _names(options: Options, card: Card, num_gpus: int) -> list[str]:
         return candidates(options.backend, num_gpus)
     if options.backend not in ("auto", TORCH):
         raise ConfigError(f"--backend {options.backend} computes on one device; leave out --plan")
-    check_splits(plan, make_task(card))
+    make_task(card).check_plan(plan)
     make_schedule(plan.pp_kind, plan.pp, plan.num_micro_batches)
     check_device("auto", plan.num_ranks)
     return [TORCH]

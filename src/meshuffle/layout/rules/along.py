@@ -9,10 +9,21 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from meshuffle.layout.layout import Layout, Partial, Replicate, Samples, Shard, Split, Varying
-from meshuffle.layout.program import Call, Choice, Emitter, rule, splits
+from meshuffle.layout.layout import (
+    Layout,
+    Partial,
+    Replicate,
+    Samples,
+    Shard,
+    Split,
+    Varying,
+    splits,
+)
+from meshuffle.layout.program import Call
+from meshuffle.layout.rule import Choice, Emitter, alike, rule
 from meshuffle.layout.rules.groups import blocks
 from meshuffle.layout.rules.pointwise import pointwise
+from meshuffle.layout.traffic import statistics_bytes
 
 aten = torch.ops.aten
 Arriving = Sequence[Sequence[Layout]]
@@ -80,14 +91,10 @@ _ACTING: dict[Any, Callable[[Call], set[int]]] = {
 def along(call: Call, wanted: Sequence[Any], arriving: Arriving) -> Iterator[Choice]:
     """Split any dim that the op does not act on; weights are whole."""
     x = call.inputs[0]
-    acting = _ACTING[call.node.target._overloadpacket](call)  # type: ignore[union-attr]
-    outputs = call.node.meta["val"]
-    several = not hasattr(outputs, "shape")
-    flat = [layout for want in wanted for layout in (want if several else [want])]
-    for layout in splits([*flat, *arriving[0], call.samples(x)]):
+    acting = _ACTING[call.packet](call)
+    for layout in splits([*wanted, *arriving[0], call.samples(x)]):
         if layout.dim not in acting:
-            output = (layout,) * len(outputs) if several else layout
-            yield Choice(call.lie({x: layout}, Varying()), output, layout)
+            yield Choice(call.lie({x: layout}, Varying()), alike(call, layout), layout)
 
 
 _REDUCING = (
@@ -109,18 +116,13 @@ def reduce(call: Call, wanted: Sequence[Any], arriving: Arriving) -> Iterator[Ch
     keeps = bool(call.given.get("keepdim", False))
     stay = [d for d in range(num) if d not in acting]
     place = {d: d if keeps else i for i, d in enumerate(stay)}
-    outputs = call.node.meta["val"]
-    several = not hasattr(outputs, "shape")
-    flat = [layout for want in wanted for layout in (want if several else [want])]
     source = {j: d for d, j in place.items()}
-    back = [layout.on(source[layout.dim]) for layout in splits(flat) if layout.dim in source]
-    packet = call.node.target._overloadpacket  # type: ignore[union-attr]
+    back = [layout.on(source[layout.dim]) for layout in splits(wanted) if layout.dim in source]
     for layout in splits([*back, *arriving[0], call.samples(x)]):
         if layout.dim in place:
-            result = layout.on(place[layout.dim])
-            yield Choice((layout,), (result,) * len(outputs) if several else result, layout)
-        elif packet in (aten.mean, aten.sum) and call.given.get("dtype") is None:
-            local = Term(layout, call.shape(x)[layout.dim]) if packet is aten.mean else None
+            yield Choice((layout,), alike(call, layout.on(place[layout.dim])), layout)
+        elif call.packet in (aten.mean, aten.sum) and call.given.get("dtype") is None:
+            local = Term(layout, call.shape(x)[layout.dim]) if call.packet is aten.mean else None
             yield Choice((layout,), Partial(), layout, local=local)
 
 
@@ -148,12 +150,10 @@ def batch_norm(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iter
             continue
         # The running statistics are updated in the same way on all ranks: no term of a sum.
         whole = dict.fromkeys(rest[2:], Replicate())
-        sent = 0
-        if call["training"]:
-            size = 16 * channels + 8 + 2 * channels * x.meta["val"].itemsize
-            sent = call.world * (call.world - 1) * size
+        itemsize, world = x.meta["val"].itemsize, call.world
+        sent = sum(statistics_bytes(channels * world, itemsize, world, world - 1))
         inputs = call.lie({x: layout, **whole}, Varying())
-        yield Choice(inputs, layout, layout, sent_bytes=sent)
+        yield Choice(inputs, layout, layout, sent_bytes=sent if call["training"] else 0)
 
 
 @rule(aten.group_norm, aten.instance_norm)

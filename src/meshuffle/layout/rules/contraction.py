@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from meshuffle.layout.layout import Layout, Partial, Samples, Shard, Varying
-from meshuffle.layout.program import Call, Choice, Kind, rule, splits, unique
+from meshuffle.layout.layout import Layout, Partial, Samples, Shard, Varying, splits, unique
+from meshuffle.layout.program import Call
+from meshuffle.layout.rule import Choice, Kind, rule
 
 aten = torch.ops.aten
 Arriving = Sequence[Sequence[Layout]]

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from meshuffle.layout.layout import Layout, Partial, Shard, Varying
-from meshuffle.layout.program import Call, Choice, Emitter, rule, splits
+from meshuffle.layout.layout import Layout, Partial, Shard, Varying, splits
+from meshuffle.layout.program import Call
+from meshuffle.layout.rule import Choice, Emitter, rule
 from meshuffle.layout.rules.groups import blocks
 from meshuffle.layout.rules.window import Kernel, Padded, Pads, read, rows
 

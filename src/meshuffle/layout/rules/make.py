@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.fx import Node
 
-from meshuffle.layout.layout import Layout, Varying
-from meshuffle.layout.program import Call, Choice, Emitter, rule, splits
+from meshuffle.layout.layout import Layout, Varying, splits
+from meshuffle.layout.program import Call
+from meshuffle.layout.rule import Choice, Emitter, rule
 
 aten = torch.ops.aten
 

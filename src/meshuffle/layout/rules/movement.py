@@ -9,11 +9,22 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from meshuffle.graph.functional import reorder
-from meshuffle.layout.layout import Layout, Owners, Samples, Shard, Split, samples_owners
-from meshuffle.layout.program import Call, Choice, Emitter, broadcast, raised, rule, splits, unique
+from meshuffle.graph.runtime_ops import reorder
+from meshuffle.layout.layout import (
+    Layout,
+    Owners,
+    Samples,
+    Shard,
+    Split,
+    samples_owners,
+    splits,
+    unique,
+)
+from meshuffle.layout.program import Call
 from meshuffle.layout.reshape import reshaped
+from meshuffle.layout.rule import Choice, Emitter, alike, rule
 from meshuffle.layout.rules.groups import blocks
+from meshuffle.layout.rules.pointwise import broadcast, raised
 
 aten = torch.ops.aten
 Arriving = Sequence[Sequence[Layout]]
@@ -89,7 +100,7 @@ def expand(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iterator
     """Split what is there, or a dim that the op makes."""
     x = call.inputs[0]
     found = [raised(layout, call.out, call.shape(x)) for layout in arriving[0]]
-    for layout in splits(unique([*wanted, *found, call.samples()])):
+    for layout in splits([*wanted, *found, call.samples()]):
         needed = broadcast(layout, call.out, call.shape(x))
         yield Choice(call.lie({x: needed}, layout), layout, layout, local=_expand)
 
@@ -198,19 +209,17 @@ def split(call: Call, wanted: Sequence[Any], arriving: Arriving) -> Iterator[Cho
     """Along its dim each rank has its part of every piece."""
     (x,) = call.inputs
     dim = call["dim"] % len(call.shape(x))
-    pieces = call.node.meta["val"]
-    sizes = [call.program.shape_of(p)[dim] for p in pieces]
+    sizes = [call.program.shape_of(piece)[dim] for piece in call.results]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     back = [_joined(want, dim, starts) for want in wanted]
-    passing = [layout for want in wanted for layout in want]
-    for layout in splits([*back, *passing, *arriving[0], call.samples(x)]):
+    for layout in splits([*back, *wanted, *arriving[0], call.samples(x)]):
         if layout.dim != dim:
             yield Choice((layout,), (layout,) * len(sizes), layout)
         elif isinstance(layout, Shard) and layout.size == sum(sizes):
             owners = _cut(layout.owners, starts, sizes)
             if owners is not None:
                 outputs = tuple(Shard(dim, parts) for parts in owners)
-                yield Choice((layout,), outputs, layout, local=_Pieces(x, layout, starts, sizes))
+                yield Choice((layout,), outputs, layout, local=_Pieces(layout, starts, sizes))
 
 
 def _joined(want: Sequence[Layout], dim: int, starts: Sequence[int]) -> Shard | None:
@@ -231,7 +240,7 @@ def _joined(want: Sequence[Layout], dim: int, starts: Sequence[int]) -> Shard | 
 class _Pieces:
     """Takes a rank's part of each piece out of its part of the whole."""
 
-    def __init__(self, x: Node, layout: Shard, starts: Sequence[int], sizes: Sequence[int]) -> None:
+    def __init__(self, layout: Shard, starts: Sequence[int], sizes: Sequence[int]) -> None:
         self.layout, self.starts, self.sizes = layout, starts, sizes
 
     def __call__(self, emit: Emitter) -> Any:
@@ -292,20 +301,17 @@ class _Kept:
 @rule(aten.select, aten.unbind, aten.stack)
 def drop_or_add(call: Call, wanted: Sequence[Any], arriving: Arriving) -> Iterator[Choice]:
     """A dim goes or comes; the others keep their layout."""
-    several = not hasattr(call.node.meta["val"], "shape")
     first = call.inputs[0]
     if call.node.target == aten.stack.default:
         dim, change = call["dim"] % len(call.out), 1
     else:
         dim, change = call["dim"] % len(call.shape(first)), -1
-    flat = [layout for want in wanted for layout in (want if several else [want])]
-    back = [_shifted(layout, dim, -change) for layout in splits(flat)]
+    back = [_shifted(layout, dim, -change) for layout in splits(wanted)]
     across = [layout for layouts in arriving for layout in layouts]
     for layout in splits([*back, *across, call.samples(first)]):
         result = _shifted(layout, dim, change)
         if result is not None:
-            outputs = (result,) * len(call.node.meta["val"]) if several else result
-            yield Choice(call.lie({}, layout), outputs, layout)
+            yield Choice(call.lie({}, layout), alike(call, result), layout)
 
 
 def _shifted(layout: Split, dim: int, change: int) -> Split | None:

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from meshuffle.layout.layout import Layout, Partial, Replicate, Varying
-from meshuffle.layout.program import Call, Choice, broadcast, raised, rule, splits, unique
+from meshuffle.layout.layout import Layout, Partial, Replicate, Samples, Shard, Varying, splits
+from meshuffle.layout.program import Call
+from meshuffle.layout.rule import Choice, rule
 
 aten = torch.ops.aten
 
@@ -41,7 +42,7 @@ def pointwise(
         for node, layouts in zip(call.inputs, arriving, strict=True)
         for layout in layouts
     ]
-    for layout in splits(unique([*wanted, *found, call.samples()])):
+    for layout in splits([*wanted, *found, call.samples()]):
         inputs = tuple(broadcast(layout, call.out, call.shape(node)) for node in call.inputs)
         yield Choice(inputs, layout, layout)
 
@@ -72,3 +73,19 @@ def terms(
         same = all(call.shape(node) == call.out for node in call.inputs)
         if same and Replicate() not in wanted:
             yield Choice((Partial(), Partial()), Partial(), None)
+
+
+def broadcast(layout: Shard | Samples, out: Sequence[int], shape: Sequence[int]) -> Layout:
+    """Return how an operand of `shape` must lie where the result of `out` lies as `layout`."""
+    dim = layout.dim - (len(out) - len(shape))
+    if dim < 0 or shape[dim] != out[layout.dim]:
+        return Varying()  # spreads there; or gives but its dtype, as in `type_as`
+    return layout.on(dim)
+
+
+def raised(layout: Layout, out: Sequence[int], shape: Sequence[int]) -> Layout | None:
+    """Return how the result lies where an operand of `shape` that spreads over it does so."""
+    if not isinstance(layout, Shard | Samples):
+        return None
+    dim = layout.dim + len(out) - len(shape)
+    return layout.on(dim) if dim >= 0 and out[dim] == shape[layout.dim] else None

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from meshuffle.layout.layout import Layout, Partial, Shard
-from meshuffle.layout.program import Call, Choice, Emitter, rule, splits
+from meshuffle.graph.runtime_ops import weighted
+from meshuffle.layout.layout import Layout, Partial, Shard, splits
+from meshuffle.layout.program import Call
+from meshuffle.layout.rule import Choice, Emitter, rule
 from meshuffle.layout.rules.along import RESAMPLING, Term, along, num_space, of_1d_to_3d
 from meshuffle.layout.rules.window import Kernel, Padded, read, rows, ways
 
@@ -173,15 +175,3 @@ class _Rows:
         if len(weights) == 1 and set(weights[0]) == {1.0}:
             return emit.take(x, dim, index[0])
         return emit.call(weighted, x, dim, index, weights)
-
-
-def weighted(
-    x: Tensor, dim: int, index: Sequence[Sequence[int]], weights: Sequence[Sequence[float]]
-) -> Tensor:
-    """Return the sum of some indices of a dim, index[k][i] for result i, each with its weight."""
-    places, factors = torch.tensor(index, device=x.device), x.new_tensor(weights)
-    factors = factors.view(*places.shape, *[1] * (x.dim() - dim - 1))
-    total = x.index_select(dim, places[0]).mul_(factors[0])
-    for place, factor in zip(places[1:], factors[1:], strict=True):
-        total.addcmul_(x.index_select(dim, place), factor)
-    return total

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from meshuffle.layout.layout import Layout, Owners, Shard, Window
-from meshuffle.layout.program import Call, Emitter, splits
+from meshuffle.layout.layout import Layout, Owners, Shard, Window, splits
+from meshuffle.layout.program import Call
+from meshuffle.layout.rule import Emitter
 
 aten = torch.ops.aten
 Pads = Sequence[tuple[int, int]]

@@ -111,7 +111,7 @@ def checkpoints(state: Path) -> list[Path]:
     return [path for *_, path in sorted(found, reverse=True)]
 
 
-def way_back(run: Path) -> str:
+def recovery_hint(run: Path) -> str:
     """Return how to go on with a run that has failed."""
     found = checkpoints(run / "state")
     step = int(_NAME.fullmatch(found[0].name)[1]) if found else None  # type: ignore[index]

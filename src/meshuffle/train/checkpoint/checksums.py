@@ -34,7 +34,9 @@ def find_damage(folder: Path) -> list[str]:
         raise
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         return [f"{CHECKSUMS} cannot be read ({type(error).__name__})"]
-    return [told for name, facts in expected.items() if (told := _damage(folder / name, *facts))]
+    return [
+        damage for name, facts in expected.items() if (damage := _damage(folder / name, *facts))
+    ]
 
 
 def _facts(path: Path) -> dict[str, Any]:

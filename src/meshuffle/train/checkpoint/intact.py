@@ -24,7 +24,7 @@ _ASIDE = "damaged-"
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint, or none; `lines` tell the user about it.
+    """A checkpoint, or none; `lines` inform the user.
 
     Attributes:
         damaged: newer folders, and what is wrong with them.
@@ -43,12 +43,12 @@ def find_checkpoint(state: Path) -> Found:
     """
     damaged: list[tuple[Path, str]] = []
     for folder in checkpoints(state):
-        told = "; ".join(_find_damage(folder))
-        if not told:
+        damage = "; ".join(_find_damage(folder))
+        if not damage:
             return Found(folder, tuple(damaged), _remarks(folder))
-        damaged.append((folder, told))
+        damaged.append((folder, damage))
     if damaged or any(state.glob(f"{_ASIDE}*")):
-        words = [f"{folder.name} ({told})" for folder, told in damaged]
+        words = [f"{folder.name} ({damage})" for folder, damage in damaged]
         words += [path.name for path in sorted(state.glob(f"{_ASIDE}*"))]
         raise RunError(
             f"{state}: no checkpoint is whole: {', '.join(words)}; put back what is missing from a "
@@ -75,17 +75,17 @@ def agree_on_checkpoint(state: Path, env: RankEnv, control: dist.ProcessGroup) -
     Raises:
         RunError: as of `find_checkpoint`, on every rank.
     """
-    told: list[Found | MeshuffleError | None] = [None]
+    outcome: list[Found | MeshuffleError | None] = [None]
     if env.is_main:
         try:
-            told = [_set_aside(state, find_checkpoint(state))]
+            outcome = [_set_aside(state, find_checkpoint(state))]
         except MeshuffleError as error:
-            told = [error]
-    dist.broadcast_object_list(told, src=0, group=control)
-    if isinstance(told[0], MeshuffleError):
-        raise told[0]
-    assert told[0] is not None
-    return told[0]
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0, group=control)
+    if isinstance(outcome[0], MeshuffleError):
+        raise outcome[0]
+    assert outcome[0] is not None
+    return outcome[0]
 
 
 def _set_aside(state: Path, found: Found) -> Found:
@@ -94,7 +94,7 @@ def _set_aside(state: Path, found: Found) -> Found:
     None is deleted: a person may repair or compare it.
     """
     lines = []
-    for folder, told in found.damaged:
+    for folder, damage in found.damaged:
         aside = state / f"{_ASIDE}{folder.name}"
         while aside.exists():
             aside = aside.with_name(f"{aside.name}~")
@@ -102,7 +102,7 @@ def _set_aside(state: Path, found: Found) -> Found:
             folder.rename(aside)
         assert found.folder is not None
         lines.append(
-            f"checkpoint {folder.name} is damaged: {told}. Continuing from the one before, step "
+            f"checkpoint {folder.name} is damaged: {damage}. Continuing from the one before, step "
             f"{_step(found.folder)}; the damaged one is kept as {state.name}/{aside.name}"
         )
     return Found(found.folder, lines=(*lines, *found.lines))

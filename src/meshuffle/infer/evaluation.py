@@ -52,7 +52,7 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(
+def evaluate_batches(
     model: nn.Module,
     batches: Iterable[Batch],
     task: Task,
@@ -61,7 +61,7 @@ def evaluate(
     *,
     labelled: bool = True,
     group: dist.ProcessGroup | None = None,
-    speaks: bool = True,
+    is_output_rank: bool = True,
     channels_last: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
@@ -74,7 +74,7 @@ def evaluate(
         preprocess: how images are normalised; None where `model` takes them as they are, uint8.
         labelled: False where the targets are nothing, and the task's answers are asked for.
         group: the ranks that share the split; None is this one alone.
-        speaks: False where another rank has the same batches, and reports them.
+        is_output_rank: False where another rank has the same batches, and reports them.
         progress: called with the number of samples of each finished batch.
     """
     was_training = model.training
@@ -85,7 +85,7 @@ def evaluate(
         skipped += batch.skipped
         if len(batch):
             outputs = _outputs(model, batch.images, preprocess, device, channels_last)
-            if speaks:
+            if is_output_rank:
                 rows = task.judge(outputs, batch.targets) if labelled else task.answer(outputs)
                 pieces.append({"indices": batch.indices, **rows})
         if progress:

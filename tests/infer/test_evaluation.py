@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshuffle.data import ArraySource, Batch, Preprocess, eval_loader
-from meshuffle.infer.evaluate import Evaluation, evaluate
-from meshuffle.tasks.classify import Classify, confusion
-from meshuffle.weights import Card
+from meshuffle.infer.evaluation import Evaluation, evaluate_batches
+from meshuffle.report.confusion import confusion
+from meshuffle.tasks.card import Card
+from meshuffle.tasks.classify import Classify
 from tests.ranks import run_ranks
 
 CLASSES = tuple("abcdefgh")
@@ -36,7 +37,7 @@ def model() -> nn.Module:
 def run(rank: int = 0, world: int = 1, group: dist.ProcessGroup | None = None) -> Evaluation:
     batches = eval_loader(source(), PREPROCESS, batch_size=8, rank=rank, world=world)
     device = torch.device("cpu")
-    return evaluate(model(), batches, TASK, PREPROCESS, device, group=group)
+    return evaluate_batches(model(), batches, TASK, PREPROCESS, device, group=group)
 
 
 def test_metrics_are_those_of_scikit_learn() -> None:
@@ -88,17 +89,17 @@ def batch_of(num: int, skipped: list[str]) -> Batch:
 def test_empty_and_unreadable() -> None:
     device = torch.device("cpu")
     batches = [batch_of(0, ["a: broken", "b: broken"]), batch_of(0, ["a: broken"])]
-    found = evaluate(model(), batches, TASK, PREPROCESS, device)
+    found = evaluate_batches(model(), batches, TASK, PREPROCESS, device)
     assert (found.num_samples, found.metrics) == (0, {})
     assert found.skipped == ("a: broken", "b: broken")
     assert np.isnan(found.objective)
-    assert evaluate(model(), [], TASK, PREPROCESS, device).metrics == {}
+    assert evaluate_batches(model(), [], TASK, PREPROCESS, device).metrics == {}
 
 
 def test_the_mode_of_the_model_comes_back() -> None:
     network, seen = model().train(), []
     batches = [batch_of(3, [])]
-    evaluate(network, batches, TASK, PREPROCESS, torch.device("cpu"), progress=seen.append)
+    evaluate_batches(network, batches, TASK, PREPROCESS, torch.device("cpu"), progress=seen.append)
     assert network.training
     assert seen == [3]
     assert network[1].running_mean.abs().sum() == 0  # type: ignore[index,union-attr]
@@ -112,14 +113,17 @@ class Silent(Classify):
 def test_a_rank_that_is_not_asked_does_not_judge() -> None:
     batches = eval_loader(source(), PREPROCESS, batch_size=8)
     device, task = torch.device("cpu"), Silent(TASK.card)
-    found = evaluate(model(), batches, task, PREPROCESS, device, speaks=False)
+    found = evaluate_batches(model(), batches, task, PREPROCESS, device, is_output_rank=False)
     assert found.num_samples == 0 and found.metrics == {}
 
 
 def test_answers_need_no_targets() -> None:
     batches = eval_loader(source(), PREPROCESS, batch_size=8)
     device, task = torch.device("cpu"), Silent(TASK.card)
-    found, expected = evaluate(model(), batches, task, PREPROCESS, device, labelled=False), run()
+    found, expected = (
+        evaluate_batches(model(), batches, task, PREPROCESS, device, labelled=False),
+        run(),
+    )
     assert found.metrics == {} and found.rows.keys() == {"top_classes", "top_probabilities"}
     for name, rows in found.rows.items():
         assert np.array_equal(rows, expected.rows[name])

@@ -16,8 +16,10 @@ from meshuffle.errors import ConfigError
 from meshuffle.infer.predict import evaluate
 from meshuffle.models import create_model
 from meshuffle.report.record import read_record
+from meshuffle.tasks.card import Card
 from meshuffle.train.api import resume, train
-from meshuffle.train.run import resolve_for
+from meshuffle.train.initial_weights import open_initial_weights
+from meshuffle.train.resolve import resolve_run
 from meshuffle.train.state import build_model, make_card
 from meshuffle.weights import load_model, read_weights
 
@@ -35,15 +37,21 @@ def with_classes(photos: Path, root: Path, **folders: str) -> Path:
     return root
 
 
+def begin(config: TrainConfig) -> tuple[Card, Any, list[str]]:
+    """Return the card and the model of a run as it begins, and what it says of the weights."""
+    start = open_initial_weights(config, config.model)
+    card = make_card(config, open_data(config.data), start)
+    model, _, lines = build_model(config, card, start)
+    return card, model, lines
+
+
 def test_new_classes_come_behind_the_old_ones(
     first: Path, small: TrainConfig, photos: Path, tmp_path: Path
 ) -> None:
     data = with_classes(photos, tmp_path / "more", green="blue", red="red")
     config = dataclasses.replace(small, data=str(data), from_=str(first), epochs=1)
-    opened = open_data(str(data))
-    card = make_card(config, opened)
+    card, model, lines = begin(config)
     assert card.classes == ("blue", "red", "green")
-    model, _, lines = build_model(config, card)
     old, _ = read_weights(first / "weights" / "best.safetensors")
     assert torch.equal(model.fc.weight[:2], old["fc.weight"]) and len(model.fc.weight) == 3
     assert torch.equal(model.conv1[0].weight, old["conv1.0.weight"])
@@ -79,9 +87,8 @@ def test_of_another_question_no_output_is_kept(
 ) -> None:
     data = with_classes(photos, tmp_path / "other", night="blue", day="red")
     config = dataclasses.replace(small, data=str(data), from_=str(first))
-    card = make_card(config, open_data(str(data)))
+    card, model, lines = begin(config)
     assert card.classes == ("day", "night")
-    model, _, lines = build_model(config, card)
     old, _ = read_weights(first / "weights" / "best.safetensors")
     assert torch.equal(model.conv1[0].weight, old["conv1.0.weight"])
     assert not torch.equal(model.fc.weight, old["fc.weight"])
@@ -96,7 +103,7 @@ def test_weights_of_another_model_fit_nowhere(
     torch.save(create_model("shufflenet_v1_x0_5_g3", num_classes=2).state_dict(), path)
     config = dataclasses.replace(small, model="timm:resnet10t", from_=str(path), knobs={})
     with pytest.raises(ConfigError, match="none of its 295 tensors fits"):
-        build_model(config, make_card(config, open_data(str(photos))))
+        begin(config)
 
 
 def test_weights_that_name_no_classes_say_so(
@@ -106,7 +113,7 @@ def test_weights_that_name_no_classes_say_so(
     tensors = create_model("shufflenet_v2_x0_5", num_classes=2).state_dict()
     torch.save(tensors, path)
     config = dataclasses.replace(small, from_=str(path), knobs={})
-    model, _, lines = build_model(config, make_card(config, open_data(str(photos))))
+    _, model, lines = begin(config)
     assert torch.equal(model.fc.weight, tensors["fc.weight"])
     assert any("output i is taken for class i of 2" in line for line in lines)
 
@@ -118,12 +125,12 @@ def test_a_new_head_trains_alone_first_and_the_body_slowly(
     chosen = {}
     for data in (other, photos):
         config = dataclasses.replace(small, data=str(data), from_=str(first))
-        chosen[data] = resolve_for(config, open_data(str(data)))
+        chosen[data] = resolve_run(config, {}).config
     assert [chosen[other].freeze, chosen[other].unfreeze_epoch] == ["backbone", 2]
     assert [chosen[photos].freeze, chosen[photos].unfreeze_epoch] == ["none", 0]
     assert {config.body_lr for config in chosen.values()} == {0.1}
     assert all(config.freeze_norm for config in chosen.values())
-    alone = resolve_for(small, open_data(str(photos)))
+    alone = resolve_run(small, {}).config
     assert alone.body_lr == 1.0 and not alone.freeze_norm
 
 
@@ -132,7 +139,7 @@ def test_batch_norms_learn_in_large_batches_or_at_a_high_rate(
     first: Path, small: TrainConfig, photos: Path, given: dict[str, Any]
 ) -> None:
     config = dataclasses.replace(small, from_=str(first), **given)
-    assert not resolve_for(config, open_data(str(photos))).freeze_norm
+    assert not resolve_run(config, {}).config.freeze_norm
 
 
 def test_before_and_after_on_the_new_and_the_old_images(

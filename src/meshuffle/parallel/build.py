@@ -1,0 +1,66 @@
+"""From a model and a plan to what one rank runs: the one path of every verb."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from meshuffle.layout.program import Program
+from meshuffle.parallel.module import Parallel
+from meshuffle.parallel.pipeline import Pipeline
+from meshuffle.parallel.ranks import Ranks
+from meshuffle.planner.costs import estimated
+from meshuffle.planner.plan import Plan
+from meshuffle.planner.schedules import make_schedule
+
+
+def build(
+    model: nn.Module,
+    example: tuple[Tensor, ...],
+    plan: Plan,
+    ranks: Ranks | None,
+    device: torch.device,
+    *,
+    num_micro_batches: int | None = None,
+    costs: Callable[[Program], Mapping[str, float]] = estimated,
+    always_pipeline: bool = False,
+) -> Parallel:
+    """Return this rank's part of `model`, which communicates in the groups of `ranks`.
+
+    Args:
+        model: whole, in the mode that it is first run in; it is not changed.
+        example: inputs of a replica's micro-batch; only shapes and dtypes count.
+        plan: what is split, and where.
+        ranks: the mesh that this rank has joined. None lowers the first rank's part, which then
+            can be counted and printed but not run.
+        device: where this rank computes.
+        num_micro_batches: of a step; None takes the plan's.
+        costs: seconds of each call, by name, for choosing cuts where the plan has none.
+        always_pipeline: run the model by a pipeline even where it has a single stage, so that a
+            step can be cut into micro-batches.
+
+    Raises:
+        ModelError: the model cannot be captured; PlanError: nothing of it can be split.
+    """
+    schedule = make_schedule(plan.pp_kind, plan.pp, num_micro_batches or plan.num_micro_batches)
+    tp_rank, pp_rank = (ranks.tp_rank, ranks.pp_rank) if ranks else (0, 0)
+    part = Parallel(
+        model,
+        example,
+        plan.tp,
+        tp_rank,
+        prefer=plan.tp_kind,
+        dp=plan.dp,
+        device=device,
+        num_stages=schedule.num_stages,
+        stages=schedule.stages_of(pp_rank),
+        costs=costs,
+        cuts=plan.cuts,
+    )
+    if ranks is not None:
+        part.bind(ranks)
+        if plan.pp > 1 or always_pipeline:
+            Pipeline(part, ranks, schedule)
+    return part

@@ -1,0 +1,62 @@
+"""Where a rank stands on the mesh of a plan, and the groups and threads that it gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from meshuffle.comm.device import num_cores
+from meshuffle.comm.exchange import make_exchange
+from meshuffle.comm.group import RankEnv
+from meshuffle.parallel.ranks import Ranks, join
+from meshuffle.planner.plan import Plan
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank's place on the mesh; the `pp`·`tp` ranks of a replica all see the same samples."""
+
+    dp_rank: int = 0
+    dp: int = 1
+    tp_rank: int = 0
+    tp: int = 1
+    pp_rank: int = 0
+    pp: int = 1
+
+    @property
+    def is_output_rank(self) -> bool:
+        """True on the one rank of a replica whose results are counted."""
+        return self.tp_rank == 0 and self.pp_rank == 0
+
+    @property
+    def is_split(self) -> bool:
+        """True where a replica has several ranks."""
+        return self.tp * self.pp > 1
+
+    def replica(self, dp_rank: int | None = None) -> list[int]:
+        """Return the ranks of a replica, this one's by default, in the world."""
+        own = self.dp_rank if dp_rank is None else dp_rank
+        world = torch.arange(self.pp * self.dp * self.tp).view(self.pp, self.dp, self.tp)
+        ranks: list[int] = world[:, own].flatten().tolist()
+        return ranks
+
+
+def place_of(plan: Plan, env: RankEnv) -> Place:
+    """Return the place of a rank on the mesh (pp, dp, tp); `tp` ranks are neighbours."""
+    rest, tp_rank = divmod(env.rank, plan.tp)
+    pp_rank, dp_rank = divmod(rest, plan.dp)
+    return Place(dp_rank, plan.dp, tp_rank, plan.tp, pp_rank, plan.pp)
+
+
+def join_ranks(plan: Plan, env: RankEnv, device: torch.device) -> Ranks | None:
+    """Return the groups of the mesh where a model is split, else None; every rank calls it."""
+    if plan.tp == plan.pp == 1:
+        return None
+    one_host = env.local_world >= env.world
+    return join(plan, device, lambda group: make_exchange(group, device, one_host))
+
+
+def threads_per_rank(plan: Plan, local_world: int | None = None) -> int:
+    """Return the plan's threads, or an even share of this host's cores, at least 1."""
+    return plan.threads or max(1, num_cores() // (local_world or plan.num_ranks))
