@@ -21,7 +21,7 @@ from meshuffle.data.scan import PathTable
 from meshuffle.data.target import Boxes
 from meshuffle.errors import ImageError
 
-_ON_THEIR_SIDE = (5, 6, 7, 8)
+_ROTATIONS = (5, 6, 7, 8)
 _SHOWN_IDS = 8
 
 
@@ -58,8 +58,8 @@ class AnnotatedSource:
         image = decode_image(self.name(index))
         if self.sizes is not None and image.size != tuple(self.sizes[index].tolist()):
             raise ImageError(
-                f"{self.name(index)}: {_times(image.size)}, but annotated as "
-                f"{_times(self.sizes[index])}"
+                f"{self.name(index)}: {_size_text(image.size)}, but annotated as "
+                f"{_size_text(self.sizes[index])}"
             )
         return image
 
@@ -69,7 +69,7 @@ class AnnotatedSource:
 
     def name(self, index: int) -> str:
         """Return the path of file `index`."""
-        return joined(self.root, self.paths[index])
+        return path_below(self.root, self.paths[index])
 
     def content(self, index: int) -> bytes:
         """Return the bytes of file `index`; raises `ImageError`."""
@@ -120,7 +120,7 @@ class BoxTargets:
         xyxy = self.xyxy[here].copy()
         if self.files is not None and len(xyxy):
             root, paths = self.files
-            width, height = image_size(joined(root, paths[index]))
+            width, height = image_size(path_below(root, paths[index]))
             xyxy *= np.array([width, height, width, height], dtype=np.float32)
         return Boxes(xyxy, self.labels[here].copy())
 
@@ -140,13 +140,13 @@ class MaskTargets:
     table: NDArray[np.int16]
 
     def __getitem__(self, index: int) -> NDArray[np.uint8]:
-        name = joined(self.root, self.masks[index])
+        name = path_below(self.root, self.masks[index])
         ids = read_ids(name)
-        size = image_size(joined(self.root, self.images[index]))
+        size = image_size(path_below(self.root, self.images[index]))
         if ids.shape != size[::-1]:
             raise ImageError(
-                f"{name}: {_times(ids.shape[::-1])}, but its image {self.images[index]} is "
-                f"{_times(size)}"
+                f"{name}: {_size_text(ids.shape[::-1])}, but its image {self.images[index]} is "
+                f"{_size_text(size)}"
             )
         known = ids < len(self.table)
         classes = self.table[np.where(known, ids, 0)]
@@ -164,7 +164,7 @@ def unlabelled(paths: Sequence[str], classes: tuple[str, ...]) -> AnnotatedSourc
     return AnnotatedSource("", table, labels, classes, LabelTargets(labels))
 
 
-def joined(root: Path | str, path: str) -> str:
+def path_below(root: Path | str, path: str) -> str:
     """Return `root/path` as text."""
     return os.path.join(root, path)  # noqa: PTH118
 
@@ -174,16 +174,16 @@ def image_size(path: str) -> tuple[int, int]:
     try:
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
-            return (height, width) if _lies_on_its_side(image) else (width, height)
+            return (height, width) if _is_rotated(image) else (width, height)
     except (*BROKEN, Image.DecompressionBombError) as error:
         raise _unreadable(path, error) from error
 
 
-def _lies_on_its_side(image: Image.Image) -> bool:
+def _is_rotated(image: Image.Image) -> bool:
     """Avoid asking for the EXIF of a PNG without any: Pillow would decode the whole image."""
     if image.format == "PNG" and not any("exif" in str(k) or "xmp" in str(k) for k in image.info):
         return False
-    return image.getexif().get(EXIF_ORIENTATION) in _ON_THEIR_SIDE
+    return image.getexif().get(EXIF_ORIENTATION) in _ROTATIONS
 
 
 def read_ids(path: str) -> NDArray[Any]:
@@ -195,7 +195,9 @@ def read_ids(path: str) -> NDArray[Any]:
     try:
         with Image.open(path, formats=("PNG",)) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ImageError(f"{path}: {_times(image.size)} is more than {MAX_PIXELS:,} pixels")
+                raise ImageError(
+                    f"{path}: {_size_text(image.size)} is more than {MAX_PIXELS:,} pixels"
+                )
             ids = np.asarray(image)
             mode = image.mode
     except (*BROKEN, Image.DecompressionBombError) as error:
@@ -213,6 +215,6 @@ def _unreadable(path: str, error: Exception) -> ImageError:
     return ImageError(f"{path}: cannot be read: {reason or type(error).__name__}")
 
 
-def _times(size: Any) -> str:
+def _size_text(size: Any) -> str:
     width, height = size
     return f"{width}×{height}"

@@ -78,7 +78,7 @@ class BoxList:
         """Return the checked boxes; `name(m)` is the name of the m-th added box for messages."""
         owners = np.array(self._owners, dtype=np.int64)
         numbers = np.array(self._numbers, dtype=np.float64).reshape(-1, 4)
-        xyxy, good = _tidy(numbers, None if sizes is None else sizes[owners], problems, name)
+        xyxy, good = _checked(numbers, None if sizes is None else sizes[owners], problems, name)
         order = np.argsort(owners[good], kind="stable")
         counts = np.bincount(owners[good], minlength=len(paths))
         return Objects(
@@ -91,7 +91,7 @@ class BoxList:
         )
 
 
-def _tidy(
+def _checked(
     xyxy: NDArray[np.float64],
     sizes: NDArray[np.int32] | None,
     problems: Problems,
@@ -160,7 +160,7 @@ def heaviest(
     return found
 
 
-def present(objects: Objects, num_classes: int) -> NDArray[np.uint8]:
+def classes_present(objects: Objects, num_classes: int) -> NDArray[np.uint8]:
     """Return which classes each image shows, uint8 [N, C] of 0/1."""
     rows = np.zeros((len(objects.paths), num_classes), dtype=np.uint8)
     rows[objects.owners, objects.labels] = 1
@@ -180,13 +180,13 @@ def object_source(
         labels = largest(objects)
         if bare := int((labels < 0).sum()):
             notes.append(f"{where}: {bare} images show no object: left out")
-        objects, labels = _without_bare(objects, labels)
+        objects, labels = _labelled(objects, labels)
         targets = LabelTargets(labels)
     elif task == "generate":
         labels = np.zeros_like(labels)
         targets = LabelTargets(labels)
     elif task == "multilabel":
-        targets = RowTargets(present(objects, len(classes)))
+        targets = RowTargets(classes_present(objects, len(classes)))
     else:
         files = None if objects.sizes is not None else (objects.root, path_table(objects.paths))
         targets = BoxTargets(objects.xyxy, objects.labels, objects.offsets, files)
@@ -199,7 +199,7 @@ def path_table(paths: Sequence[str]) -> PathTable:
     return PathTable([path.encode("utf-8", "surrogateescape") for path in paths])
 
 
-def _without_bare(objects: Objects, labels: NDArray[np.int64]) -> tuple[Objects, NDArray[np.int64]]:
+def _labelled(objects: Objects, labels: NDArray[np.int64]) -> tuple[Objects, NDArray[np.int64]]:
     """Return the images with a label; their boxes are not kept in order."""
     kept = np.flatnonzero(labels >= 0)
     sizes = None if objects.sizes is None else objects.sizes[kept]

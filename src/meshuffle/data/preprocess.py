@@ -129,7 +129,7 @@ class Preprocess:
         if self.fit == "stretch":
             return image.resize(self.size[::-1], Image.Resampling[self.interpolation.upper()])
         if self.resize is not None and min(image.size) != self.resize:
-            image = F.resize(_tame(image), [self.resize], interpolation=self.mode)
+            image = F.resize(_middle_of_strip(image), [self.resize], interpolation=self.mode)
         if image.size == self.size[::-1]:
             return image
         return F.center_crop(image, list(self.size))
@@ -163,7 +163,7 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _tame(image: Image.Image) -> Image.Image:
+def _middle_of_strip(image: Image.Image) -> Image.Image:
     """Return the middle of a strip: 1×60000 would otherwise become 256×15,000,000 pixels."""
     width, height = image.size
     limit = MAX_ASPECT * min(width, height)

@@ -88,7 +88,7 @@ def scan_classes(root: Path, relative: str = "") -> ClassFolders:
     return found
 
 
-def holds_images(folder: Path) -> int:
+def count_images(folder: Path) -> int:
     """Return how many image files lie directly in `folder`."""
     return sum(_is_image(os.fsencode(entry.name)) for entry in _entries(folder))
 

@@ -108,7 +108,7 @@ class SSDLite(Detector):
         num_maps = len(cls._STRIDES) + len(cls._EXTRA_CHANNELS)
         ratios = [list(cls._RATIOS)] * num_maps
         maker = DefaultBoxGenerator(ratios, min_ratio=cls._SCALES[0], max_ratio=cls._SCALES[1])
-        return _made(maker, size, _map_sizes(size, cls._STRIDES, len(cls._EXTRA_CHANNELS)))
+        return _anchor_shares(maker, size, _map_sizes(size, cls._STRIDES, len(cls._EXTRA_CHANNELS)))
 
 
 class FPNDetector(Detector):
@@ -184,7 +184,7 @@ class FPNDetector(Detector):
         strides = [cls._STRIDES[0] * 2**i for i in range(len(cls._STRIDES) + cls._NUM_EXTRA)]
         sizes = tuple(tuple(int(cls._SIZE * s * o) for o in cls._OCTAVES) for s in strides)
         maker = AnchorGenerator(sizes, (cls._RATIOS,) * len(strides))
-        return _made(maker, size, _map_sizes(size, cls._STRIDES, cls._NUM_EXTRA))
+        return _anchor_shares(maker, size, _map_sizes(size, cls._STRIDES, cls._NUM_EXTRA))
 
 
 HEADS: Mapping[str, type[Detector]] = {"ssdlite": SSDLite, "fpn": FPNDetector}
@@ -294,7 +294,7 @@ def _map_sizes(size: Size, strides: tuple[int, ...], num_extra: int) -> list[Siz
     return sizes
 
 
-def _made(maker: nn.Module, size: Size, map_sizes: list[Size]) -> Tensor:
+def _anchor_shares(maker: nn.Module, size: Size, map_sizes: list[Size]) -> Tensor:
     """Return the anchors that torchvision's `maker` gives, as shares of the image."""
     image = ImageList(torch.empty(1, 1, *size), [size])
     (anchors_A4,) = maker(image, [torch.empty(1, 1, *map_size) for map_size in map_sizes])

@@ -105,7 +105,7 @@ class Discriminator(nn.Module):
             units.append(ShuffleUnitV2(out_channels, out_channels, stride=1))
         self.units = nn.Sequential(*units)
         self.last = nn.Linear(channels[-1], 1)
-        _bound(self)
+        _use_spectral_norm(self)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Return logits (N, 1) of images (N, 3, size, size)."""
@@ -148,7 +148,7 @@ def _next(matrix_OI: Tensor, u_O: Tensor) -> Tensor:
     return F.normalize(matrix_OI @ F.normalize(u_O @ matrix_OI, dim=0), dim=0)
 
 
-def _bound(model: nn.Module) -> None:
+def _use_spectral_norm(model: nn.Module) -> None:
     """Remove all batch norms of `model`, and add spectral norm to all its weights."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
@@ -171,7 +171,7 @@ def _channels(size: int, width: int) -> list[int]:
     return [width << i for i in range(num + 1)]
 
 
-class Made(nn.Module):
+class LevelGenerator(nn.Module):
     """A generator whose images are RGB levels 0 … 255, not rounded.
 
     Args:

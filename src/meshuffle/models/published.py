@@ -59,7 +59,7 @@ class Maker:
         models: pattern of our names (see `list_models`).
         knobs: knobs of the model that the weights need.
         renames: (pattern, replacement) from their keys to ours; the first match applies.
-        preprocess: from the model's name.
+        preprocess: returns the preprocessing of a model, by its name.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Maker:
     renames: tuple[tuple[str, str], ...] = ()
 
     def names(self) -> list[str]:
-        """Return our models that the weights may be of."""
+        """Return the names of our models that the weights may belong to."""
         return [info.name for info in list_models(self.models)]
 
     def renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -86,7 +86,7 @@ class Maker:
 
 
 def _units(*depths: int) -> Iterable[tuple[str, str]]:
-    """Yield renames of units that are numbered through, with three stages of these depths."""
+    """Yield renames of units that are numbered across stages of these depths."""
     number = 0
     for stage, depth in enumerate(depths, 2):
         for unit in range(depth):
@@ -160,19 +160,19 @@ MAKERS = (
         _torchvision,
     ),
 )
-"""Asked in this order."""
+"""The known makers; the first whose sign matches is taken."""
 
 
 def recognise(tensors: Mapping[str, Tensor], model: str | None = None) -> Published:
-    """Tell what a state dict without a card is.
+    """Return the model that a state dict without a card belongs to.
 
     Args:
         tensors: keys without `module.`.
-        model: the name of the model that the caller says it is of; then nothing is searched, and
-            whether the shapes fit is for who loads them to see.
+        model: the name of the model, if the caller knows it; then no other is tried, and shapes
+            are checked when the tensors are loaded.
 
     Raises:
-        ModelError: it is nobody's that we know, or no size of a family has these shapes.
+        ModelError: no known maker uses these keys, or no size of a family has these shapes.
     """
     signed = (m for m in MAKERS if any(re.fullmatch(m.sign, key) for key in tensors))
     maker = next(signed, None)
@@ -207,7 +207,7 @@ def _plain(tensors: Mapping[str, Tensor], model: str) -> Published:
 
 
 def _completed(tensors: Mapping[str, Tensor], network: nn.Module) -> tuple[dict[str, Tensor], int]:
-    """Return the tensors with what old or bias-free files leave out, and the number of classes."""
+    """Return the tensors, with zeros for those that old files lack, and the number of classes."""
     found, own, head = dict(tensors), network.state_dict(), _head(network)
     sizes = [len(found[key]) for key in own if key.startswith(head) and key in found]
     num_classes = sizes[0] if sizes else IMAGENET_CLASSES
@@ -221,7 +221,7 @@ def _completed(tensors: Mapping[str, Tensor], network: nn.Module) -> tuple[dict[
 
 
 def _fits(tensors: Mapping[str, Tensor], network: nn.Module) -> bool:
-    """Tell whether keys and shapes are the model's, with any number of classes."""
+    """Return whether keys and shapes are the model's, with any number of classes."""
     head, own = _head(network), network.state_dict()
     return own.keys() == tensors.keys() and all(
         tensors[key].shape == tensor.shape or key.startswith(head) for key, tensor in own.items()
@@ -233,7 +233,7 @@ def _head(network: nn.Module) -> str:
 
 
 def _imagenet_classes(num_classes: int) -> tuple[str, ...]:
-    """Return ImageNet's names; two of them stand for two classes each and get a number."""
+    """Return ImageNet's names; two names occur twice, and the second occurrence gets a number."""
     if num_classes != IMAGENET_CLASSES:
         return ()
     names = torchvision.models.ShuffleNet_V2_X1_0_Weights.DEFAULT.meta["categories"]

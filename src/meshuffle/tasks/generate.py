@@ -16,7 +16,7 @@ from meshuffle.config import TrainConfig
 from meshuffle.data import Data
 from meshuffle.data.preprocess import Preprocess
 from meshuffle.errors import ConfigError, ModelError, did_you_mean
-from meshuffle.models.gan import NOISE, WIDTH, Discriminator, Generator, Made
+from meshuffle.models.gan import NOISE, WIDTH, Discriminator, Generator, LevelGenerator
 from meshuffle.parallel.random_masks import draw_key
 from meshuffle.tasks.base import LoadNetwork, Metric, Rows, Task
 from meshuffle.tasks.box_picture import enlarged
@@ -101,7 +101,7 @@ class Generate(Task):
     def deployed(self, network: nn.Module) -> nn.Module:
         """Return the generator: noise (N, Z) → images (N, 3, h, w), RGB, 0 … 255, not rounded."""
         assert isinstance(network, Gan)
-        return Made(network.generator, network.flips)
+        return LevelGenerator(network.generator, network.flips)
 
     def deployed_inputs(self, num: int) -> Tensor:
         """Return noise, (num, Z) normal numbers."""

@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from meshuffle.data.annotated import image_size, joined
+from meshuffle.data.annotated import image_size, path_below
 from meshuffle.data.entries import Problems, absent, read_text, repeated
 from meshuffle.data.image import MAX_PIXELS
 from meshuffle.errors import DataError, ImageError
@@ -132,7 +132,7 @@ def _size(entry: Mapping[str, Any], root: Path, problems: Problems) -> tuple[int
     name, width, height = entry["file_name"], entry.get("width"), entry.get("height")
     if width is None and height is None:
         try:
-            return image_size(joined(root, name))
+            return image_size(path_below(root, name))
         except ImageError as error:
             problems.add(str(error))
     elif _is_whole(width) and _is_whole(height) and width * height <= MAX_PIXELS:

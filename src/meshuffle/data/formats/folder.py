@@ -15,8 +15,8 @@ from meshuffle.data.entries import assemble, check_train, only_split
 from meshuffle.data.scan import (
     ClassFolders,
     PathTable,
+    count_images,
     existing_folder,
-    holds_images,
     scan_classes,
     subfolders,
 )
@@ -55,7 +55,7 @@ def open_imagenet(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "
     Raises `DataError`, also when val/ is still the flat folder that the archive unpacks to.
     """
     root = existing_folder(path)
-    if (root / "val").is_dir() and not subfolders(root / "val") and holds_images(root / "val"):
+    if (root / "val").is_dir() and not subfolders(root / "val") and count_images(root / "val"):
         raise DataError(
             f"{root / 'val'} holds images but no synset folders: sort them into folders such "
             "as val/n01440764/ first (the valprep.sh script of the PyTorch examples does it)"
@@ -76,7 +76,7 @@ def _split_folders(root: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in subfolders(root):
         split = SPLIT_FOLDERS.get(name)
-        if split is None or (holds_images(root / name) and not subfolders(root / name)):
+        if split is None or (count_images(root / name) and not subfolders(root / name)):
             continue
         if split in found:
             raise DataError(f"{root} has both {found[split]}/ and {name}/: keep one of them")
@@ -86,7 +86,7 @@ def _split_folders(root: Path) -> dict[str, str]:
 
 def _check_content(root: Path, scans: Mapping[str, ClassFolders]) -> None:
     if not any(scan.files for scan in scans.values()):
-        loose = holds_images(root)
+        loose = count_images(root)
         what = f"{loose} images but no class folders" if loose else "no class folders"
         raise DataError(f"{root} holds {what}; {_WANTED}")
     if not any(any(scan.files.values()) for scan in scans.values()):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from meshuffle.data.annotated import AnnotatedSource, MaskTargets, joined, read_ids
+from meshuffle.data.annotated import AnnotatedSource, MaskTargets, path_below, read_ids
 from meshuffle.data.base import Data, shortened
 from meshuffle.data.entries import (
     SPLITS,
@@ -146,7 +146,7 @@ def _count_ids(root: Path, masks: Sequence[str]) -> NDArray[np.int64]:
 
     def count(i: int) -> None:
         try:
-            ids = read_ids(joined(root, masks[i]))
+            ids = read_ids(path_below(root, masks[i]))
         except ImageError:  # it is reported when the mask is read
             return
         counts[i] = np.bincount(ids[ids < _NUM_IDS].ravel(), minlength=_NUM_IDS)

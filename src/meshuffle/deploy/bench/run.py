@@ -147,12 +147,12 @@ def bench(
         tempfile.TemporaryDirectory(prefix="meshuffle-bench-") as name,
         contextlib.ExitStack() as stack,
     ):
-        makers = _Maker(subject, Path(name), threads, model or subject.card.model)
+        opener = _Opener(subject, Path(name), threads, model or subject.card.model)
         found: dict[str, _Entrant] = {}
         missing = {}
         for backend in asked:
             try:
-                entrant = makers.enter(backend, stack)
+                entrant = opener.enter(backend, stack)
             except MeshuffleError as error:
                 if backend.name == "eager":
                     raise
@@ -211,7 +211,7 @@ class _Entrant:
         )
 
 
-class _Maker:
+class _Opener:
     """Writes the files of the backends, and opens them."""
 
     def __init__(self, subject: BenchSubject, folder: Path, threads: int, model: str) -> None:

@@ -122,7 +122,7 @@ class Replica:
         self._loop = asyncio.get_running_loop()
         self._loop.add_signal_handler(signal.SIGTERM, self._stop.set)
         self._channel.setblocking(False)
-        self._loop.add_reader(self._channel, self._hear)
+        self._loop.add_reader(self._channel, self._take_message)
         self._channel.send(UP)
         clock = self._loop.create_task(self._tick())
         engine = await asyncio.to_thread(self._new_engine, card)
@@ -161,7 +161,7 @@ class Replica:
             engine.answer([blank] * num)  # the first call plans and allocates
         return engine
 
-    def _hear(self) -> None:
+    def _take_message(self) -> None:
         """Take the next message; an empty one means that the supervisor has ended."""
         try:
             message, handles, _, _ = socket.recv_fds(self._channel, MESSAGE_BYTES, 1)

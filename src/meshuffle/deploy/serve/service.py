@@ -86,15 +86,15 @@ class Service:
             mask: add the mask, if the task has one.
         """
         if len(uploads) == 1:
-            return [await self._one(uploads[0], mask)]
-        asked = (self._one(upload, mask) for upload in uploads)
+            return [await self._predict_one(uploads[0], mask)]
+        asked = (self._predict_one(upload, mask) for upload in uploads)
         found = await asyncio.gather(*asked, return_exceptions=True)
         for value in found:
             if isinstance(value, BaseException):
                 raise value
         return [value for value in found if isinstance(value, dict)]
 
-    async def _one(self, upload: Upload, mask: bool) -> dict[str, Any]:
+    async def _predict_one(self, upload: Upload, mask: bool) -> dict[str, Any]:
         with self._batcher.expect():
             view = await self._in_thread(self._read, upload)
         answer = await self._batcher.ask(view)

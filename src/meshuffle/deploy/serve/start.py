@@ -111,7 +111,7 @@ def serve(
     if card.task == "generate":
         raise ConfigError(f"{target}: a generate model makes images; it cannot predict one")
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    names = _names(options, card, num_gpus)
+    names = _possible_backends(options, card, num_gpus)
     num_gpus = num_gpus if names == [TORCH] else 0  # exported files run on the CPU
     with (
         bound(options.host, options.port) as listener,
@@ -132,7 +132,7 @@ def serve(
         asyncio.run(supervisor.run())
 
 
-def _names(options: Options, card: Card, num_gpus: int) -> list[str]:
+def _possible_backends(options: Options, card: Card, num_gpus: int) -> list[str]:
     """Return the backends to choose from.
 
     Raises:

@@ -75,7 +75,7 @@ class Supervisor:
         """
         self._loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._loop.add_signal_handler(number, self._asked_to_stop)
+            self._loop.add_signal_handler(number, self._request_stop)
         self._listener.setblocking(False)
         child.allow_handles()  # for connections that no replica has confirmed yet
         try:
@@ -100,10 +100,10 @@ class Supervisor:
         other.close()
         own.setblocking(False)
         one = self._replicas[index] = _Replica(index, process, own)
-        self._loop.add_reader(own, self._hear, one)
-        self._loop.add_reader(process.sentinel, self._gone, one)
+        self._loop.add_reader(own, self._take_message, one)
+        self._loop.add_reader(process.sentinel, self._replace_ended, one)
 
-    def _hear(self, one: _Replica) -> None:
+    def _take_message(self, one: _Replica) -> None:
         """Take the next message of a replica."""
         try:
             word, *numbers = one.channel.recv(MESSAGE_BYTES).split(b" ")
@@ -124,7 +124,7 @@ class Supervisor:
         elif not word:
             self._loop.remove_reader(one.channel)
             one.is_up = False
-        self._listen()
+        self._update_listening()
 
     def _report_ready(self) -> None:
         are_ready = [one.is_ready for one in self._replicas.values()]
@@ -132,7 +132,7 @@ class Supervisor:
             self._reported_ready = True
             self._ready()
 
-    def _gone(self, one: _Replica) -> None:
+    def _replace_ended(self, one: _Replica) -> None:
         """Clean up after a replica that ended, and start another one unless the service stops."""
         self._loop.remove_reader(one.process.sentinel)
         self._loop.remove_reader(one.channel)
@@ -155,16 +155,16 @@ class Supervisor:
         self._say(f"replica {one.index + 1} {how}; another one takes its place")
         self._start(one.index)
 
-    def _listen(self) -> None:
+    def _update_listening(self) -> None:
         """Accept connections only while a replica can take one."""
-        should = self._next() is not None and not self._stop.is_set()
+        should = self._least_busy() is not None and not self._stop.is_set()
         if should and not self._listening:
             self._loop.add_reader(self._listener, self._accept)
         elif self._listening and not should:
             self._loop.remove_reader(self._listener)
         self._listening = should
 
-    def _next(self) -> _Replica | None:
+    def _least_busy(self) -> _Replica | None:
         """Return the replica for the next connection, preferably one that is ready."""
         free = [
             one for one in self._replicas.values() if one.is_up and one.num_open < _MAX_CONNECTIONS
@@ -179,12 +179,12 @@ class Supervisor:
             except OSError:  # none is left, the client has left, or there are no handles
                 return True
             self._hand_on(connection)
-        self._listen()
+        self._update_listening()
         return False
 
     def _hand_on(self, connection: socket.socket) -> None:
         """Give a connection to a replica, or close it if no replica takes it."""
-        while (one := self._next()) is not None:
+        while (one := self._least_busy()) is not None:
             try:
                 socket.send_fds(one.channel, [child.CONNECTION], [connection.fileno()])
             except OSError:  # the replica is ending
@@ -195,7 +195,7 @@ class Supervisor:
             return
         connection.close()
 
-    def _asked_to_stop(self) -> None:
+    def _request_stop(self) -> None:
         if self._stop.is_set():  # a second time
             for one in self._replicas.values():
                 one.process.kill()
@@ -206,8 +206,8 @@ class Supervisor:
 
     async def _drain(self) -> None:
         """Hand on the connections that the kernel has accepted, and let the replicas end."""
-        self._listen()
-        while self._next() is not None and not self._accept():
+        self._update_listening()
+        while self._least_busy() is not None and not self._accept():
             pass
         self._listener.close()
         for one in self._replicas.values():

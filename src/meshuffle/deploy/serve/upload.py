@@ -109,17 +109,17 @@ class _Form:
         self.parser = MultipartParser(
             boundary,
             {
-                "on_part_begin": self._begin,
+                "on_part_begin": self._begin_part,
                 "on_header_field": lambda data, a, b: self._header.extend(data[a:b]),
                 "on_header_value": lambda data, a, b: self._value.extend(data[a:b]),
                 "on_header_end": self._end_header,
                 "on_part_data": lambda data, a, b: self._content.append(data[a:b]),
-                "on_part_end": self._end,
-                "on_end": self._finish,
+                "on_part_end": self._end_part,
+                "on_end": self._end_form,
             },
         )
 
-    def _begin(self) -> None:
+    def _begin_part(self) -> None:
         if len(self.uploads) == self._max_parts:
             raise Refused(413, f"more than {self._max_parts} images in a request")
         self._name, self._content = "", []
@@ -132,9 +132,9 @@ class _Form:
         self._header.clear()
         self._value.clear()
 
-    def _end(self) -> None:
+    def _end_part(self) -> None:
         name = " ".join(self._name.split())[:_SHOWN_NAME] or f"part {len(self.uploads) + 1}"
         self.uploads.append(Upload(name, b"".join(self._content)))
 
-    def _finish(self) -> None:
+    def _end_form(self) -> None:
         self.is_complete = True
