@@ -101,7 +101,7 @@ def test_mnist(mnist):
     np.testing.assert_array_equal(np.asarray(test.image(7))[:, :, 1], arrays["t10k"][7])
     assert test.name(7) == "mnist test[7]"
     assert test.labels[7] == 7
-    assert (data.input_size, data.style, data.flips) == (32, "symbols", False)
+    assert (data.input_size, data.style) == (32, "symbols")
 
 
 def test_mnist_packed_nested_and_with_dots(mnist):
@@ -120,7 +120,7 @@ def test_mnist_packed_nested_and_with_dots(mnist):
 def test_fashion_mnist(mnist):
     data = open_data(f"fashion-mnist:{mnist[0]}")
     assert data.classes[:2] == ("T-shirt/top", "Trouser") and len(data.classes) == 10
-    assert data.flips
+    assert data.style == "thumbnails"
 
 
 IMAGES = "train-images-idx3-ubyte"
@@ -211,7 +211,7 @@ def test_cifar10(cifar):
         np.asarray(test.image(4)), pixels[4].reshape(3, 32, 32).transpose(1, 2, 0)
     )
     assert test.labels[4] == 4
-    assert (data.input_size, data.flips) == (32, True)
+    assert (data.input_size, data.style) == (32, "thumbnails")
 
 
 def test_cifar10_also_by_its_own_folder(cifar):

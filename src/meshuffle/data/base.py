@@ -76,11 +76,6 @@ class Data:
     ignored: tuple[str, ...] = ()
     task: str = "classify"
 
-    @property
-    def flips(self) -> bool:
-        """Whether a mirror image has the same class."""
-        return self.style != "symbols"
-
 
 @dataclass(frozen=True, eq=False)
 class ArraySource:

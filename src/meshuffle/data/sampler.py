@@ -90,10 +90,6 @@ class EpochSampler:
         """Global batches of one epoch: the fewest that hold all its images."""
         return -(-self.num_distinct * self.repeats // self.batch_size)
 
-    def batch_sizes(self, step: int) -> int:
-        """Return the global number of samples of batch `step`, over all ranks."""
-        return len(self._positions(step)) * self.repeats
-
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[list[SampleKey]]:
         """Yield this rank's part, possibly empty, of each global batch from `start_step` on."""
         order = self._order(epoch)

@@ -12,7 +12,6 @@ import contextlib
 import multiprocessing
 import signal
 import socket
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,7 +38,6 @@ class _Replica:
     is_ready: bool = False
     num_open: int = 0
     sent: deque[socket.socket] = field(default_factory=deque)  # not confirmed yet
-    started: float = field(default_factory=time.monotonic)
 
 
 class Supervisor:
