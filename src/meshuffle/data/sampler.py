@@ -1,8 +1,8 @@
-"""Which samples a rank sees at each step: pure integers, no process group.
+"""The samples that a rank sees at each step, computed from integers without a process group.
 
-The global order of an epoch is a permutation keyed by (seed, epoch). It does not know the
-number of ranks: a rank takes its contiguous part of every global batch, so the union over
-the ranks is each sample exactly once, and one process sees the same global batches.
+The global order of an epoch is a permutation keyed by (seed, epoch). It does not depend on the
+number of ranks: a rank takes its contiguous part of every global batch, so that together the ranks
+see each sample exactly once, and one process sees the same global batches.
 
 Repeated augmentation (`repeats` > 1; Hoffer et al., "Augment your batch", 2020, and Berman
 et al., "MultiGrain", 2019): a global batch of B holds B / repeats distinct images, each

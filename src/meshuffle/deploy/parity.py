@@ -56,7 +56,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Parity:
-    """How far a file's outputs are from the model's, over all batches.
+    """The difference between a file's outputs and the model's, over all batches.
 
     Attributes:
         max_abs_error: max |file − model| over all logits.

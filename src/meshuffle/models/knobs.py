@@ -12,7 +12,7 @@ PerUnit = int | Sequence[int] | Auto
 """One number for every unit, one number per unit, or "auto": chosen from the map's side."""
 
 Order = Literal["paper", "authors"]
-"""Where a unit shuffles: as the paper has it, or as the authors' released weights want it."""
+"""The place of the shuffle in a unit: the paper's, or that of the authors' released weights."""
 
 T = TypeVar("T")
 

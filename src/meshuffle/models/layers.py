@@ -1,4 +1,4 @@
-"""What the models share: small blocks, and the mode in which they are looked at.
+"""Small blocks that the models share, and the context in which they are inspected.
 
 Shape suffixes: N batch, C channels, H height, W width.
 """

@@ -46,7 +46,7 @@ STAGE_CHANNELS = {
 
 STEM_CHANNELS = 24
 STEM_CHANNELS_AT_WIDTH = {1.5: 24}
-"""Where the authors depart from `width` · 24 (36 here); 24 gives their 292 and 290 MFLOPs."""
+"""The authors' exceptions to `width` · 24 (36 here); 24 gives their 292 and 290 MFLOPs."""
 
 STRIDES = (2, 2, 2)
 

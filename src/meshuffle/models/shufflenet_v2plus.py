@@ -38,7 +38,7 @@ AUTHORS_BLOCKS: tuple[Block, ...] = (
     *(7, 3, 7, 5, 5, 3, 7, 3),
     *(7, 5, "xception", 7),
 )
-"""What the authors' search found, for all three sizes: a kernel size, or an Xception block."""
+"""The blocks of the authors' search for all three sizes: a kernel size, or an Xception block."""
 
 STEM_CHANNELS = 16
 HEAD_CHANNELS = 1280

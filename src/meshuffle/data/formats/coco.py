@@ -133,7 +133,7 @@ def _objects(one: Instances, classes: Sequence[str], task: str, notes: list[str]
             continue
         box = annotation.get("bbox")
         if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
-            one.problems.add(f"{one.called(annotation)}: bbox is {box!r}, not 4 numbers")
+            one.problems.add(f"{one.name_of(annotation)}: bbox is {box!r}, not 4 numbers")
             continue
         left, top, width, height = box
         label = label_of[one.categories[annotation["category_id"]]]
@@ -141,7 +141,7 @@ def _objects(one: Instances, classes: Sequence[str], task: str, notes: list[str]
         boxes.add(owner, label, (left, top, left + width, top + height))
         used.append(annotation)
     objects = boxes.finish(
-        one.root, one.paths, one.sizes, one.problems, lambda m: one.called(used[m])
+        one.root, one.paths, one.sizes, one.problems, lambda m: one.name_of(used[m])
     )
     one.problems.raise_any(len(used))
     notes += one.problems.notes
@@ -189,12 +189,12 @@ def _parts(one: Instances, annotation: Mapping[str, Any]) -> list[Part]:
             return [_runs(found, *one.sizes[one.owner_of[annotation["image_id"]]].tolist())]
         polygons = [_polygon(points) for points in found or ()]
     except (ValueError, TypeError) as error:
-        one.problems.add(f"{one.called(annotation)}: segmentation: {error}")
+        one.problems.add(f"{one.name_of(annotation)}: segmentation: {error}")
         return []
     parts: list[Part] = [points for points in polygons if len(points) >= 6]
     if len(parts) < max(len(polygons), 1):
         what = "has a polygon of less than 3 points" if polygons else "has no segmentation"
-        one.problems.add_empty(f"{one.called(annotation)}: {what}")
+        one.problems.add_empty(f"{one.name_of(annotation)}: {what}")
     return parts
 
 

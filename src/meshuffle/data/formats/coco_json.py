@@ -1,4 +1,4 @@
-"""Read one COCO JSON, and check all of it that does not depend on the task."""
+"""Read one COCO JSON, and check everything in it that does not depend on the task."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WANTED = (
 
 @dataclass(frozen=True, eq=False)
 class Instances:
-    """One JSON, its entries still as they are; `paths` and `sizes` of the images are checked."""
+    """One JSON with unchanged annotations; `paths` and `sizes` of the images are checked."""
 
     file: Path
     root: Path
@@ -36,20 +36,20 @@ class Instances:
     annotations: Sequence[dict[str, Any]]
     problems: Problems
 
-    def called(self, annotation: Mapping[str, Any]) -> str:
-        """Return what to call an annotation: its id and its image."""
+    def name_of(self, annotation: Mapping[str, Any]) -> str:
+        """Return the name of an annotation for messages: its id and its image."""
         key = annotation.get("image_id")
         owner = self.owner_of.get(key) if isinstance(key, int | str) else None
         image = "" if owner is None else f" ({self.paths[owner]})"
         return f"annotation {annotation.get('id')}{image}"
 
     def known(self) -> Iterator[dict[str, Any]]:
-        """Yield the annotations of known images and categories; the others are problems."""
+        """Yield the annotations of known images and categories; others are problems."""
         for annotation in self.annotations:
             for key, known in (("image_id", self.owner_of), ("category_id", self.categories)):
                 value = annotation.get(key)
                 if not isinstance(value, int | str) or value not in known:
-                    self.problems.add(f"{self.called(annotation)}: unknown {key} {value!r}")
+                    self.problems.add(f"{self.name_of(annotation)}: unknown {key} {value!r}")
                     break
             else:
                 yield annotation
@@ -128,7 +128,7 @@ def _is_image_entry(entry: Mapping[str, Any], problems: Problems) -> bool:
 
 
 def _size(entry: Mapping[str, Any], root: Path, problems: Problems) -> tuple[int, int]:
-    """Return (width, height): as annotated, or of the file where the annotation has none."""
+    """Return the annotated (width, height), or that of the file if there is none."""
     name, width, height = entry["file_name"], entry.get("width"), entry.get("height")
     if width is None and height is None:
         try:
@@ -152,7 +152,7 @@ def is_number(number: Any) -> TypeGuard[int | float]:
 
 
 def _image_root(file: Path, split: str, paths: Sequence[str]) -> Path:
-    """Return the folder that holds most of the images, of those that COCO files point into."""
+    """Return the folder that holds most of the images, among the usual ones for COCO."""
     year = file.stem.removeprefix("instances_")
     here, above = file.parent, file.parent.parent
     base = above if here.name == "annotations" else here

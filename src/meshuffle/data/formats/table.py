@@ -1,4 +1,4 @@
-"""Tables: a CSV, or a JSON list of objects, with one image per row and what is known of it."""
+"""Tables: a CSV, or a JSON list of objects, with an image and its target in each row."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _SEPARATORS = ("|", ";")
 
 @dataclass(frozen=True, eq=False)
 class _Known:
-    """What the rows say, for one task."""
+    """The classes, labels and targets of all rows, for one task."""
 
     classes: tuple[str, ...]
     labels: NDArray[np.int64]
@@ -117,7 +117,7 @@ def _image_column(table: Table) -> str:
 
 
 def _paths(table: Table) -> list[str]:
-    """Return the image of each row; missing ones and repeated ones are problems."""
+    """Return the image of each row; missing and repeated images are problems."""
     column = _image_column(table)
     paths: list[str] = []
     first: dict[str, str] = {}
@@ -125,9 +125,9 @@ def _paths(table: Table) -> list[str]:
         good = isinstance(cell, str) and cell != "" and "\0" not in cell
         paths.append(cell if good else "")
         if not good:
-            table.problems.add(f"{table.called(row, column)}, not the path of an image")
+            table.problems.add(f"{table.name_of(row, column)}, not the path of an image")
         elif (key := os.path.normpath(cell)) in first:
-            table.problems.add(f"{table.called(row, column)}, as in {first[key]} already")
+            table.problems.add(f"{table.name_of(row, column)}, as in {first[key]} already")
         else:
             first[key] = table.rows[row]
     gone = set(absent(table.file.parent, [path for path in paths if path]))
@@ -145,7 +145,7 @@ def _splits(table: Table, need: Sequence[str]) -> NDArray[Any]:
     for row, cell in enumerate(table.columns[_SPLIT]):
         split = SPLITS.get(cell.lower()) if isinstance(cell, str) else None
         if split is None:
-            table.problems.add(f"{table.called(row, _SPLIT)}; wanted: train, val or test")
+            table.problems.add(f"{table.name_of(row, _SPLIT)}; wanted: train, val or test")
         found.append(split or "train")
     return np.array(found)
 
@@ -157,7 +157,7 @@ def _classify(table: Table) -> _Known:
     names = []
     for row, cell in enumerate(table.columns[column]):
         if not isinstance(cell, str | int) or cell == "":
-            table.problems.add(f"{table.called(row, column)}, no name of a class")
+            table.problems.add(f"{table.name_of(row, column)}, no name of a class")
             cell = ""
         names.append(str(cell))
     classes = tuple(sorted(set(names) - {""}, key=os.fsencode))
@@ -188,7 +188,7 @@ def _label_list(table: Table, row: int) -> list[str]:
         return [name.strip() for name in cell.split(separator) if name.strip()]
     if isinstance(cell, list) and all(isinstance(name, str | int) and name != "" for name in cell):
         return [str(name) for name in cell]
-    table.problems.add(f"{table.called(row, _LABELS)}, no list of names")
+    table.problems.add(f"{table.name_of(row, _LABELS)}, no list of names")
     return []
 
 
@@ -240,14 +240,14 @@ def _numbers(
         for i, name in enumerate(names):
             number = _number(table.columns[name][row])
             if number is None or not right(number):
-                table.problems.add(f"{table.called(row, name)}, {what}")
+                table.problems.add(f"{table.name_of(row, name)}, {what}")
             else:
                 values[row, i] = number
     return values
 
 
 def _number(cell: Any) -> float | None:
-    """Return the number in a cell; true and false, as pandas writes 1 and 0, are such."""
+    """Return the number in a cell, or None; true and false, as pandas writes them, are 1 and 0."""
     if isinstance(cell, str):
         cell = {"true": 1, "false": 0}.get(cell.lower(), cell)
     try:
@@ -257,7 +257,7 @@ def _number(cell: Any) -> float | None:
 
 
 def _lack(table: Table, what: str, wanted: Sequence[str]) -> NoReturn:
-    """Raise `DataError` for a column that is not there."""
+    """Raise `DataError` for a missing column."""
     known = list(table.columns)
     hints = (did_you_mean(name, known) for name in wanted)
     hint = next((hint for hint in hints if hint), "")

@@ -1,4 +1,4 @@
-"""Read a CSV, JSON or JSON lines into columns, and say which line is wrong."""
+"""Read a CSV, JSON or JSON lines into columns; errors name the line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ TARGETS = "targets"
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Cells by column: text of a CSV, any JSON value, or None. `rows`: what to call a row."""
+    """The cells of each column: text of a CSV, any JSON value, or None.
+
+    Attributes:
+        rows: name of each row for messages, such as `line 3`.
+        chosen: the columns that the caller named.
+        problems: collects bad cells.
+    """
 
     file: Path
     columns: Mapping[str, Sequence[Any]]
@@ -26,13 +32,13 @@ class Table:
     chosen: Sequence[str]
     problems: Problems
 
-    def called(self, row: int, column: str) -> str:
-        """Return what to call a cell."""
+    def name_of(self, row: int, column: str) -> str:
+        """Return the name and the content of a cell for messages."""
         return f"{self.rows[row]}: {column} is {self.columns[column][row]!r}"
 
 
 def read_csv(file: Path, chosen: Sequence[str], problems: Problems) -> Table:
-    """Return the rows of a CSV with a header; `chosen` are the columns that the caller named."""
+    """Return the rows of a CSV with a header; see `Table` for `chosen` and `problems`."""
     delimiter = "\t" if suffix(file.name) == ".tsv" else ","
     reader = csv.reader(io.StringIO(read_text(file)), delimiter=delimiter, strict=True)
     header: list[str] = []
@@ -58,7 +64,7 @@ def read_csv(file: Path, chosen: Sequence[str], problems: Problems) -> Table:
 
 
 def read_json(file: Path, chosen: Sequence[str], problems: Problems) -> Table:
-    """Return the objects of a JSON list, or of JSON lines; a key that is missing is None."""
+    """Return the objects of a JSON list or of JSON lines; a missing key is None."""
     text = read_text(file)
     if text.lstrip().startswith("{"):
         entries = [(f"line {i}", line) for i, line in enumerate(text.splitlines(), 1)]
@@ -89,7 +95,7 @@ def _parse(file: Path, text: str, row: str) -> Any:
 
 
 def _flat(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entry with what is in its `targets` beside the other keys."""
+    """Return the entry with the keys of its `targets` beside the others."""
     inner = entry.get(TARGETS)
     if not isinstance(inner, dict):
         return dict(entry)
