@@ -9,7 +9,8 @@ Shape suffixes: N batch, C channels, H height, W width, D = C/2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -253,9 +254,6 @@ class ShuffleNetV2(nn.Module):
         require_at_least("num_classes", num_classes, 1)
         require_at_least("in_channels", in_channels, 1)
         require_at_least("head_channels", head_channels, 1)
-        require_at_least("len(stem_channels)", len(stem_channels), 1)
-        for count in stem_channels:
-            require_at_least("stem_channels", count, 1)
         require_fraction("drop_path", drop_path)
         if drop_path and not residual:
             raise ModelError(f"`drop_path` (={drop_path}) needs `residual=True`")
@@ -265,40 +263,24 @@ class ShuffleNetV2(nn.Module):
         sides = unit_map_sides(input_size, 4, depths, strides)
         kernels = per_unit("kernel_size", kernel_size, sides, auto_kernel_size)
         require_kernels(kernels)
-        num_branches = per_unit("branches", branches, sides, auto_num_branches)
-        for count in num_branches:
-            require_at_least("branches", count, 1)
-        if branches == "auto":  # as far as the channels of a unit go
-            halves = [
-                c // 2 for c, depth in zip(channels, depths, strict=True) for _ in range(depth)
-            ]
-            num_branches = tuple(map(min, num_branches, map(most_branches, halves)))
+        num_branches = _branches(branches, sides, channels, depths)
 
         self.conv1 = _stem(in_channels, stem_channels)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         self.stage_names = tuple(f"stage{i}" for i in range(5 - len(channels), 5))
-        in_unit, i = stem_channels[-1], 0
-        for name, depth, out_unit, stride in zip(
-            self.stage_names, depths, channels, strides, strict=True
-        ):
-            stage = Stage()
-            for position in range(depth):
-                stage.append(
-                    ShuffleUnitV2(
-                        in_unit,
-                        out_unit,
-                        stride=1 if position else stride,
-                        kernel_size=kernels[i],
-                        order=order,
-                        branches=num_branches[i],
-                        permutation=permutation,
-                        seed=permutation_seed + i,
-                        se=se,
-                        residual=residual,
-                        drop_path=drop_path * i / max(1, len(kernels) - 1),
-                    )
-                )
-                in_unit, i = out_unit, i + 1
+        same = {"order": order, "permutation": permutation, "se": se, "residual": residual}
+        units = [
+            {
+                **same,
+                "kernel_size": kernels[i],
+                "branches": num_branches[i],
+                "seed": permutation_seed + i,
+                "drop_path": drop_path * i / max(1, len(kernels) - 1),
+            }
+            for i in range(len(kernels))
+        ]
+        stages = _stages(stem_channels[-1], channels, depths, strides, units)
+        for name, stage in zip(self.stage_names, stages, strict=True):
             self.add_module(name, stage)
         self.conv5 = nn.Sequential(*conv_bn_relu(channels[-1], head_channels))
         self.dropout = dropout_layer(dropout)
@@ -323,8 +305,44 @@ def _strides(stage_channels: Sequence[int]) -> tuple[int, ...]:
     return (2, 2, 2) if len(stage_channels) == 3 else (1, 2, 2, 2)
 
 
+def _branches(
+    branches: PerUnit, sides: Sequence[int], channels: Sequence[int], depths: Sequence[int]
+) -> tuple[int, ...]:
+    """Return the branches of each unit; "auto" is limited by the channels of the unit."""
+    numbers = per_unit("branches", branches, sides, auto_num_branches)
+    for number in numbers:
+        require_at_least("branches", number, 1)
+    if branches == "auto":
+        halves = [c // 2 for c, depth in zip(channels, depths, strict=True) for _ in range(depth)]
+        numbers = tuple(map(min, numbers, map(most_branches, halves)))
+    return numbers
+
+
+def _stages(
+    in_channels: int,
+    channels: Sequence[int],
+    depths: Sequence[int],
+    strides: Sequence[int],
+    units: Sequence[Mapping[str, Any]],
+) -> Iterator[Stage]:
+    """Yield the stages; `units` holds the arguments of each unit, in order."""
+    arguments = iter(units)
+    for out_channels, depth, stride in zip(channels, depths, strides, strict=True):
+        stage = Stage()
+        for position in range(depth):
+            unit_stride = 1 if position else stride
+            stage.append(
+                ShuffleUnitV2(in_channels, out_channels, stride=unit_stride, **next(arguments))
+            )
+            in_channels = out_channels
+        yield stage
+
+
 def _stem(in_channels: int, stem_channels: Sequence[int]) -> nn.Sequential:
-    """Return the 3×3 convolutions in front: the first halves the map."""
+    """Return the 3×3 convolutions in front, of which the first halves the map."""
+    require_at_least("len(stem_channels)", len(stem_channels), 1)
+    for count in stem_channels:
+        require_at_least("stem_channels", count, 1)
     layers: list[nn.Module] = []
     for i, out_channels in enumerate(stem_channels):
         layers += conv_bn_relu(in_channels, out_channels, 3, stride=1 if i else 2)
