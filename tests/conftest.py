@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,11 @@ from hypothesis import settings
 from PIL import Image
 
 from meshuffle.comm.forking import fork_server
+from meshuffle.comm.launch import torchrun
 from meshuffle.config import TrainConfig
+from meshuffle.report import report
+from meshuffle.train.api import train
+from tests.launched import LAUNCHERS, WRITE_REPORT, forked_torchrun, no_report
 
 # Tests never assert times, and these machines are shared.
 settings.register_profile("no-deadline", deadline=None)
@@ -24,9 +29,34 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _rank_server() -> None:
-    """See `tests/forked.py`; its imports go on beside the first tests."""
+def _rank_server() -> Iterator[None]:
+    """See `tests/forked.py` and `tests/launched.py`; the imports go on beside the first tests."""
     fork_server("tests.forked")
+    with pytest.MonkeyPatch.context() as patch:
+        for module in LAUNCHERS:
+            patch.setattr(module, "torchrun", forked_torchrun)
+        yield
+
+
+@pytest.fixture
+def real_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks are started as for a user."""
+    for module in LAUNCHERS:
+        monkeypatch.setattr(module, "torchrun", torchrun)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_report() -> Iterator[None]:
+    """Most tests do not read the report of their run, which takes seconds; see `with_report`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write_report", no_report)
+        yield
+
+
+@pytest.fixture
+def with_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs of this test write their reports."""
+    monkeypatch.setattr(report, "write_report", WRITE_REPORT)
 
 
 @pytest.fixture
@@ -69,6 +99,18 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small(photos: Path, tmp_path: Path) -> TrainConfig:
     """Settings of a run of a few seconds."""
+    return small_config(photos, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def one_epoch(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of `small` with one epoch; tests that change it take a copy."""
+    config = small_config(photos, tmp_path_factory.mktemp("one_epoch") / "run")
+    return Path(train(dataclasses.replace(config, epochs=1))["run"])
+
+
+def small_config(photos: Path, out: Path) -> TrainConfig:
+    """Return the settings of a run of a few seconds."""
     return TrainConfig(
         data=str(photos),
         model="shufflenet_v2_x0_5",
@@ -79,5 +121,5 @@ def small(photos: Path, tmp_path: Path) -> TrainConfig:
         input_size=32,
         workers=0,
         compile="off",
-        out=str(tmp_path / "run"),
+        out=str(out),
     )

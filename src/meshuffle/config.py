@@ -37,47 +37,58 @@ class TrainConfig:
     data: Annotated[str, Parameter(parse=False)] = ""
     model: Annotated[str, _option("Model name; see `meshuffle models`.")] = "shufflenet_v2_x1_0"
     knobs: Annotated[
-        dict[str, str], _option("Model knobs, for example --knobs.kernel_size auto.")
+        dict[str, str], _option("Knobs of the model, for example --knobs.kernel_size auto.")
     ] = field(default_factory=dict)
     task: Annotated[TaskName, _option("What the model learns.")] = "classify"
     head: Annotated[
         str | None,
-        _option("detect: ssdlite (default) or fpn; segment: lraspp (default) or deeplabv3."),
+        _option(
+            "Head of the task. detect: ssdlite (default) or fpn; segment: lraspp (default) or "
+            "deeplabv3."
+        ),
     ] = None
-    plan: Annotated[str, _option("Plan text, auto, or a plan.json.")] = "auto"
+    plan: Annotated[str, _option("Plan text such as dp=2, auto, or a plan.json file.")] = "auto"
     from_: Annotated[
         str | None,
         Parameter(
-            name="--from", help="Start from the weights of a run, a file, or torchvision:NAME."
+            name="--from",
+            help="Start from the weights of a run, a weights file, or torchvision:NAME.",
         ),
     ] = None
-    epochs: Annotated[int | None, _option("Passes over the data.")] = None
+    epochs: Annotated[int | None, _option("Passes over the training images.")] = None
     batch: Annotated[int | None, _option("Global batch size, over all ranks.")] = None
     input_size: Annotated[int | None, _option("Side of the square input, pixels.")] = None
     seed: Annotated[int, _option("Seed of weights, order, augmentation and dropout.")] = 0
-    deterministic: Annotated[bool, _option("Refuse operations that do not repeat.")] = False
+    deterministic: Annotated[
+        bool, _option("Use deterministic algorithms only; fail where there are none.")
+    ] = False
 
     optimizer: Annotated[
         Literal["sgd", "adam", "adamw"] | None,
-        _option("segment, regress: adamw; generate: adam; else sgd.", "Optimiser"),
+        _option(
+            "Default: adamw for segment and regress, adam for generate, else sgd.", "Optimiser"
+        ),
     ] = None
-    lr: Annotated[float | None, _option("Highest learning rate.", "Optimiser")] = None
-    momentum: Annotated[float, _option("Of SGD (Nesterov).", "Optimiser")] = 0.9
+    lr: Annotated[float | None, _option("Peak learning rate.", "Optimiser")] = None
+    momentum: Annotated[float, _option("Nesterov momentum of SGD.", "Optimiser")] = 0.9
     weight_decay: Annotated[
-        float | None, _option("Of weights; never of norms and biases.", "Optimiser")
+        float | None, _option("Weight decay; norms and biases have none.", "Optimiser")
     ] = None
     schedule: Annotated[
-        Literal["cosine", "linear", "step", "constant"], _option("Of the rate.", "Optimiser")
+        Literal["cosine", "linear", "step", "constant"],
+        _option("Schedule of the learning rate.", "Optimiser"),
     ] = "cosine"
     step_epochs: Annotated[
-        tuple[int, ...], _option("Epochs at which the step schedule falls.", "Optimiser")
+        tuple[int, ...], _option("Epochs at which --schedule step lowers the rate.", "Optimiser")
     ] = ()
-    step_factor: Annotated[float, _option("By how much it falls there.", "Optimiser")] = 0.1
+    step_factor: Annotated[
+        float, _option("Factor on the rate at each of --step-epochs.", "Optimiser")
+    ] = 0.1
     warmup_epochs: Annotated[
-        float | None, _option("Linear warm-up, in epochs; fractions too.", "Optimiser")
+        float | None, _option("Epochs of linear warm-up; may be a fraction.", "Optimiser")
     ] = None
     clip_norm: Annotated[
-        float | None, _option("Largest global norm of the gradient; 0 is off.", "Optimiser")
+        float | None, _option("Clip the gradient to this global norm; 0 is off.", "Optimiser")
     ] = None
     accumulate: Annotated[
         int, _option("Micro-batches per step; batch norm sees one at a time.", "Optimiser")
@@ -86,21 +97,23 @@ class TrainConfig:
         float, _option("Decay per step of the averaged weights; 0 is off.", "Optimiser")
     ] = 0.0
     early_stop: Annotated[
-        int, _option("Stop after so many epochs without a better one; 0 is off.", "Optimiser")
+        int, _option("Stop after this many epochs without a better one; 0 is off.", "Optimiser")
     ] = 0
 
     label_smoothing: Annotated[
-        float | None, _option("0 … 1; 0.1 where there are classes.", "Regularisation")
+        float | None,
+        _option("Label smoothing, 0 … 1; default 0.1 where there are classes.", "Regularisation"),
     ] = None
     class_weights: Annotated[
         Literal["none", "balanced"],
-        _option("balanced: rare classes count more in the loss.", "Regularisation"),
+        _option("balanced gives rare classes more weight in the loss.", "Regularisation"),
     ] = "none"
     dropout: Annotated[
-        float | None, _option("In front of the classifier, 0 … 1.", "Regularisation")
+        float | None, _option("Dropout in front of the classifier, 0 … 1.", "Regularisation")
     ] = None
     freeze: Annotated[
-        str | None, _option("none, backbone, or until:LAYER (inclusive).", "Fine-tuning")
+        str | None,
+        _option("Layers to freeze: none, backbone, or until:LAYER (inclusive).", "Fine-tuning"),
     ] = None
     unfreeze_epoch: Annotated[
         int | None,
@@ -108,47 +121,56 @@ class TrainConfig:
     ] = None
     freeze_norm: Annotated[
         bool | None,
-        Parameter(help="The body's batch norms keep what they have learned.", group="Fine-tuning"),
+        Parameter(help="Keep the body's batch norms as they are.", group="Fine-tuning"),
     ] = None
     body_lr: Annotated[
-        float | None, _option("Rate of all but the head, as a factor on --lr.", "Fine-tuning")
+        float | None, _option("Factor on --lr for all layers but the head.", "Fine-tuning")
     ] = None
     layer_decay: Annotated[
         float, _option("Factor on the rate per layer away from the head, 0 … 1.", "Fine-tuning")
     ] = 1.0
     crop_scale: Annotated[
-        float | None, _option("Random resized crop: smallest area; 0 is off.", "Augmentation")
+        float | None,
+        _option("Smallest area of a random resized crop, 0 … 1; 0 is off.", "Augmentation"),
     ] = None
-    flip: Annotated[float | None, _option("Probability of a mirror image.", "Augmentation")] = None
-    affine_degrees: Annotated[float | None, _option("Rotation, ± degrees.", "Augmentation")] = None
+    flip: Annotated[float | None, _option("Probability of mirroring.", "Augmentation")] = None
+    affine_degrees: Annotated[
+        float | None, _option("Random rotation, ± degrees.", "Augmentation")
+    ] = None
     affine_translate: Annotated[
-        float | None, _option("Shift, ± part of the side.", "Augmentation")
+        float | None, _option("Random shift, ± fraction of the side.", "Augmentation")
     ] = None
-    affine_scale: Annotated[float | None, _option("Zoom, 1 ± this.", "Augmentation")] = None
+    affine_scale: Annotated[float | None, _option("Random zoom, 1 ± this.", "Augmentation")] = None
     trivial_augment: Annotated[
-        bool | None, Parameter(help="One random operation per image.", group="Augmentation")
+        bool | None,
+        Parameter(help="TrivialAugment: one random operation per image.", group="Augmentation"),
     ] = None
     erasing: Annotated[float | None, _option("Probability of random erasing.", "Augmentation")] = (
         None
     )
-    mixup: Annotated[float | None, _option("Alpha; 0 is off.", "Augmentation")] = None
-    cutmix: Annotated[float | None, _option("Alpha; 0 is off.", "Augmentation")] = None
-    repeats: Annotated[int | None, _option("Copies of an image per batch.", "Augmentation")] = None
-
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], _option("Device.", "Machine")] = "auto"
-    precision: Annotated[Literal["float32", "bf16"], _option("bf16 is autocast.", "Machine")] = (
-        "float32"
+    mixup: Annotated[float | None, _option("Alpha of mixup; 0 is off.", "Augmentation")] = None
+    cutmix: Annotated[float | None, _option("Alpha of cutmix; 0 is off.", "Augmentation")] = None
+    repeats: Annotated[int | None, _option("Copies of each image per batch.", "Augmentation")] = (
+        None
     )
+
+    device: Annotated[
+        Literal["auto", "cpu", "cuda", "mps"], _option("Device to train on.", "Machine")
+    ] = "auto"
+    precision: Annotated[
+        Literal["float32", "bf16"], _option("Precision; bf16 uses autocast.", "Machine")
+    ] = "float32"
     channels_last: Annotated[
-        bool, Parameter(help="Memory format of images and weights.", group="Machine")
+        bool, Parameter(help="Keep images and weights in channels-last format.", group="Machine")
     ] = True
     compile: Annotated[
-        Literal["auto", "on", "off"], _option("torch.compile; auto where it pays.", "Machine")
+        Literal["auto", "on", "off"],
+        _option("Use torch.compile; auto: where it saves time.", "Machine"),
     ] = "auto"
     workers: Annotated[int | None, _option("Loader processes per rank.", "Machine")] = None
-    timeout: Annotated[
-        float, _option("Seconds that ranks wait for one that is silent.", "Machine")
-    ] = 1800.0
+    timeout: Annotated[float, _option("Seconds that ranks wait for a silent rank.", "Machine")] = (
+        1800.0
+    )
     strict: Annotated[bool, _option("Stop at the first unreadable image.", "Machine")] = False
     save_every: Annotated[
         str, _option("Checkpoint interval: 10m (minutes) or 500 (steps).", "Machine")
@@ -156,7 +178,7 @@ class TrainConfig:
     check_every: Annotated[
         int, _option("Steps between comparisons of the ranks' parameters; 0 is off.", "Machine")
     ] = 100
-    trace: Annotated[bool, _option("Write a few steps of all ranks to trace.json.", "Machine")] = (
+    trace: Annotated[bool, _option("Write five steps of all ranks to trace.json.", "Machine")] = (
         False
     )
     out: Annotated[str | None, _option("Run folder; default runs/MODEL-DATA-N.", "Machine")] = None
@@ -321,26 +343,27 @@ def resolve(
     task_defaults: Mapping[str, Any] = types.MappingProxyType({}),
     new_head: bool = False,
 ) -> TrainConfig:
-    """Replace every None by a value that suits `num_train` images.
+    """Replace every None by a default for `num_train` images.
 
     Epochs fall from 100 (500 images or fewer) to 20 (100,000) and are 100 from 500,000 on, where
-    training starts from nothing for real. The batch is the square root of the data, as a power
-    of two, 16 … 256. SGD's rate is the paper's 0.5 at batch 1024 (arXiv 1807.11164), scaled by
-    the batch to the power 0.75 (linear starves small batches, the square root makes them jump);
-    Adam's and AdamW's are 0.001 and 0.002 at batch 256, scaled by the square root.
+    training usually starts from random weights. The batch is the square root of the number of
+    images, as a power of two, 16 … 256. SGD's learning rate is the paper's 0.5 at batch 1024
+    (arXiv 1807.11164), scaled by the batch to the power 0.75 (a linear scale is too low for small
+    batches, the square root unstable); Adam's and AdamW's are 0.001 and 0.002 at batch 256, scaled
+    by the square root.
 
-    From other weights, the body trains at a tenth of the rate; and a new head trains alone in the
-    first epoch, since what it asks of the body before it knows anything spoils the body (arXiv
-    2202.10054). In batches below 32 images such a body keeps its batch norms: their statistics
-    are known better than so few images tell.
+    With `from_`, the body trains at a tenth of the rate. A new head trains alone in the first
+    epoch, because the gradients of an untrained head distort the body's features (arXiv
+    2202.10054). In batches below 32 images such a body keeps its batch norms as they are: their
+    statistics are better estimates than those of so few images.
 
     Args:
         num_train: images of the training split.
         input_size: suggested by the data, pixels.
         augment: the data's defaults by field name.
-        task_defaults: the task's own, which come first; their `lr` is for their optimiser and a
-            batch of 16.
-        new_head: whether the weights that it begins from bring none for these data.
+        task_defaults: the task's own, which override those above; their `lr` belongs to their
+            optimiser and a batch of 16.
+        new_head: whether the initial weights have no head for these data.
     """
     batch = config.batch or min(256, max(16, 2 ** round(math.log2(num_train) / 2)))
     epochs = config.epochs or default_epochs(num_train)

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from meshuffle.cli import main
+from meshuffle.report import report
+from tests.launched import WRITE_REPORT
 
 FAST = """
 model = "shufflenet_v2_x0_5"
@@ -68,5 +70,7 @@ def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "fast.toml").write_text(FAST)
     out = folder / "run"
     arguments = ["--config", str(folder / "fast.toml"), "--out", str(out)]
-    assert main(["train", str(photos), *arguments]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write_report", WRITE_REPORT)
+        assert main(["train", str(photos), *arguments]) == 0
     return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,12 +16,14 @@ from typing import Any
 import pytest
 
 from meshuffle.cli import main
+from meshuffle.cli.options import DATA_FORMATS
+from meshuffle.data.source import FORMATS
 from meshuffle.train import api
 from tests.cli.conftest import FAST, Fails, make_photos
 
 VERBS = (
     *("doctor", "models", "data", "data check", "verify", "train", "eval", "predict", "export"),
-    "serve",
+    *("bench", "serve"),
 )
 
 
@@ -45,6 +48,22 @@ def test_help_of_each_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert main([*verb.split(), "--help"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"Usage: meshuffle {verb}")
+
+
+def test_no_help_text_is_a_fragment(capsys: pytest.CaptureFixture[str]) -> None:
+    """A text that begins with "Of" leans on the option's name instead of saying what it does."""
+    for verb in VERBS:
+        assert main([*verb.split(), "--help"]) == 0
+        assert not re.search(r"  Of ", capsys.readouterr().out), verb
+
+
+@pytest.mark.parametrize("verb", ["train", "data check"])
+def test_help_lists_every_data_format(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*verb.split(), "--help"]) == 0
+    out = capsys.readouterr().out
+    assert {*DATA_FORMATS, "folder"} == set(FORMATS)  # `folder:PATH` is written as the PATH alone
+    for text in ("digits", "a folder", *(f"{name}:" for name in DATA_FORMATS)):
+        assert text in out
 
 
 def test_help_and_version_without_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,6 +132,7 @@ def test_no_gpu(fails: Fails, here: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert not (here / "runs").exists()
 
 
+@pytest.mark.usefixtures("with_report")
 def test_own_photos_twice(photos: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The second run gets a folder of its own; its path is the first and the last line."""
     for number in (1, 2):
@@ -189,6 +209,7 @@ def break_some(root: Path) -> list[str]:
     return ["truncated.png", "empty.jpg", "text.jpg"]
 
 
+@pytest.mark.usefixtures("with_report")
 def test_broken_files_are_named_once_and_counted(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -352,9 +373,9 @@ def test_a_model_split_within_its_layers(
     line = done.stdout.splitlines()[1]
     assert line.startswith("plan dp=1,tp=2:channel,threads=1: 100 % of the FLOPs are split, 50")
     assert line.endswith("MB sent a step within replicas")
-    again = shell("train", "--resume", "run")
-    assert again.returncode == 0, again.stderr
-    assert "all epochs are done" in again.stdout
+    assert main(["train", "--resume", "run"]) == 0
+    assert "all epochs are done" in Path("run/log.jsonl").read_text()
+    capsys.readouterr()
     assert main(["eval", "run", "--json"]) == 0
     judged = json.loads(capsys.readouterr().out)
     stored = json.loads(Path("run/result.json").read_text())

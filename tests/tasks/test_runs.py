@@ -94,6 +94,7 @@ TASKS = ("multilabel", "regress", "detect", "segment")
 SAYS = {"multilabel": "labels", "regress": "values", "detect": "boxes", "segment": "shares"}
 
 
+@pytest.mark.usefixtures("with_report")
 @pytest.mark.parametrize("task", TASKS)
 def test_from_data_to_a_report_and_a_file(task: str, made: dict[str, str], tmp_path: Path) -> None:
     result = train(settings(task, made[task], tmp_path / "run"))
@@ -140,6 +141,7 @@ def test_two_replicas_learn_what_one_learns(
     assert float(one["val_loss"]) == pytest.approx(float(two["val_loss"]), rel=1e-5)
 
 
+@pytest.mark.usefixtures("with_report")
 def test_a_classifier_becomes_a_detector_and_the_report_compares(
     made: dict[str, str], photos: Path, tmp_path: Path
 ) -> None:
@@ -186,6 +188,7 @@ def test_what_makes_no_sense_is_said(made: dict[str, str], tmp_path: Path) -> No
         assert not out.exists(), says
 
 
+@pytest.mark.usefixtures("with_report")
 def test_images_are_generated(photos: Path, tmp_path: Path) -> None:
     knobs = {"width": "16"}
     config = settings(

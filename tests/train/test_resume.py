@@ -132,6 +132,7 @@ def test_a_run_in_use_is_refused(small: TrainConfig) -> None:
         resume(run)
 
 
+@pytest.mark.usefixtures("with_report")
 def test_a_finished_run_resumes_to_the_same_result(small: TrainConfig) -> None:
     run = Path(train(small)["run"])
     before = (run / "weights" / "best.safetensors").read_bytes()

@@ -112,6 +112,7 @@ def test_the_folder_is_the_function() -> None:
     assert meshuffle.verify([]) == []
 
 
+@pytest.mark.usefixtures("real_torchrun")
 def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--model", "tests.verify.models:wide", "--plan", "tp=2:channel", "--input", IMAGE]
     assert main(["verify", *options, "--json"]) == 0

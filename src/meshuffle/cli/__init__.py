@@ -47,7 +47,7 @@ def build_app() -> App:
 
     app = App(
         name="meshuffle",
-        help="Train ShuffleNets, and any PyTorch model, on all the machine has.",
+        help="Train, verify, evaluate, export and serve ShuffleNets and other PyTorch models.",
         version=f"meshuffle {__version__}",
         help_format="plaintext",  # markdown would cost a third of the time that --help takes
         suppress_keyboard_interrupt=False,
@@ -97,12 +97,12 @@ def _run(tokens: list[str]) -> int:
 
 
 class _Stopped(KeyboardInterrupt):
-    """SIGTERM has come."""
+    """Raised when the process gets SIGTERM."""
 
 
 @contextlib.contextmanager
 def _stopped_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end a verb as Ctrl-C does: temporary files go, which may be gigabytes."""
+    """Make SIGTERM end a verb as Ctrl-C does, so that temporary files (gigabytes) are deleted."""
 
     def stop(*_: object) -> None:
         raise _Stopped
@@ -127,14 +127,14 @@ def _one_line(text: str) -> str:
 
 
 class Answer:
-    """What a verb returns: one JSON value, and the text for people."""
+    """The result of a verb: one JSON value, the text to print, and the exit code."""
 
     def __init__(self, value: object, text: str = "", exit_code: int = 0) -> None:
         self.value, self.text, self.exit_code = value, text, exit_code
 
 
 def from_main(answer: Answer) -> Answer | None:
-    """Let one rank speak where a launcher has started many."""
+    """Return the answer on the main rank, and None on the others, so that it prints once."""
     from meshuffle.comm.group import RankEnv, rank_env
 
     return answer if (rank_env() or RankEnv()).is_main else None

@@ -21,19 +21,26 @@ def bench(
     /,
     *,
     backends: Annotated[
-        str, Parameter(help="Names joined by commas, for example onnx,openvino-int8; default all.")
+        str,
+        Parameter(help="Backends joined by commas, for example onnx,openvino-int8; default: all."),
     ] = "",
     best: Annotated[
         bool,
-        Parameter(negative=(), help="Name only the fastest that agrees with PyTorch on 99 %."),
+        Parameter(
+            negative=(), help="Show only the fastest backend that agrees with PyTorch on 99 %."
+        ),
     ] = False,
-    threads: Annotated[int, Parameter(help="CPU threads of each; 0: one per core.")] = 0,
-    rounds: Annotated[int, Parameter(help="Rounds in which the backends take turns.")] = 5,
-    images: Annotated[int, Parameter(help="Images for accuracy and agreement.")] = 256,
-    data: Annotated[str | None, Parameter(help="Images; default the run's, or digits.")] = None,
-    input_size: Annotated[int | None, Parameter(help="Of a bare model, pixels; 224.")] = None,
+    threads: Annotated[int, Parameter(help="CPU threads per backend; 0: one per core.")] = 0,
+    rounds: Annotated[int, Parameter(help="Rounds of measurement; backends take turns.")] = 5,
+    images: Annotated[int, Parameter(help="Number of images for accuracy and agreement.")] = 256,
+    data: Annotated[
+        str | None, Parameter(help="Data set of the images; default: the run's, or digits.")
+    ] = None,
+    input_size: Annotated[
+        int | None, Parameter(help="Input side of a model given by name, pixels; default 224.")
+    ] = None,
     out: Annotated[
-        Path | None, Parameter(help="Folder of bench.csv and bench.png; default RUN/bench.")
+        Path | None, Parameter(help="Folder for bench.csv and bench.png; default RUN/bench.")
     ] = None,
     model: Model = None,
     json: Json = False,

@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from meshuffle.cli import Answer
-from meshuffle.cli.options import Debug, Json
+from meshuffle.cli.options import DATA_HELP, Debug, Json
 from meshuffle.config import TaskName
 
 
@@ -21,23 +21,17 @@ def register(app: App) -> None:
 
 
 def check(
-    data: str,
+    data: Annotated[str, Parameter(help=DATA_HELP)],
     /,
     *,
-    task: Annotated[TaskName, Parameter(help="What the images are to be told about.")] = "classify",
-    grid: Annotated[Path, Parameter(help="Where to write a picture of samples.")] = Path(
+    task: Annotated[TaskName, Parameter(help="Task whose targets are checked.")] = "classify",
+    grid: Annotated[Path, Parameter(help="File for a picture of samples.")] = Path(
         "data-check.png"
     ),
     json: Json = False,
     debug: Debug = False,
 ) -> Answer:
-    """Count classes, find broken images and duplicates between splits, and draw a grid.
-
-    Parameters
-    ----------
-    data
-        digits, a folder, imagenet:PATH, cifar10:PATH, mnist:PATH or fashion-mnist:PATH.
-    """
+    """Count classes, find broken images and duplicates between splits, and draw a grid."""
     from meshuffle.data import check_data
 
     def progress(done: int, total: int) -> None:

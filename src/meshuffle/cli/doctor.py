@@ -1,4 +1,4 @@
-"""`meshuffle doctor`: what this machine offers, and what is missing."""
+"""`meshuffle doctor`: what this machine has, and what is missing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def register(app: App) -> None:
 
 
 def doctor(*, json: Json = False, debug: Debug = False) -> Answer:
-    """Say what this machine offers: versions, devices, backends, compiler, disk."""
+    """Show what this machine has: versions, devices, backends, compiler, disk."""
     import importlib.util
     import shutil
 

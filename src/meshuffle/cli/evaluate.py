@@ -1,4 +1,4 @@
-"""`meshuffle eval`: how good the weights of a run are on a data set."""
+"""`meshuffle eval`: the metrics of a run's weights on a data set."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ def evaluate(
     target: Path,
     /,
     *,
-    data: Annotated[str | None, Parameter(help="Another data set than the run's.")] = None,
+    data: Annotated[
+        str | None, Parameter(help="Data set to evaluate on; default: the run's.")
+    ] = None,
     split: Annotated[
         Literal["train", "val", "test"] | None,
-        Parameter(help="Default: test where the data has one, else val."),
+        Parameter(help="Split to evaluate; default: test where the data has one, else val."),
     ] = None,
-    batch: Annotated[int, Parameter(help="Images at a time.")] = 64,
+    batch: Annotated[int, Parameter(help="Images per batch.")] = 64,
     plan: Spread = "dp=1",
     model: Model = None,
     json: Json = False,
@@ -36,7 +38,7 @@ def evaluate(
     Parameters
     ----------
     target
-        A run folder, a weights file, or torchvision:NAME for what torchvision publishes.
+        A run folder, a weights file, or torchvision:NAME for its published weights.
     """
     from meshuffle.infer.predict import evaluate as run_evaluation
     from meshuffle.tasks import find_task

@@ -1,4 +1,4 @@
-"""`meshuffle export`: a file for other runtimes, with proof that it computes the same."""
+"""`meshuffle export`: files for other runtimes, each compared with the model."""
 
 from __future__ import annotations
 
@@ -21,30 +21,32 @@ def export(
     /,
     *,
     to: Annotated[
-        str, Parameter(help="Any of onnx, openvino, executorch, litert, pt2, with commas.")
+        str, Parameter(help="Formats joined by commas: onnx, openvino, executorch, litert, pt2.")
     ] = "onnx",
-    out: Annotated[Path | None, Parameter(help="Folder; default RUN/export.")] = None,
-    data: Annotated[str | None, Parameter(help="Images for the checks; default the run's.")] = None,
+    out: Annotated[Path | None, Parameter(help="Folder for the files; default RUN/export.")] = None,
+    data: Annotated[
+        str | None, Parameter(help="Data set for the checks; default: the run's.")
+    ] = None,
     with_preprocessing: Annotated[
-        bool, Parameter(negative=(), help="The file takes uint8 images of any size.")
+        bool, Parameter(negative=(), help="Put preprocessing into the file: it takes uint8 images.")
     ] = False,
     int8: Annotated[
-        bool, Parameter(negative=(), help="Eight-bit files, calibrated on training images.")
+        bool, Parameter(negative=(), help="Write eight-bit files, calibrated on training images.")
     ] = False,
     max_drop: Annotated[
         float | None,
-        Parameter(help="Points that int8 may lose on the validation split; default 1."),
+        Parameter(help="Points of the metric that int8 may lose on val; default 1."),
     ] = None,
     model: Model = None,
     json: Json = False,
     debug: Debug = False,
 ) -> Answer:
-    """Export the best weights of a run and check the file on real images.
+    """Export the best weights of a run and check each file on real images.
 
     Parameters
     ----------
     target
-        A run folder, a weights file, or torchvision:NAME for what torchvision publishes.
+        A run folder, a weights file, or torchvision:NAME for its published weights.
     """
     from dataclasses import asdict
 

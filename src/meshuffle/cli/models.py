@@ -1,4 +1,4 @@
-"""`meshuffle models`: the models that Meshuffle brings, counted and with what is published."""
+"""`meshuffle models`: Meshuffle's own models, with their size and published accuracy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def register(app: App) -> None:
 
 
 def models(pattern: str | None = None, /, *, json: Json = False, debug: Debug = False) -> Answer:
-    """List our models: parameters and MACs as counted, accuracy as published.
+    """List our models, with counted parameters and MACs and published accuracy.
 
     Parameters
     ----------

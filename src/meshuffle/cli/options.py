@@ -1,4 +1,4 @@
-"""What several verbs share: options, and how they tell of their progress."""
+"""Options that several verbs share, and the printing of progress."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Annotated
 from cyclopts import Parameter
 
 Json = Annotated[
-    bool, Parameter(name="--json", negative=(), help="One JSON value on standard output.")
+    bool,
+    Parameter(
+        name="--json", negative=(), help="Print one JSON value on standard output, nothing else."
+    ),
 ]
 Debug = Annotated[
     bool, Parameter(name="--debug", negative=(), help="Show the traceback of an error.")
@@ -16,18 +19,38 @@ Debug = Annotated[
 Model = Annotated[
     str | None,
     Parameter(
-        help="The model of plain weights whose keys do not tell; or repeats the name of a "
-        "package.module:function model, to run its code."
+        help="Name of the model, where the weights file does not identify it. Repeat the name of "
+        "a package.module:function model to let its code run."
     ),
 ]
 Spread = Annotated[
     str,
     Parameter(
-        name="--plan", help="How to spread it over ranks, for example dp=2, tp=2:spatial or pp=2."
+        name="--plan",
+        help="How to spread the work over ranks, for example dp=2, tp=2:spatial or pp=2.",
     ),
 ]
 
+DATA_FORMATS = {
+    "imagenet": "PATH",
+    "cifar10": "PATH",
+    "mnist": "PATH",
+    "fashion-mnist": "PATH",
+    "coco": "PATH",
+    "voc": "PATH",
+    "yolo": "PATH",
+    "masks": "PATH",
+    "csv": "FILE",
+    "json": "FILE",
+    "hf": "NAME",
+}
+"""What follows each prefix of `data.source.FORMATS`, which `--help` may not import (torch)."""
+
+DATA_HELP = "digits, a folder, or " + ", ".join(
+    f"{prefix}:{rest}" for prefix, rest in DATA_FORMATS.items()
+)
+
 
 def say(line: str) -> None:
-    """Print a line on what is going on."""
+    """Print a line of progress on standard error."""
     print(line, file=sys.stderr, flush=True)  # noqa: T201

@@ -1,4 +1,4 @@
-"""`meshuffle predict`: what the weights of a run see in images."""
+"""`meshuffle predict`: predictions for images, or their features."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ def predict(
     /,
     *,
     out: Annotated[
-        Path | None, Parameter(help="Folder for the images with the prediction drawn on them.")
+        Path | None, Parameter(help="Folder for copies of the images with the prediction drawn.")
     ] = None,
     features: Annotated[
-        Path | None, Parameter(help="Write what the head gets of each image, N×F, to a .npy file.")
+        Path | None, Parameter(help="Save each image's feature vector to a .npy file (N×F).")
     ] = None,
     nearest: Annotated[
-        Path | None, Parameter(help="A folder: show its five images nearest to each, by features.")
+        Path | None, Parameter(help="Folder of images: show the five most similar to each image.")
     ] = None,
-    batch: Annotated[int, Parameter(help="Images at a time.")] = 64,
+    batch: Annotated[int, Parameter(help="Images per batch.")] = 64,
     plan: Annotated[
         str,
         Parameter(
-            help="How to spread it over ranks, for example dp=2, tp=2:spatial or pp=2; auto "
-            "measures, where there are thousands of images."
+            help="How to spread the work over ranks, for example dp=2, tp=2:spatial or pp=2; auto "
+            "measures which number of processes is fastest, from 2,000 images on."
         ),
     ] = "auto",
     model: Model = None,
     json: Json = False,
     debug: Debug = False,
 ) -> Answer | None:
-    """Predict what the weights have learned to say of images.
+    """Predict the labels, boxes, masks or values of images.
 
     Parameters
     ----------
     target
-        A run folder, a weights file, or torchvision:NAME for what torchvision publishes.
+        A run folder, a weights file, or torchvision:NAME for its published weights.
     images
         Image files, or folders of them.
     """
@@ -84,7 +84,7 @@ def _by_features(
     model: str | None,
     plan: str,
 ) -> Answer | None:
-    """Write the images' features, or find the images that are near by them."""
+    """Write the images' feature vectors, or find the most similar images of a folder."""
     import numpy as np
 
     from meshuffle.comm.group import rank_env

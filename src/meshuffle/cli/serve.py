@@ -19,40 +19,48 @@ def serve(
     target: Path,
     /,
     *,
-    host: Annotated[str, Parameter(help="Address to bind; 0.0.0.0 is all.")] = "127.0.0.1",
-    port: Annotated[int, Parameter(help="0 finds a free one.")] = 8000,
+    host: Annotated[
+        str, Parameter(help="Address to listen on; 0.0.0.0 is every interface.")
+    ] = "127.0.0.1",
+    port: Annotated[int, Parameter(help="Port; 0 takes a free one.")] = 8000,
     backend: Annotated[
-        str, Parameter(help="torch, onnx or openvino; auto: the fastest of those installed.")
+        str, Parameter(help="torch, onnx or openvino; auto: the fastest installed one.")
     ] = "auto",
-    replicas: Annotated[int | None, Parameter(help="Processes; by default measured.")] = None,
-    threads: Annotated[int | None, Parameter(help="Of each; by default measured.")] = None,
-    batch: Annotated[int | None, Parameter(help="At most; by default measured.")] = None,
+    replicas: Annotated[
+        int | None, Parameter(help="Replicas (processes); default: measured.")
+    ] = None,
+    threads: Annotated[
+        int | None, Parameter(help="CPU threads per replica; default: measured.")
+    ] = None,
+    batch: Annotated[
+        int | None, Parameter(help="Largest number of images in a batch; default: measured.")
+    ] = None,
     window_ms: Annotated[
-        float, Parameter(help="How long an image may wait for others that are being decoded.")
+        float, Parameter(help="Milliseconds that a batch waits for images being decoded.")
     ] = 2.0,
     plan: Annotated[
         str | None,
-        Parameter(help="Splits the network over ranks: tp=2, pp=2; for what no device holds."),
+        Parameter(help="Split a network that fits no single device over ranks: tp=2, pp=2."),
     ] = None,
     token_file: Annotated[
         Path | None,
-        Parameter(help="Holds the bearer token that clients must send; or set MESHUFFLE_TOKEN."),
+        Parameter(help="File with the token that clients must send; or set MESHUFFLE_TOKEN."),
     ] = None,
-    max_body_mb: Annotated[float, Parameter(help="Of a request.")] = 16.0,
-    max_megapixels: Annotated[float, Parameter(help="Of an image.")] = 25.0,
-    max_images: Annotated[int, Parameter(help="Of a request.")] = 32,
-    max_requests: Annotated[int, Parameter(help="At the same time.")] = 128,
-    time_limit: Annotated[float, Parameter(help="Seconds of a request.")] = 10.0,
+    max_body_mb: Annotated[float, Parameter(help="Largest request body, MB.")] = 16.0,
+    max_megapixels: Annotated[float, Parameter(help="Largest image, megapixels.")] = 25.0,
+    max_images: Annotated[int, Parameter(help="Most images in a request.")] = 32,
+    max_requests: Annotated[int, Parameter(help="Most requests at the same time.")] = 128,
+    time_limit: Annotated[float, Parameter(help="Longest time of a request, seconds.")] = 10.0,
     model: Model = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Answer what the weights predict of images, over HTTP, until Ctrl-C or SIGTERM.
+    """Serve predictions over HTTP until Ctrl-C or SIGTERM.
 
     Parameters
     ----------
     target
-        A run folder, a weights file, or torchvision:NAME for what torchvision publishes.
+        A run folder, a weights file, or torchvision:NAME for its published weights.
     """
     from meshuffle.deploy.serve import REPLICA, require
 
@@ -83,33 +91,33 @@ def serve(
         model=model,
         plan=parse_plan(plan or "dp=1"),
     )
-    start.serve(target, options, say=say, ready=lambda told: _print(told, options, json))
+    start.serve(target, options, say=say, ready=lambda facts: _print(facts, options, json))
 
 
-def _print(told: dict[str, Any], options: Any, as_json: bool) -> None:
-    """Print what is served, once it is; the verb itself ends much later."""
+def _print(facts: dict[str, Any], options: Any, as_json: bool) -> None:
+    """Print address, model and layout when the service is ready; the verb ends much later."""
     import json
 
-    text = json.dumps(told) if as_json else "\n".join(_lines(told, options))
+    text = json.dumps(facts) if as_json else "\n".join(_lines(facts, options))
     print(text, flush=True)  # noqa: T201
 
 
-def _lines(told: dict[str, Any], options: Any) -> list[str]:
-    alone, together = _speeds(told["images_per_s"]), _speeds(told["layouts"])
-    threads = "thread" if told["threads"] == 1 else "threads"
-    ranks = f"{told['ranks']} ranks × " if told["ranks"] > 1 else ""
+def _lines(facts: dict[str, Any], options: Any) -> list[str]:
+    alone, together = _speeds(facts["images_per_s"]), _speeds(facts["layouts"])
+    threads = "thread" if facts["threads"] == 1 else "threads"
+    ranks = f"{facts['ranks']} ranks × " if facts["ranks"] > 1 else ""
     return [
-        f"{told['url']}  the page; /docs the API, /metrics for Prometheus",
-        f"model    {told['model']}, {told['task']}, {told['classes']} classes",
-        f"backend  {told['backend']}{alone and f' (images/s alone: {alone})'}",
-        f"replicas {told['replicas']} × {ranks}{told['threads']} {threads}"
+        f"{facts['url']}  the page; /docs the API, /metrics for Prometheus",
+        f"model    {facts['model']}, {facts['task']}, {facts['classes']} classes",
+        f"backend  {facts['backend']}{alone and f' (images/s alone: {alone})'}",
+        f"replicas {facts['replicas']} × {ranks}{facts['threads']} {threads}"
         f"{together and f' (images/s together: {together})'}",
-        f"batches  at most {told['batch']} images, window {told['window_ms']:g} ms",
+        f"batches  at most {facts['batch']} images, window {facts['window_ms']:g} ms",
         f"limits   {options.limits}",
-        f"token    {'needed' if told['token'] else 'none: whoever reaches the port may ask'}",
+        f"token    {'needed' if facts['token'] else 'none: anyone can send requests'}",
     ]
 
 
-def _speeds(found: dict[str, float]) -> str:
-    """Return what was measured, in words; empty where nothing was."""
-    return ", ".join(f"{name} {speed:.0f}" for name, speed in found.items() if speed)
+def _speeds(measured: dict[str, float]) -> str:
+    """Return the measured speeds as text; empty where nothing was measured."""
+    return ", ".join(f"{name} {speed:.0f}" for name, speed in measured.items() if speed)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from cyclopts import App, ArgumentCollection, Parameter
 
 from meshuffle.cli import Answer, from_main
-from meshuffle.cli.options import Debug, Json
+from meshuffle.cli.options import DATA_HELP, Debug, Json
 from meshuffle.config import FIELDS, Origin, TrainConfig, check, config_key, read_config
 from meshuffle.errors import ConfigError
 
@@ -25,7 +25,7 @@ def register(app: App) -> None:
 
 
 def _note_flags(app: App, commands: Sequence[str], arguments: ArgumentCollection) -> None:
-    """Remember which settings stand on the command line; defaults and files do not count."""
+    """Remember which settings were given on the command line, not by default or in a file."""
     _flags.clear()
     _flags.update(
         argument.keys[0] if argument.keys else argument.field_info.name
@@ -35,24 +35,22 @@ def _note_flags(app: App, commands: Sequence[str], arguments: ArgumentCollection
 
 
 def train(
-    data: str | None = None,
+    data: Annotated[str | None, Parameter(help=DATA_HELP)] = None,
     /,
     *,
     settings: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig(),  # noqa: B008
-    config: Annotated[Path | None, Parameter(help="Settings from a TOML file.")] = None,
-    resume: Annotated[Path | None, Parameter(help="Continue a run folder.")] = None,
+    config: Annotated[Path | None, Parameter(help="Read settings from a TOML file.")] = None,
+    resume: Annotated[Path | None, Parameter(help="Continue the run in this folder.")] = None,
     show_config: Annotated[
-        bool, Parameter(negative=(), help="Print the settings and their origin; train nothing.")
+        bool, Parameter(negative=(), help="Print each setting and its origin, without training.")
     ] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> Answer | None:
     """Train a model on images, on every core or GPU of this machine.
 
-    Parameters
-    ----------
-    data
-        digits, a folder, imagenet:PATH, cifar10:PATH, mnist:PATH or fashion-mnist:PATH.
+    A setting for which no default is shown depends on the data, the task and the machine;
+    --show-config prints its value.
     """
     if json:
         os.environ["MESHUFFLE_QUIET_STDOUT"] = "1"
@@ -88,7 +86,7 @@ def _resume(run: Path, data: str | None, config: Path | None, model: str) -> Ans
 def _merged(
     settings: TrainConfig, config: Path | None, data: str | None
 ) -> tuple[TrainConfig, dict[str, Origin]]:
-    """Put flags over the file over the defaults, and say where each value came from."""
+    """Merge defaults, file and flags (the later wins); return each value's origin too."""
     from_file = read_config(config) if config else {}
     flags = {name: getattr(settings, name) for name in _flags & set(FIELDS) - {"data"}}
     if data is not None:

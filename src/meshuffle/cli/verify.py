@@ -23,17 +23,30 @@ def register(app: App) -> None:
 def verify(
     *,
     model: Annotated[
-        str, Parameter(help="One of ours, torchvision:NAME, package.module:function.")
+        str,
+        Parameter(
+            help="One of our models, torchvision:NAME, timm:NAME, transformers:TYPE or "
+            "package.module:function."
+        ),
     ],
     plan: Annotated[
-        str, Parameter(help="For example tp=2, tp=2:channel, dp=2,tp=2 or tp=2,pp=2:zbv,mb=4.")
+        str,
+        Parameter(
+            help="Plan to verify, for example tp=2, tp=2:channel, dp=2,tp=2 or tp=2,pp=2:zbv,mb=4."
+        ),
     ],
     input: Annotated[
-        str, Parameter(help="One sample: 3x64x64 an image, 16000 a waveform, 128:int tokens.")
+        str,
+        Parameter(
+            help="Shape of one sample: 3x64x64 (image), 16000 (waveform) or 128:int (token ids); "
+            "several inputs are joined by commas."
+        ),
     ] = "3x64x64",
-    batch: Annotated[int, Parameter(help="Samples of a step, over all ranks.")] = 8,
-    dtype: Literal["float64", "float32"] = "float64",
-    seed: Annotated[int, Parameter(help="Of weights, inputs and random masks.")] = 0,
+    batch: Annotated[int, Parameter(help="Global batch size, over all ranks.")] = 8,
+    dtype: Annotated[
+        Literal["float64", "float32"], Parameter(help="Precision of both runs.")
+    ] = "float64",
+    seed: Annotated[int, Parameter(help="Seed of weights, inputs and random masks.")] = 0,
     json: Json = False,
     debug: Debug = False,
 ) -> Answer:
@@ -74,10 +87,10 @@ def _text(verdict: Verdict) -> str:
 
 
 def _shares(verdict: Verdict) -> str:
-    """Return what each rank has of the work, where layers are split, and of the parameters."""
+    """Return each rank's share of the FLOPs (where layers are split) and of the parameters."""
     kept = f"{verdict.parameter_bytes_fraction or 0:.1%} of the parameters"
     if parse_plan(verdict.plan).tp == 1:
-        return f"the rank that keeps most has {kept}"
+        return f"the largest rank holds {kept}"
     return (
         f"{verdict.sharded_flops_fraction or 0:.1%} of FLOPs in split ops; the busiest rank has "
         f"{verdict.busiest_over_mean:.2f} of the mean, and {kept}"
