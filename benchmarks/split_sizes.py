@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from meshuffle.graph import Graph, capture
 from meshuffle.layout import assign
 from meshuffle.models import create_model
-from meshuffle.parallel.code import Code
+from meshuffle.parallel.code import StageCode
 from meshuffle.parallel.lower import lower
 from rows import append
 
@@ -50,7 +50,7 @@ def kept(name: str, graph: Graph, tp: int) -> dict[str, Any]:
     }
 
 
-def part(code: Code, name: str, count: int, rank: int) -> float:
+def part(code: StageCode, name: str, count: int, rank: int) -> float:
     shard = code.stored.get(name)
     return count if shard is None else count * len(shard.owners[rank]) / shard.size
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from meshuffle.comm.collectives import Turn, scatter, scatter_sum, transpose
+from meshuffle.comm.collectives import TransposeRoute, scatter, scatter_sum, transpose
 from meshuffle.comm.sent_bytes import SentBytes
 from meshuffle.layout import Shard
 from meshuffle.layout.routes import routes
@@ -122,8 +122,8 @@ def turned(case: Case, group: dist.ProcessGroup, faults: list[str]) -> tuple[Fra
     wanted = [pick(whole, case.to_dim, need) for need in case.needs]
     sum(loss(part, r) for r, part in enumerate(wanted)).backward()
     x = pick(case.random(0), case.from_dim, case.owners[rank]).requires_grad_()
-    turn = Turn(rank, case.from_dim, case.to_dim, case.owners, case.needs)
-    found, sent = measured(lambda x: transpose(x, turn, group), x, rank)
+    transposed = TransposeRoute(rank, case.from_dim, case.to_dim, case.owners, case.needs)
+    found, sent = measured(lambda x: transpose(x, transposed, group), x, rank)
     if not torch.equal(found, wanted[rank]):
         faults.append(f"transpose, {case.name}: value")
     expected = pick(whole.grad, case.from_dim, case.owners[rank])
@@ -138,11 +138,11 @@ def compiled(group: dist.ProcessGroup, faults: list[str]) -> None:
     *_, case = cases(world)
     everything = [range(case.shape[case.from_dim])] * world
     route = routes(case.owners, everything)[rank]
-    turn = Turn(rank, case.from_dim, case.to_dim, case.owners, ((4, 1, 0),) * world)
+    transposed = TransposeRoute(rank, case.from_dim, case.to_dim, case.owners, ((4, 1, 0),) * world)
 
     def compute(x: Tensor) -> Tensor:
         own = scatter(x * x, case.from_dim, route, group)
-        term = transpose(own.sin(), turn, group) * (1 + rank)
+        term = transpose(own.sin(), transposed, group) * (1 + rank)
         return scatter_sum(term, case.from_dim, case.owners, rank, group)
 
     results = []
@@ -191,7 +191,7 @@ def test_values_gradients_and_bytes(world: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "turn",
+    "facts",
     [
         (2, 0, 1, ((0,), (1,)), ((0,), (1,))),  # a rank beyond the last
         (0, 1, 1, ((0,), (1,)), ((0,), (1,))),  # from a dim to itself
@@ -201,9 +201,9 @@ def test_values_gradients_and_bytes(world: int) -> None:
         (0, 0, 1, ((0,), (1,)), ((0,),)),
     ],
 )
-def test_what_is_no_turn(turn: tuple[int, int, int, Parts, Parts]) -> None:
-    with pytest.raises(ValueError, match="not a turn"):
-        Turn(*turn)
+def test_what_is_no_route(facts: tuple[int, int, int, Parts, Parts]) -> None:
+    with pytest.raises(ValueError, match="not a route"):
+        TransposeRoute(*facts)
 
 
 def test_sizes_that_do_not_fit() -> None:
@@ -213,7 +213,7 @@ def test_sizes_that_do_not_fit() -> None:
     for call in (
         lambda: scatter(x, 1, route, None),
         lambda: scatter_sum(x, 1, owners, 0, None),
-        lambda: transpose(x, Turn(0, 1, 0, owners, owners), None),
+        lambda: transpose(x, TransposeRoute(0, 1, 0, owners, owners), None),
     ):
         with pytest.raises(ValueError, match=r"dim 1 of \(3, 4\) must be [12]"):
             call()

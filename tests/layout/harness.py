@@ -35,9 +35,9 @@ from meshuffle.layout.layout import (
 from meshuffle.layout.program import Call, Program
 from meshuffle.layout.rule import Choice, legal, replicated
 from meshuffle.layout.storage import Storage
-from meshuffle.parallel.code import Code
+from meshuffle.parallel.code import StageCode
 from meshuffle.parallel.lower import _Lowering
-from meshuffle.parallel.redistribute import Move
+from meshuffle.parallel.redistribute import Redistribute
 from tests.layout.differences import differs, gradients_differ, joined
 
 
@@ -271,7 +271,7 @@ def run_program(
 
 
 class _Term(nn.Module):
-    """In place of `share`: here one process adds up the gradients of all ranks."""
+    """In place of `divide`: here one process adds up the gradients of all ranks."""
 
     def __init__(self, world: int) -> None:
         super().__init__()
@@ -281,8 +281,8 @@ class _Term(nn.Module):
         return x / self.world
 
 
-def is_share(module: nn.Module) -> bool:
-    return isinstance(module, Move) and module.step.name == "share"
+def is_division(module: nn.Module) -> bool:
+    return isinstance(module, Redistribute) and module.step.name == "divide"
 
 
 class _UpToOp(_Lowering):
@@ -292,7 +292,7 @@ class _UpToOp(_Lowering):
         pass
 
 
-def lowered(call: Call, choice: Choice, rank: int) -> Code:
+def lowered(call: Call, choice: Choice, rank: int) -> StageCode:
     """Return a rank's code that ends with the op."""
     program = call.program
     choices = {
@@ -322,11 +322,11 @@ def compared(
         try:
             code = lowered(call, choice, rank)
             tensors = {
-                name: cut(t, code.stored.get(name), rank).clone()
+                name: part_of(t, code.stored.get(name), rank).clone()
                 for name, t in whole_tensors(call.program, model).items()
             }
             modules = {
-                name: _Term(call.world) if is_share(module) else module
+                name: _Term(call.world) if is_division(module) else module
                 for name, module in code.modules.items()
             }
             parts.append(Run(code.graph, tensors, modules).run(*inputs))
@@ -350,7 +350,7 @@ def compared(
     return None
 
 
-def cut(whole: Tensor, layout: Shard | None, rank: int) -> Tensor:
+def part_of(whole: Tensor, layout: Shard | None, rank: int) -> Tensor:
     """Return a rank's part."""
     if layout is None:
         return whole

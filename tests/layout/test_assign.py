@@ -17,13 +17,13 @@ from meshuffle.layout import Partial, Samples, Shard, assign
 from meshuffle.layout.assign import Assignment, _Search
 from meshuffle.layout.program import Program
 from meshuffle.models import create_model
-from meshuffle.parallel.code import Code
+from meshuffle.parallel.code import StageCode
 from meshuffle.parallel.lower import lower
 
 aten = torch.ops.aten
 
 
-def sent_bytes(code: Code) -> int:
+def sent_bytes(code: StageCode) -> int:
     """Return what a step sends, by the lowered code: independent of what the search adds up."""
     return sum(s.forward + s.backward for s in code.sent) + code.reduced_bytes
 
@@ -69,7 +69,7 @@ def choices_of(assignment: Assignment, packet: Any) -> list[Any]:
     return [assignment.choices[name] for name in found]
 
 
-def names_of(code: Code) -> Counter[str]:
+def names_of(code: StageCode) -> Counter[str]:
     """Return how many of each conversion there are that sends something."""
     sent = [s.name for s in code.sent if s.forward + s.backward]
     return Counter(name.rstrip("0123456789").rstrip("_") for name in sent)

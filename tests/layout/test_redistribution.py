@@ -19,7 +19,7 @@ from meshuffle.layout.layout import (
     Varying,
     Window,
 )
-from meshuffle.layout.redistribution import Step, Value, owners_of, steps
+from meshuffle.layout.redistribution import Redistribution, Value, cheapest_path, held_indices
 from tests.layout.harness import few
 
 
@@ -54,7 +54,7 @@ def elements(layout: Layout, value: Value) -> list[set[int]]:
     """Return for each rank which elements of the whole it has."""
     ids = torch.arange(math.prod(value.shape)).view(value.shape)
     if isinstance(layout, Shard | Samples | Window):
-        indices = [torch.tensor(part) for part in owners_of(layout, value)]
+        indices = [torch.tensor(part) for part in held_indices(layout, value)]
         return [set(ids.index_select(layout.dim, i).flatten().tolist()) for i in indices]
     return [set(ids.flatten().tolist())] * value.world
 
@@ -71,12 +71,12 @@ def test_what_a_rank_lacks_is_what_is_sent(data: st.DataObject) -> None:
     value = data.draw(values())
     source = data.draw(parts(value, "samples shard"))
     target = data.draw(parts(value, "samples shard window") | st.sampled_from([Replicate()]))
-    way = steps(value, [source], target)
-    assert way is not None
+    path = cheapest_path(value, [source], target)
+    assert path is not None
     lacking = lacking_bytes(value, source, target)
-    assert sum(step.forward for step in way) == lacking
-    if not isinstance(target, Replicate) and len(way) == 1:
-        assert way[0].backward == value.has_grad * lacking
+    assert sum(step.forward for step in path) == lacking
+    if not isinstance(target, Replicate) and len(path) == 1:
+        assert path[0].backward == value.has_grad * lacking
 
 
 @given(st.data())
@@ -86,24 +86,28 @@ def test_a_whole_is_cut_for_nothing(data: st.DataObject) -> None:
     value = data.draw(values())
     target = data.draw(parts(value, "samples shard window"))
     whole = value.has_grad * (value.world - 1) * value.num_bytes
-    (step, *rest) = steps(value, [Replicate()], target) or ()
+    (step, *rest) = cheapest_path(value, [Replicate()], target) or ()
     expected = 2 * whole if isinstance(target, Window) else whole
     assert step.forward == 0 and sum(s.sent_bytes for s in (step, *rest)) <= expected
-    way = steps(value, [Varying()], target)
-    assert way == (Step(Varying(), target),)
+    path = cheapest_path(value, [Varying()], target)
+    assert path == (Redistribution(Varying(), target),)
 
 
 def test_terms_of_a_sum() -> None:
     """Ring: reduce-scatter and all-gather send (world − 1) · bytes each, all-reduce both."""
     value = Value((6, 4), 4, True, 6, 3)
     size = 2 * 6 * 4 * 4
-    assert steps(value, [Partial()], Replicate()) == (Step(Partial(), Replicate(), 2 * size),)
+    assert cheapest_path(value, [Partial()], Replicate()) == (
+        Redistribution(Partial(), Replicate(), 2 * size),
+    )
     even = Shard.even(1, 4, 3)
-    assert steps(value, [Partial()], even) == (Step(Partial(), even, size, size),)
-    assert steps(value, [Replicate()], Partial()) == (Step(Replicate(), Partial()),)
-    (step,) = steps(value, [Replicate()], Varying()) or ()
+    assert cheapest_path(value, [Partial()], even) == (Redistribution(Partial(), even, size, size),)
+    assert cheapest_path(value, [Replicate()], Partial()) == (
+        Redistribution(Replicate(), Partial()),
+    )
+    (step,) = cheapest_path(value, [Replicate()], Varying()) or ()
     assert (step.forward, step.backward) == (0, 2 * size)
-    (step,) = steps(value, [even], Varying()) or ()
+    (step,) = cheapest_path(value, [even], Varying()) or ()
     assert (step.forward, step.backward) == (size, size)
 
 
@@ -119,10 +123,10 @@ TARGETS = [
 @pytest.mark.parametrize("has_grad", [False, True])
 def test_every_pair_is_connected(source: Layout, target: Layout, has_grad: bool) -> None:
     value = Value((4, 4, 5), 8, has_grad, 4, 2)
-    way = steps(value, [source], target)
-    assert way is not None and len(way) <= 2
-    assert (way == ()) == (source == target)
-    for step, following in itertools.pairwise(way):
+    path = cheapest_path(value, [source], target)
+    assert path is not None and len(path) <= 2
+    assert (path == ()) == (source == target)
+    for step, following in itertools.pairwise(path):
         assert step.target == following.source
 
 
@@ -134,6 +138,6 @@ def test_the_cheapest_of_several_sources(data: st.DataObject) -> None:
     target = data.draw(parts(value, "samples shard window"))
 
     def sent(sources: list[Layout]) -> int:
-        return sum(step.sent_bytes for step in steps(value, sources, target) or ())
+        return sum(step.sent_bytes for step in cheapest_path(value, sources, target) or ())
 
     assert sent(several) == min(sent([source]) for source in several)

@@ -38,7 +38,7 @@ def deliver(values: list[list[int]], found: list[Route]) -> list[list[int]]:
                 assert not piece and route.before == len(arrived)
                 piece = [values[rank][i] for i in route.kept_index]
             arrived += piece
-        assert route.moves or len(arrived) == len(route.kept_index)
+        assert route.communicates or len(arrived) == len(route.kept_index)
         outputs.append([arrived[i] for i in route.receive_index])
     return outputs
 
@@ -57,7 +57,7 @@ def test_only_what_is_lacking_crosses_once(situation: tuple[Shard, list[list[int
         len(set(need) - set(held)) for need, held in zip(needs, shard.owners, strict=True)
     )
     assert sent_elements(shard.owners, needs) == lacking
-    assert {route.moves for route in routes(shard.owners, needs)} == {lacking > 0}
+    assert {route.communicates for route in routes(shard.owners, needs)} == {lacking > 0}
 
 
 @given(st.integers(1, 4), st.integers(1, 4))

@@ -71,9 +71,9 @@ def use_as_a_module(group: dist.ProcessGroup, plan: str) -> list[str]:
         wrong.append(f"names {set(model.state_dict()) ^ set(plain.state_dict())}")
     expected = gradients(plain, x, y)
     for name, grad in gradients(model, x, y).items():
-        same(f"gradient of {name}", grad, model.cut(name, expected[name]))
+        same(f"gradient of {name}", grad, model.part_of(name, expected[name]))
     for name, buffer in plain.named_buffers():
-        same(f"buffer {name}", dict(model.named_buffers())[name], model.cut(name, buffer))
+        same(f"buffer {name}", dict(model.named_buffers())[name], model.part_of(name, buffer))
     same("another batch size", model(x[:3]), plain(x[:3]))
     plain.eval(), model.eval()
     same("eval", model(x), plain(x))
@@ -104,7 +104,7 @@ def average_over_replicas(group: dist.ProcessGroup) -> list[str]:
     return [
         name
         for name, grad in found.items()
-        if not torch.allclose(grad, model.cut(name, expected[name]), atol=1e-11)
+        if not torch.allclose(grad, model.part_of(name, expected[name]), atol=1e-11)
     ]
 
 
@@ -210,7 +210,7 @@ def test_lowering_needs_no_ranks() -> None:
     sizes = [sum(p.numel() for p in part.parameters()) for part in parts]
     whole = sum(p.numel() for p in model.parameters())
     assert whole <= sum(sizes) <= 1.2 * whole and max(sizes) < 0.5 * whole
-    sent = [[(s.name, s.forward, s.backward) for s in part.codes[0].sent] for part in parts]
+    sent = [[(s.name, s.forward, s.backward) for s in part.stage_codes[0].sent] for part in parts]
     assert sent[0] == sent[1] == sent[2]
 
 

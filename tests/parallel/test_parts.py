@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from meshuffle.layout.layout import Shard
 from meshuffle.parallel.data_parallel import DataParallel
 from meshuffle.parallel.module import Parallel
-from meshuffle.parallel.parts import cut_part, join_parts
+from meshuffle.parallel.parts import join_parts, take_part
 from meshuffle.parallel.random_masks import DrawState, Dropout, KeyedDropout, draw_key, key_dropout
 from meshuffle.parallel.ranks import Ranks, join
 from meshuffle.planner.plan import parse_plan
@@ -25,7 +25,7 @@ UNEVEN = Shard(1, ((3, 0, 4), (), (1, 2)))
 
 def gathered(group: dist.ProcessGroup) -> list[Tensor]:
     rank = dist.get_rank(group)
-    parts = [cut_part(x, UNEVEN, rank) for x in wholes()]
+    parts = [take_part(x, UNEVEN, rank) for x in wholes()]
     return [join_parts(part, UNEVEN, group) for part in parts]
 
 
@@ -43,7 +43,7 @@ def test_parts_join_to_the_whole() -> None:
 def test_a_tensor_of_another_size_is_not_cut() -> None:
     """A checkpoint of 6 classes must not pass for one of 5."""
     with pytest.raises(RuntimeError, match=r"dim 1 of \(2, 6\) must be 5"):
-        cut_part(torch.zeros(2, 6), UNEVEN, 0)
+        take_part(torch.zeros(2, 6), UNEVEN, 0)
 
 
 class Tied(nn.Module):

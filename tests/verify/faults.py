@@ -98,9 +98,9 @@ class Fault:
         return [mock.patch.object(collectives, "all_to_all", stays)]
 
     def forget_a_halo_row(self) -> Patches:
-        prepare = redistribute.Move._prepare
+        prepare = redistribute.Redistribute._prepare
 
-        def without(move: redistribute.Move, batch: int) -> Any:
+        def without(move: redistribute.Redistribute, batch: int) -> Any:
             run = prepare(move, batch)
             if move.step.name != "halo" or self.rank != 0:
                 return run
@@ -113,7 +113,7 @@ class Fault:
 
             return forgetful
 
-        return [mock.patch.object(redistribute.Move, "_prepare", without)]
+        return [mock.patch.object(redistribute.Redistribute, "_prepare", without)]
 
     def stale_buffer(self) -> Patches:
         return [mock.patch.object(batch_norm, "update_running", lambda *_: self.fired())]

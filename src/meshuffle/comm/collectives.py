@@ -59,7 +59,7 @@ class Route:
         before: how many from the ranks in front of it.
         receive_index: output position j is the element `receive_index[j]` of what arrives.
         own_index: output positions of what the rank holds itself, in the order of its memory.
-        moves: whether any rank sends anything to another; the same on all ranks.
+        communicates: whether any rank sends anything to another; the same on all ranks.
     """
 
     size: int
@@ -70,11 +70,11 @@ class Route:
     before: int
     receive_index: tuple[int, ...]
     own_index: tuple[int, ...]
-    moves: bool
+    communicates: bool
 
 
 @dataclass(frozen=True)
-class Turn:
+class TransposeRoute:
     """One rank's part in a `transpose`: every rank has the same but for `rank`.
 
     Attributes:
@@ -102,7 +102,7 @@ class Turn:
             or held != list(range(len(held)))
             or any(len(set(need)) < len(need) or min(need, default=0) < 0 for need in self.needs)
         ):
-            raise ValueError(f"not a turn from one dim's parts to another's: {self!r}")
+            raise ValueError(f"not a route from one dim's parts to another's: {self!r}")
 
 
 def psum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -152,16 +152,16 @@ def scatter_sum(x: Tensor, dim: int, owners: Parts, rank: int, group: dist.Proce
     return _ScatterSum.apply(x, dim, owners, rank, group)
 
 
-def transpose(x: Tensor, turn: Turn, group: dist.ProcessGroup) -> Tensor:
+def transpose(x: Tensor, route: TransposeRoute, group: dist.ProcessGroup) -> Tensor:
     """Return what this rank needs along one dim, whole along the other, with one all-to-all.
 
     Args:
-        x: along `turn.from_dim` what this rank owns; whole along `turn.to_dim`.
+        x: along `route.from_dim` what this rank owns; whole along `route.to_dim`.
 
     Returns:
-        `turn.from_dim` whole and in order; along `turn.to_dim` what this rank needs.
+        `route.from_dim` whole and in order; along `route.to_dim` what this rank needs.
     """
-    return _Transpose.apply(x, turn, group)
+    return _Transpose.apply(x, route, group)
 
 
 class _Psum(Function):
@@ -222,7 +222,7 @@ class _Exchange(Function):
         sizes = [route.before, num_kept, num_arrived - route.before - num_kept]
         before, kept, after = arrived.split(sizes, dim)
         total = unselect(kept, dim, route.kept_index, route.size)
-        if route.moves:
+        if route.communicates:
             others = torch.cat([before, after], dim)
             back = all_to_all(others, dim, route.receive_splits, route.send_splits, ctx.group)
             total = added(total, dim, route.send_index, back)
@@ -251,31 +251,31 @@ class _ScatterSum(Function):
 
 class _Transpose(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, turn: Turn, group: dist.ProcessGroup) -> Tensor:
-        ctx.turn, ctx.size, ctx.group = turn, x.shape[turn.to_dim], group
-        _require_size(x, turn.from_dim, len(turn.owners[turn.rank]))
-        needed = len(turn.needs[turn.rank])
+    def forward(ctx: Any, x: Tensor, route: TransposeRoute, group: dist.ProcessGroup) -> Tensor:
+        ctx.route, ctx.size, ctx.group = route, x.shape[route.to_dim], group
+        _require_size(x, route.from_dim, len(route.owners[route.rank]))
+        needed = len(route.needs[route.rank])
         shapes = [
-            _resized(x, {turn.from_dim: len(part), turn.to_dim: needed}) for part in turn.owners
+            _resized(x, {route.from_dim: len(part), route.to_dim: needed}) for part in route.owners
         ]
-        parts = swap(x, turn.to_dim, turn.needs, shapes, group)
-        return in_order(parts, turn.from_dim, turn.owners)
+        parts = swap(x, route.to_dim, route.needs, shapes, group)
+        return in_order(parts, route.from_dim, route.owners)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        turn = ctx.turn
-        owned = len(turn.owners[turn.rank])
+        route = ctx.route
+        owned = len(route.owners[route.rank])
         shapes = [
-            _resized(grad, {turn.from_dim: owned, turn.to_dim: len(need)}) for need in turn.needs
+            _resized(grad, {route.from_dim: owned, route.to_dim: len(need)}) for need in route.needs
         ]
-        parts = swap(grad, turn.from_dim, turn.owners, shapes, ctx.group)
-        return summed(parts, turn.to_dim, turn.needs, ctx.size), None, None
+        parts = swap(grad, route.from_dim, route.owners, shapes, ctx.group)
+        return summed(parts, route.to_dim, route.needs, ctx.size), None, None
 
 
 def _send(x: Tensor, dim: int, route: Route, group: dist.ProcessGroup) -> Tensor:
     _require_size(x, dim, route.size)
     arrived = select(x, dim, route.kept_index)
-    if route.moves:
+    if route.communicates:
         sent = select(x, dim, route.send_index)
         received = all_to_all(sent, dim, route.send_splits, route.receive_splits, group)
         arrived = inserted(arrived, received, dim, route.before)

@@ -68,7 +68,7 @@ def swap(
 def _pieces(x: Tensor, dim: int, parts: Parts) -> Tensor:
     """Return the parts one after the other, contiguous, with `dim` moved to the front."""
     rows, index = x.movedim(dim, 0), flat(parts)
-    if not _is_run(index) and all(_is_run(part) for part in parts):
+    if not is_run(index) and all(is_run(part) for part in parts):
         return torch.cat([select(rows, 0, part) for part in parts]).contiguous()
     return select(rows, 0, index).contiguous()
 
@@ -87,7 +87,7 @@ def summed(blocks: list[Tensor], dim: int, needs: Parts, size: int) -> Tensor:
     shape[dim] = size
     total = blocks[0].new_zeros(shape)
     for block, need in zip(blocks, needs, strict=True):
-        if _is_run(need):
+        if is_run(need):
             total.narrow(dim, need[0], len(need)).add_(block)
         else:
             total.index_add_(dim, _tensor(need, block), block)
@@ -98,7 +98,7 @@ def select(x: Tensor, dim: int, index: tuple[int, ...]) -> Tensor:
     """Return the elements at `index`; a view where it can be."""
     if index == tuple(range(x.shape[dim])):
         return same(x)
-    if _is_run(index):
+    if is_run(index):
         return x.narrow(dim, index[0], len(index))
     return x.index_select(dim, _tensor(index, x))
 
@@ -142,5 +142,6 @@ def _tensor(index: tuple[int, ...], x: Tensor) -> Tensor:
     return torch.tensor(index, dtype=torch.int64, device=x.device)
 
 
-def _is_run(index: tuple[int, ...]) -> bool:
+def is_run(index: tuple[int, ...]) -> bool:
+    """Tell whether indices are consecutive, and not none."""
     return bool(index) and index == tuple(range(index[0], index[0] + len(index)))

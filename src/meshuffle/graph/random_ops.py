@@ -15,7 +15,9 @@ def number_draws(nodes: Iterable[Node]) -> None:
     """Set `meta["draw"]` of each call that draws, from 0 on."""
     number = 0
     for node in nodes:
-        if is_random(node.target) and draws(arguments_of(node.target, node.args, node.kwargs)):
+        if is_random(node.target) and draws_numbers(
+            arguments_of(node.target, node.args, node.kwargs)
+        ):
             node.meta["draw"] = number
             number += 1
 
@@ -25,7 +27,7 @@ def is_random(op: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
 
 
-def draws(given: Mapping[str, Any]) -> bool:
+def draws_numbers(given: Mapping[str, Any]) -> bool:
     """Tell whether a random op draws numbers when it is called with these arguments, by name."""
     if given.get("train") is False or given.get("training") is False:
         return False

@@ -8,7 +8,7 @@ value (so that a convolution in front of a shuffle learns which groups come behi
 to end: which choices each op has, given those and what can arrive. Both once more: how one operand
 arrives is how another is wanted (a unit's output in the layout of the residual that it is added
 to). From start to end again, a search over states: which layouts the values that are still to be
-read exist in, and the bytes sent so far. Two ways to the same state keep the cheaper one; of the
+read exist in, and the bytes sent so far. Two paths to the same state keep the cheaper one; of the
 states, the best few are kept.
 """
 
@@ -29,7 +29,7 @@ from meshuffle.graph import Graph
 from meshuffle.graph.node import is_tensor
 from meshuffle.layout.layout import Layout, Replicate, Shard, Window, even_size, unique
 from meshuffle.layout.program import Call, Program
-from meshuffle.layout.redistribution import Value, steps
+from meshuffle.layout.redistribution import Value, cheapest_path
 from meshuffle.layout.rule import Choice, legal, replicated
 from meshuffle.layout.traffic import gradient_bytes
 
@@ -73,13 +73,13 @@ class Assignment:
         world = self.program.world
         load = [Fraction(0)] * world
         for name, flops in self.flops.items():
-            for rank, share in enumerate(self.shares(name)):
+            for rank, share in enumerate(self.work_fractions(name)):
                 load[rank] += share * flops
         return float(max(load) * world / sum(load)) if any(load) else 1.0
 
-    def shares(self, name: str) -> list[Fraction]:
+    def work_fractions(self, name: str) -> list[Fraction]:
         """Return each rank's part of the work of an op; 1 each where all do all of it."""
-        return _shares(self.choices[name], self.program.batch, self.program.world)
+        return _work_fractions(self.choices[name], self.program.batch, self.program.world)
 
     def resized(self, batch: int) -> Assignment:
         """Return the same choices for another number of samples; `flops` stay as they are."""
@@ -92,7 +92,7 @@ class Assignment:
         return Assignment(program, self.choices, values, self.flops)
 
 
-def _shares(choice: Choice, batch: int, world: int) -> list[Fraction]:
+def _work_fractions(choice: Choice, batch: int, world: int) -> list[Fraction]:
     if choice.split is None:
         return [Fraction(1)] * world
     if isinstance(choice.split, Shard):
@@ -158,7 +158,7 @@ class _Search:
         self.values = {n.name: self._value(n) for n in program.fx.nodes if is_tensor(n)}
         self.wanted: dict[Node, list[Any]] = {}
         self.possible: dict[Node, list[Any]] = {}
-        self._ways: dict[Any, Any] = {}
+        self._paths: dict[Any, Any] = {}
 
     def _value(self, node: Node) -> Value:
         return Value(
@@ -225,7 +225,7 @@ class _Search:
         if not flops or not found:
             return [*found, whole]
         batch, world = self.program.batch, self.program.world
-        busiest = [max(_shares(choice, batch, world)) for choice in found]
+        busiest = [max(_work_fractions(choice, batch, world)) for choice in found]
         found = [
             c for c, share in zip(found, busiest, strict=True) if share <= min(busiest) * 5 / 4
         ]
@@ -288,34 +288,34 @@ class _Search:
                 cost, whole = cost + num_bytes // _LARGE * _LARGE, whole + num_bytes
             for source, layout in zip(call.inputs, choice.inputs, strict=True):
                 j = place.get(source)
-                way = self._way(source, None if j is None else forms[j], layout)
-                if way is None:
+                path = self._path(source, None if j is None else forms[j], layout)
+                if path is None:
                     break
-                cost += _SENT * way[0]
+                cost += _SENT * path[0]
                 if j is not None:
-                    forms[j] = way[1]
+                    forms[j] = path[1]
             else:
                 yield (cost, whole), forms, choice.output, choice
 
-    def _way(self, source: Node, forms: Any, layout: Layout) -> tuple[int, Any] | None:
+    def _path(self, source: Node, forms: Any, layout: Layout) -> tuple[int, Any] | None:
         """Return the bytes of having a value in `layout`, and the layouts in which it then is."""
         key = (source, forms, layout)
-        if key not in self._ways:
-            self._ways[key] = self._find_way(source, forms, layout)
-        found: tuple[int, Any] | None = self._ways[key]
+        if key not in self._paths:
+            self._paths[key] = self._find_path(source, forms, layout)
+        found: tuple[int, Any] | None = self._paths[key]
         return found
 
-    def _find_way(self, source: Node, forms: Any, layout: Layout) -> tuple[int, Any] | None:
+    def _find_path(self, source: Node, forms: Any, layout: Layout) -> tuple[int, Any] | None:
         value = self.values[source.name]
         if forms is None:
             if source in self.stored:
                 forms = frozenset((self.stored[source],))
             else:
                 return gradient_bytes(value, layout), None
-        way = steps(value, forms, layout)
-        if way is None:
+        path = cheapest_path(value, forms, layout)
+        if path is None:
             return None
-        return sum(s.sent_bytes for s in way), forms | {s.target for s in way}
+        return sum(s.sent_bytes for s in path), forms | {s.target for s in path}
 
     def _last_reads(self) -> dict[Node, int]:
         last: dict[Node, int] = {}
@@ -330,12 +330,12 @@ class _Search:
         """Return the state from which the outputs are made whole at the lowest cost."""
 
         def total(state: _State) -> tuple[int, int]:
-            ways = [
-                self._way(node, forms, Replicate())
+            paths = [
+                self._path(node, forms, Replicate())
                 for node, forms in zip(live, state.forms, strict=True)
                 if node in outputs
             ]
-            sent = sum(way[0] if way else 1 << 60 for way in ways)
+            sent = sum(path[0] if path else 1 << 60 for path in paths)
             return state.cost[0] + _SENT * sent, state.cost[1]
 
         outputs = set(self.program.outputs())

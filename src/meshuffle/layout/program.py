@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.fx import Node
 from meshuffle.graph import Graph
 from meshuffle.graph.functional import functional_program
 from meshuffle.graph.node import arguments_of, is_tensor, is_tuple, packet_of, tensors_of_node
-from meshuffle.layout.layout import Layout, Samples, Shard
+from meshuffle.layout.layout import Samples, Shard
 
 aten = torch.ops.aten
 
@@ -197,7 +197,3 @@ class Call:
         """Return the even split of a dim of the result, unless a rank would have nothing."""
         size = self.out[dim] if size is None else size
         return Shard.even(dim, size, self.world) if size >= self.world else None
-
-    def lie(self, layouts: Mapping[Any, Layout | None], rest: Layout) -> tuple[Layout, ...]:
-        """Return one layout per input, `rest` for those that are not listed."""
-        return tuple(layouts.get(node) or rest for node in self.inputs)

@@ -1,7 +1,7 @@
 """How a value gets from one layout into another, and the bytes that this costs.
 
     from \\ to    Replicate   Varying     Partial   Shard, Samples   Window
-    Replicate                pvary       share     scatter          (by Varying)
+    Replicate                pvary       divide    scatter          (by Varying)
     Varying                                        take             take
     Partial      psum        (by psum)             scatter_sum      (by Shard)
     Shard,       gather      all-gather            exchange,        halo
@@ -57,7 +57,7 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Step:
+class Redistribution:
     """One conversion."""
 
     source: Layout
@@ -67,7 +67,7 @@ class Step:
 
     @property
     def sent_bytes(self) -> int:
-        """Both ways together."""
+        """Both paths together."""
         return self.forward + self.backward
 
     @property
@@ -76,7 +76,9 @@ class Step:
         return name_of(self.source, self.target) or "nothing"
 
 
-def owners_of(layout: Shard | Samples | Window, value: Value, batch: int | None = None) -> Owners:
+def held_indices(
+    layout: Shard | Samples | Window, value: Value, batch: int | None = None
+) -> Owners:
     """Return the indices that each rank has of `layout.dim`, where a step has `batch` samples."""
     if isinstance(layout, Samples):
         size, batch = value.shape[layout.dim], value.batch if batch is None else batch
@@ -84,25 +86,27 @@ def owners_of(layout: Shard | Samples | Window, value: Value, batch: int | None 
     return layout.owners if isinstance(layout, Shard) else layout.needs
 
 
-def steps(value: Value, available: Collection[Layout], target: Layout) -> tuple[Step, ...] | None:
-    """Return the cheapest way from any of the layouts that there are; empty where it is one."""
+def cheapest_path(
+    value: Value, available: Collection[Layout], target: Layout
+) -> tuple[Redistribution, ...] | None:
+    """Return the cheapest path from any of the layouts that there are; empty where it is one."""
     if target in available:
         return ()
     found = [(step,) for source in available if (step := _direct(value, source, target))]
     middles: list[Layout] = [Replicate(), Varying()]
     if isinstance(target, Window) and value.shape[target.dim] >= value.world:
         middles.append(Shard.even(target.dim, value.shape[target.dim], value.world))
-    ways: list[tuple[Step, ...]] = list(found)
+    paths: list[tuple[Redistribution, ...]] = list(found)
     for middle, source in itertools.product(middles, available):
         first = _direct(value, source, middle)
         second = _direct(value, middle, target)
         if first and second:
-            ways.append((first, second))
-    return min(ways, key=lambda way: (sum(s.sent_bytes for s in way), len(way)), default=None)
+            paths.append((first, second))
+    return min(paths, key=lambda path: (sum(s.sent_bytes for s in path), len(path)), default=None)
 
 
 @functools.lru_cache(maxsize=65536)
-def _direct(value: Value, source: Layout, target: Layout) -> Step | None:
+def _direct(value: Value, source: Layout, target: Layout) -> Redistribution | None:
     """Return the one collective that leads from `source` to `target`, or None."""
     name, ring = name_of(source, target), (value.world - 1) * value.num_bytes
     if name is None:
@@ -111,12 +115,12 @@ def _direct(value: Value, source: Layout, target: Layout) -> Step | None:
         forward, backward = (ring * times for times in _RINGS[name])
     else:
         forward = backward = _moved_bytes(value, source, target)  # type: ignore[arg-type]
-    return Step(source, target, forward, int(value.has_grad) * backward)
+    return Redistribution(source, target, forward, int(value.has_grad) * backward)
 
 
 _RINGS = {
     "take": (0, 0),
-    "share": (0, 0),
+    "divide": (0, 0),
     "pvary": (0, 2),
     "scatter": (0, 1),
     "psum": (2, 0),
@@ -135,7 +139,7 @@ def name_of(source: Layout, target: Layout) -> str | None:
         case Replicate(), Varying():
             return "pvary"
         case Replicate(), Partial():
-            return "share"
+            return "divide"
         case Replicate(), Shard() | Samples():
             return "scatter"
         case Varying(), Shard() | Samples() | Window():
@@ -156,7 +160,7 @@ def name_of(source: Layout, target: Layout) -> str | None:
 
 
 def _moved_bytes(value: Value, source: Shard | Samples, target: Shard | Samples | Window) -> int:
-    held, needed = owners_of(source, value), owners_of(target, value)
+    held, needed = held_indices(source, value), held_indices(target, value)
     if source.dim == target.dim:
         row_bytes = value.num_bytes // max(1, value.shape[source.dim])
         return sent_elements(held, needed) * row_bytes

@@ -35,8 +35,8 @@ def routes(owners: Owners, needs: Sequence[Sequence[int]]) -> list[Route]:
     # sent[sender][receiver]: global indices in the order in which they are needed; own ones too.
     world = range(len(owners))
     sent = [[[i for i in needs[to] if place[i][0] == rank] for to in world] for rank in world]
-    moves = any(sent[rank][to] for rank in world for to in world if rank != to)
-    return [_route(rank, owners, needs[rank], sent, moves) for rank in world]
+    communicates = any(sent[rank][to] for rank in world for to in world if rank != to)
+    return [_route(rank, owners, needs[rank], sent, communicates) for rank in world]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -51,7 +51,7 @@ def _route(
     owners: Owners,
     need: Sequence[int],
     sent: Sequence[Sequence[Sequence[int]]],
-    moves: bool,
+    communicates: bool,
 ) -> Route:
     local = {index: i for i, index in enumerate(owners[rank])}
     arrivals = [index for row in sent for index in row[rank]]
@@ -68,7 +68,7 @@ def _route(
         before=sum(incoming[:rank]),
         receive_index=tuple(arrived[index] for index in need),
         own_index=tuple(wanted[index] for index in owners[rank] if index in wanted),
-        moves=moves,
+        communicates=communicates,
     )
 
 

@@ -1,23 +1,35 @@
-"""What a rule says about one op: `Call` in, `Choice`s out; and the table of rules."""
+"""What a rule says about one op: `Query` in, `Choice`s out; and the table of rules."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch.fx import Node
 
+from meshuffle.comm.primitives import is_run
 from meshuffle.graph.node import is_tuple
 from meshuffle.graph.runtime_ops import reorder
-from meshuffle.layout.layout import Layout, Replicate, Samples, Shard, Split, Window
+from meshuffle.layout.layout import (
+    Layout,
+    Replicate,
+    Samples,
+    Shard,
+    Split,
+    Varying,
+    Window,
+    splits,
+)
 from meshuffle.layout.program import Call
 
 aten = torch.ops.aten
 
 Kind = Literal["channel", "spatial", "batch", "any"]
+Local = Callable[["Emitter"], Any]
+"""Writes a rank's computation of an op."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,7 @@ class Choice:
     output: Layout | tuple[Layout, ...]
     split: Split | None
     kind: Kind = "any"
-    local: Callable[[Emitter], Any] | None = field(default=None, compare=False)
+    local: Local | None = field(default=None, compare=False)
     sent_bytes: int = 0
 
 
@@ -68,19 +80,59 @@ class Emitter(ABC):
         """
 
     @abstractmethod
-    def share(self, layout: Split, size: int) -> Any:
+    def fraction_of(self, layout: Split, size: int) -> Any:
         """Return the rank's part of a dim of `size`, as a fraction."""
 
     def take(self, x: Node, dim: int, positions: Sequence[int]) -> Node:
         """Add what takes some of the rank's own positions of a dim."""
-        first, last = positions[0], positions[-1]
-        if list(positions) == list(range(first, last + 1)):
-            return self.call(aten.slice.Tensor, x, dim, first, last + 1)
+        if is_run(tuple(positions)):
+            return self.call(aten.slice.Tensor, x, dim, positions[0], positions[-1] + 1)
         return self.call(reorder, x, dim, tuple(positions))
 
 
-Rule = Callable[[Call, Sequence[Layout], Sequence[Sequence[Layout]]], Iterable[Choice]]
-"""(call, layouts that readers of the result want, layouts in which each input may arrive)."""
+@dataclass(frozen=True, eq=False)
+class Query(Call):
+    """What a rule is asked: one op, with the layouts that are worth trying.
+
+    Attributes:
+        wanted: layouts that readers of the result would like; a tuple where there are several.
+        arriving: the layouts in which each input may arrive.
+    """
+
+    wanted: Sequence[Layout | tuple[Layout, ...]]
+    arriving: Mapping[Node, Sequence[Layout]]
+
+    def splits_of(
+        self, x: Node, wanted: Iterable[Layout | tuple[Layout, ...] | None] | None = None
+    ) -> Iterator[Split]:
+        """Yield splits to try: as wanted, as an input arrives, by samples of that input.
+
+        Args:
+            wanted: of the input, where it does not lie as the result does.
+        """
+        first = self.wanted if wanted is None else wanted
+        return splits([*first, *self.arriving[x], self.samples(x)])
+
+    def all_arriving(self) -> list[Layout]:
+        """Return the layouts in which some input may arrive."""
+        return [layout for node in self.inputs for layout in self.arriving[node]]
+
+    def choice(
+        self,
+        inputs: Mapping[Any, Layout | None],
+        output: Layout | tuple[Layout, ...],
+        split: Split,
+        *,
+        rest: Layout = Varying(),  # noqa: B008  # frozen
+        **facts: Any,
+    ) -> Choice:
+        """Return the choice that has some inputs in the given layouts, all others in `rest`."""
+        layouts = tuple(inputs.get(node) or rest for node in self.inputs)
+        return Choice(layouts, output, split, **facts)
+
+
+Choices = Iterator[Choice]
+Rule = Callable[[Query], Iterable[Choice]]
 
 RULES: dict[Any, Rule] = {}
 """By ATen's packet, for example `torch.ops.aten.conv2d`."""
@@ -99,13 +151,18 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
 def legal(call: Call, wanted: Sequence[Any], arriving: Sequence[Sequence[Layout]]) -> list[Choice]:
     """Return the choices of the op's rule, each once; none of an op that has no rule.
 
-    Those that fix who has which sample are left out: how many there are is not known.
+    Choices that fix which rank has which sample are left out: a step may have another number of
+    samples.
+
+    Args:
+        wanted: see `Query`.
+        arriving: the layouts in which each of `call.inputs` may arrive.
     """
-    packet = call.packet
-    if packet not in RULES or call.node.name in call.program.pinned or call.world == 1:
+    if call.packet not in RULES or call.node.name in call.program.pinned or call.world == 1:
         return []
-    found = dict.fromkeys(RULES[packet](call, wanted, arriving))
-    return [choice for choice in found if _keeps_batch(call, choice)]
+    sources = dict(zip(call.inputs, arriving, strict=True))
+    choices = dict.fromkeys(RULES[call.packet](Query(call.program, call.node, wanted, sources)))
+    return [choice for choice in choices if _keeps_batch(call, choice)]
 
 
 def _keeps_batch(call: Call, choice: Choice) -> bool:

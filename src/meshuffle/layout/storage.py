@@ -15,7 +15,7 @@ class Storage:
 
     One that every op reads in the same part is kept in that part. A gradient is whole on each
     rank where the parameter is used whole, a term of a sum where ranks use it in different parts;
-    in a parameter that is `mixed`, each use in parts sums its own.
+    in a parameter that is `used_both_ways`, each use in parts sums its own.
 
     Args:
         stored: how they are kept already, by name, whole where it lacks them; None is to be chosen.
@@ -24,8 +24,8 @@ class Storage:
     def __init__(self, assignment: Assignment, stored: Mapping[str, Layout] | None) -> None:
         program = assignment.program
         self.layouts: dict[Node, Layout] = {}
-        self.partial: set[Node] = set()
-        self.mixed: set[Node] = set()
+        self.used_in_parts: set[Node] = set()
+        self.used_both_ways: set[Node] = set()
         for node, used in _uses(assignment).items():
             name = program.graph.names[node.name]
             layout = stored.get(name) if stored is not None else next(iter(used))
@@ -34,7 +34,7 @@ class Storage:
             elif program.has_grad(node):
                 in_parts = {x for x in used if not isinstance(x, Replicate | Partial)}
                 if in_parts:
-                    (self.partial if in_parts == used else self.mixed).add(node)
+                    (self.used_in_parts if in_parts == used else self.used_both_ways).add(node)
 
 
 def _uses(assignment: Assignment) -> dict[Node, set[Layout]]:

@@ -69,7 +69,7 @@ def parallelize(
     if chosen.dp_kind:
         raise PlanError(f"plan {chosen}: parallelize replicates; use dp={chosen.dp}")
     ranks = join(chosen, where)
-    ranks.draws.to(where)
+    ranks.draw_state.to(where)
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     model.to(where)
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -77,17 +77,17 @@ def parallelize(
     num = max(2, len(inputs[0]) // chosen.num_micro_batches)
     first = tuple(x[:num] for x in inputs)
     split = build(model, first, chosen, ranks, where, always_pipeline=True)
-    told = [torch.initial_seed()]
-    dist.broadcast_object_list(told, src=0)
-    step = ForwardBackward(split, ranks, chosen.num_micro_batches, told[0])
+    seeds = [torch.initial_seed()]
+    dist.broadcast_object_list(seeds, src=0)
+    step = ForwardBackward(split, ranks, chosen.num_micro_batches, seeds[0])
     split.forward_backward = step
     if chosen.pp == 1:
         _complete_gradients(split, ranks, step)
-    ranks.draws.set(draw_key(told[0], 0, 0))
+    ranks.draw_state.set(draw_key(seeds[0], 0, 0))
 
     def draw_anew(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if module.training:
-            ranks.draws.advance(ranks.dp_rank * len(inputs[0]))
+            ranks.draw_state.advance(ranks.dp_rank * len(inputs[0]))
 
     split.register_forward_pre_hook(draw_anew)
     return split
@@ -112,7 +112,7 @@ def _complete_gradients(module: Parallel, ranks: Ranks, step: ForwardBackward) -
         return total / ranks.dp_world if ranks.dp_world > 1 else total
 
     for name, parameter in module.named_parameters():
-        group = ranks.every if name in module.partial else ranks.dp
+        group = ranks.every if name in module.summed_over_tp else ranks.dp
         if parameter.requires_grad and dist.get_world_size(group) > 1:
             parameter.register_hook(functools.partial(summed, group=group))
 
@@ -166,7 +166,7 @@ class ForwardBackward:
     def _draw(self, i: int, sizes: Sequence[int]) -> None:
         """Put in the key of a micro-batch's random masks; it holds the samples of all replicas."""
         first = self.ranks.dp_rank * sizes[i]
-        self.ranks.draws.set(draw_key(self.seed, self.step, i), first)
+        self.ranks.draw_state.set(draw_key(self.seed, self.step, i), first)
 
     @contextlib.contextmanager
     def _gradients_apart(self) -> Iterator[None]:

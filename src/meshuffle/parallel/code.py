@@ -13,7 +13,7 @@ from meshuffle.layout.traffic import Traffic
 
 
 @dataclass
-class Code(Traffic):
+class StageCode(Traffic):
     """One rank's program, or its part of one pipeline stage, and what it sends.
 
     It takes in what the stage before sends, behind the number of samples.
@@ -22,7 +22,8 @@ class Code(Traffic):
         graph: calls on this rank's parts; parameters by the model's own names.
         modules: conversions and draws that it calls, by name.
         stored: the layout of each parameter and buffer that is not whole, by the model's name.
-        partial: parameters whose gradient on this rank is a term of a sum over the `tp` axis.
+        summed_over_tp: parameters whose gradient on this rank is a term of a sum over the `tp`
+            axis.
         sources: by name of a value of `graph`, the program's value and its layout.
         names: the parameters, buffers and constants that it reads.
     """
@@ -30,12 +31,12 @@ class Code(Traffic):
     graph: fx.Graph = field(default_factory=fx.Graph)
     modules: dict[str, nn.Module] = field(default_factory=dict)
     stored: dict[str, Shard] = field(default_factory=dict)
-    partial: set[str] = field(default_factory=set)
+    summed_over_tp: set[str] = field(default_factory=set)
     sources: dict[str, tuple[str, Layout]] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
 
 
-def stages_of(model: nn.Module, codes: Sequence[Code]) -> dict[str, frozenset[int]]:
+def stages_of(model: nn.Module, codes: Sequence[StageCode]) -> dict[str, frozenset[int]]:
     """Return the stages that read each parameter, buffer and constant, by all of its names."""
     found: dict[str, frozenset[int]] = {}
     for stage, code in enumerate(codes):

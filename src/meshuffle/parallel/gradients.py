@@ -21,7 +21,7 @@ def sum_gradients(module: Parallel, ranks: Ranks, *, average: bool = False) -> N
         average: divide by the number of replicas, for a loss that is a mean over each one's batch.
     """
     with labelled("parameters"):
-        for bucket in fill_buckets(module, ranks.dp, module.partial, ranks.every):
+        for bucket in fill_buckets(module, ranks.dp, module.summed_over_tp, ranks.every):
             dist.all_reduce(bucket.pack(), group=bucket.group)
             bucket.unpack()
     if average and ranks.dp_world > 1:

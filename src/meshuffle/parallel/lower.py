@@ -32,21 +32,21 @@ from meshuffle.layout.layout import (
     even_size,
 )
 from meshuffle.layout.program import Call
-from meshuffle.layout.redistribution import Step, Value, steps
+from meshuffle.layout.redistribution import Redistribution, Value, cheapest_path
 from meshuffle.layout.rule import Emitter
 from meshuffle.layout.storage import Storage
 from meshuffle.layout.traffic import Crossing, Sent, gradient_bytes, statistics_bytes
 from meshuffle.parallel import random_masks
 from meshuffle.parallel.batch_norm import SyncNorm, local_norm
-from meshuffle.parallel.code import Code
-from meshuffle.parallel.redistribute import Move
+from meshuffle.parallel.code import StageCode
+from meshuffle.parallel.redistribute import Redistribute
 
 aten = torch.ops.aten
 
 _NORM = ("input", "weight", "bias", "running_mean", "running_var")
 
 
-def lower(assignment: Assignment, rank: int) -> Code:
+def lower(assignment: Assignment, rank: int) -> StageCode:
     """Return what `rank` of the `tp` axis runs; see `lower_stages`."""
     return lower_stages(assignment, rank, ())[0]
 
@@ -59,7 +59,7 @@ def lower_stages(
     replicas: int = 1,
     device: torch.device | None = None,
     stored: Mapping[str, Layout] | None = None,
-) -> list[Code]:
+) -> list[StageCode]:
     """Return what `rank` of the `tp` axis runs in each pipeline stage.
 
     Args:
@@ -77,7 +77,7 @@ def lower_stages(
     program, device = assignment.program, device or torch.device("cpu")
     storage, numbers = Storage(assignment, stored), dict[str, int]()
     live = program.live_behind() if cuts else []
-    codes: list[Code] = []
+    codes: list[StageCode] = []
     for first, last in itertools.pairwise([0, *cuts, len(program.calls)]):
         lowering = _Lowering(assignment, rank, replicas, device, storage, numbers)
         leaving = live[last - 1] if last < len(program.calls) else None
@@ -98,7 +98,7 @@ class _Lowering(Emitter):
         self.assignment, self.rank, self.replicas = assignment, rank, replicas
         self.program, self.device = assignment.program, device
         self.world = self.program.world
-        self.code = Code()
+        self.code = StageCode()
         self.env: dict[Node, dict[Layout, Any]] = {}
         self._numbers = numbers
         self._sizes: dict[Any, Node] = {}
@@ -114,7 +114,7 @@ class _Lowering(Emitter):
         last: int,
         arriving: Sequence[Crossing] | None,
         leaving: Sequence[Node] | None,
-    ) -> Code:
+    ) -> StageCode:
         """Write calls `first` … `last` − 1.
 
         Args:
@@ -168,8 +168,8 @@ class _Lowering(Emitter):
             layout = self._storage.layouts.get(node)
             if isinstance(layout, Shard):
                 self.code.stored[name] = layout
-            if node in self._storage.partial:
-                self.code.partial.add(name)
+            if node in self._storage.used_in_parts:
+                self.code.summed_over_tp.add(name)
                 value = self.assignment.values[node.name]
                 self.code.reduced_bytes += gradient_bytes(value, Varying())
 
@@ -183,9 +183,13 @@ class _Lowering(Emitter):
         if layout in forms:
             return forms[layout]
         value = self.assignment.values[node.name]
-        if node.op == "placeholder" and node not in self._storage.mixed and Replicate() in forms:
+        if (
+            node.op == "placeholder"
+            and node not in self._storage.used_both_ways
+            and Replicate() in forms
+        ):
             forms = {Varying(): forms[Replicate()], **forms}
-        way = steps(value, list(forms), layout)
+        way = cheapest_path(value, list(forms), layout)
         assert way is not None, f"no way from {list(forms)} to {layout} for {node.name}"
         for step in way:
             forms[step.target] = self._convert(node, value, step, forms[step.source])
@@ -194,13 +198,13 @@ class _Lowering(Emitter):
             self.env[node].update(forms)
         return result
 
-    def _convert(self, node: Node, value: Value, step: Step, x: Any) -> Any:
+    def _convert(self, node: Node, value: Value, step: Redistribution, x: Any) -> Any:
         if isinstance(step.source, Replicate) and not value.has_grad:
             if isinstance(step.target, Varying):
                 return x
             if not isinstance(step.target, Partial):  # no gradient is to be made whole
-                step = Step(Varying(), step.target)
-        name = self.add_module(step.name, Move(step, value, self.rank))
+                step = Redistribution(Varying(), step.target)
+        name = self.add_module(step.name, Redistribute(step, value, self.rank))
         if step.name != "take":
             self.code.sent.append(Sent(name, node.name, step.forward, step.backward))
         return self.code.graph.call_module(name, (x, self.batch))
@@ -326,7 +330,7 @@ class _Lowering(Emitter):
                 sizes.append(self._sized(size.node.expr, own))
         return sizes
 
-    def share(self, layout: Split, size: int) -> Any:
+    def fraction_of(self, layout: Split, size: int) -> Any:
         """Return this rank's part of a dim, as a fraction."""
         if isinstance(layout, Shard):
             return len(layout.owners[self.rank]) / size

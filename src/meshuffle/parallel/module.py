@@ -19,12 +19,12 @@ from meshuffle.layout.layout import Shard
 from meshuffle.layout.program import Program
 from meshuffle.parallel import printout
 from meshuffle.parallel.batch_norm import SyncNorm, exchange_handle
-from meshuffle.parallel.code import Code, stages_of
+from meshuffle.parallel.code import StageCode, stages_of
 from meshuffle.parallel.lower import lower_stages
-from meshuffle.parallel.parts import cut_part, gather_named, join_parts
+from meshuffle.parallel.parts import gather_named, join_parts, take_part
 from meshuffle.parallel.random_masks import Draw
 from meshuffle.parallel.ranks import Ranks
-from meshuffle.parallel.redistribute import Move
+from meshuffle.parallel.redistribute import Redistribute
 from meshuffle.parallel.runner import Runner
 from meshuffle.planner.costs import estimated, per_rank
 from meshuffle.planner.cut import choose_cuts, cuts_at, cuts_like
@@ -34,14 +34,22 @@ _HOME = "tp"  # the submodule that holds conversions
 
 @dataclass
 class _Mode:
-    """What a module runs in train or in eval mode; `written` and `runs` have this rank's stages."""
+    """What a module runs in train or in eval mode.
+
+    Attributes:
+        assignment: the layouts.
+        cuts: how many calls lie in front of each pipeline cut.
+        codes: of all stages.
+        spec: the structure of the model's outputs.
+        graph_modules, forwards: of this rank's stages, by number.
+    """
 
     assignment: Assignment
     cuts: tuple[int, ...]
-    codes: list[Code]
+    codes: list[StageCode]
     spec: Any
-    written: dict[int, fx.GraphModule] = field(default_factory=dict)
-    runs: dict[int, Callable[..., Any]] = field(default_factory=dict)
+    graph_modules: dict[int, fx.GraphModule] = field(default_factory=dict)
+    forwards: dict[int, Callable[..., Any]] = field(default_factory=dict)
 
 
 class Parallel(nn.Module):
@@ -63,7 +71,7 @@ class Parallel(nn.Module):
 
     Attributes:
         shards: the layout of each split parameter and buffer, by name.
-        partial: names of parameters whose gradients must be summed over `tp`.
+        summed_over_tp: names of parameters whose gradients must be summed over `tp`.
         stages_of: by name, the stages that have a parameter or buffer.
         cuts: where it is cut; see `Plan`.
     """
@@ -84,7 +92,7 @@ class Parallel(nn.Module):
         cuts: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        self._share(nn.Module())
+        self._keep_in(nn.Module())
         self._tp, self._rank, self._prefer, self._dp = tp, rank, prefer, dp
         self.device = device or torch.device("cpu")
         self._example = tuple(torch.empty_like(x, device="cpu") for x in example)
@@ -120,12 +128,12 @@ class Parallel(nn.Module):
         spec = graph.program.call_spec.out_spec
         return _Mode(assignment, cuts, self._codes(assignment, cuts), spec)
 
-    def _codes(self, assignment: Assignment, cuts: Sequence[int]) -> list[Code]:
+    def _codes(self, assignment: Assignment, cuts: Sequence[int]) -> list[StageCode]:
         stored = self.shards if self._modes else None
         options = {"replicas": self._dp, "device": self.device, "stored": stored}
         return lower_stages(assignment, self._rank, cuts, **options)  # type: ignore[arg-type]
 
-    def _share(self, root: nn.Module) -> None:
+    def _keep_in(self, root: nn.Module) -> None:
         """Let parameters, buffers and parts be those of `root`, which the code runs on.
 
         A model may have a part that has the name of something of this class: `stages`, `pipeline`.
@@ -134,13 +142,13 @@ class Parallel(nn.Module):
         for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[kind] = root.__dict__[kind]
 
-    def _register(self, model: nn.Module, graph: Graph, codes: Sequence[Code]) -> None:
+    def _register(self, model: nn.Module, graph: Graph, codes: Sequence[StageCode]) -> None:
         """Give this module the model's parameters and buffers, or this rank's parts of them."""
         tied, persistent = tied_names(model), set(model.state_dict(keep_vars=True))
         for code in codes:
             self.shards |= code.stored
         self.shards |= {n: self.shards[first] for n, first in tied.items() if first in self.shards}
-        terms = {name for code in codes for name in code.partial}
+        terms = {name for code in codes for name in code.summed_over_tp}
         made: dict[str, Tensor] = {}
         own = {name: tensor for name, tensor in named_tensors(model) if self.has(name)}
         for name, tensor in own.items():
@@ -149,7 +157,7 @@ class Parallel(nn.Module):
                 made[first] = self._part(name, tensor)
             self._keep(name, made[first], name in persistent)
         named = self.named_parameters(remove_duplicate=False)
-        self.partial = frozenset(name for name, _ in named if tied.get(name, name) in terms)
+        self.summed_over_tp = frozenset(name for name, _ in named if tied.get(name, name) in terms)
         for name in set(graph.names.values()) & graph.program.constants.keys() - own.keys():
             if self.has(name):
                 value = graph.program.constants[name]
@@ -165,7 +173,7 @@ class Parallel(nn.Module):
         return not self.stages_of.get(name, frozenset((0,))).isdisjoint(self.stages)
 
     def _part(self, name: str, tensor: Tensor) -> Tensor:
-        part = self.cut(name, tensor.detach())
+        part = self.part_of(name, tensor.detach())
         if part.device.type == "meta":
             part = torch.empty_like(part, device=self.device)
         part = part.to(self.device)
@@ -186,17 +194,17 @@ class Parallel(nn.Module):
         else:
             home.register_buffer(leaf, tensor, persistent=persistent)
 
-    def cut(self, name: str, whole: Tensor) -> Tensor:
+    def part_of(self, name: str, whole: Tensor) -> Tensor:
         """Return this rank's part of a whole tensor that has the layout of `name`.
 
         Raises:
             RuntimeError: it has another size.
         """
         shard = self.shards.get(name)
-        return whole if shard is None else cut_part(whole, shard, self._rank)
+        return whole if shard is None else take_part(whole, shard, self._rank)
 
     def whole(self, name: str, part: Tensor) -> Tensor:
-        """Return the whole tensor of which each rank has the part that `cut` gives.
+        """Return the whole tensor of which each rank has the part that `part_of` gives.
 
         All ranks of the `tp` axis call it; it sends where `name` is split.
         """
@@ -219,8 +227,8 @@ class Parallel(nn.Module):
             for node in code.graph.nodes:
                 if node.op == "call_module":
                     node.target = f"{home}.{node.target}"
-            mode.written[stage] = fx.GraphModule(root, code.graph)
-            mode.runs[stage] = type(mode.written[stage]).forward
+            mode.graph_modules[stage] = fx.GraphModule(root, code.graph)
+            mode.forwards[stage] = type(mode.graph_modules[stage]).forward
         self._modes[training] = mode
         holder.train(training)
         if self._ranks is not None:
@@ -230,12 +238,12 @@ class Parallel(nn.Module):
         """Let the conversions run in these groups."""
         self._ranks = ranks
         for module in self.modules():
-            if isinstance(module, Move):
+            if isinstance(module, Redistribute):
                 module.group = ranks.tp
             elif isinstance(module, SyncNorm):
                 module.handle = exchange_handle(ranks.over_tp if module.over_tp else ranks.over_dp)
             elif isinstance(module, Draw):
-                module.state = ranks.draws
+                module.state = ranks.draw_state
         return self
 
     def attach(self, pipeline: Runner) -> None:
@@ -254,7 +262,7 @@ class Parallel(nn.Module):
         root._non_persistent_buffers_set |= self._non_persistent_buffers_set
         for name, part in self._modules.items():
             root._modules[name] = part if name in shared else copy.deepcopy(part, memo)
-        copied._share(root)
+        copied._keep_in(root)
         if self.pipeline is not None:
             copied.attach(self.pipeline.for_copy(copied))
         return copied
@@ -286,7 +294,7 @@ class Parallel(nn.Module):
                 what the stage before sends.
         """
         mode = self._modes[self.training]
-        result = mode.runs[stage](self._root[0], *arguments)
+        result = mode.forwards[stage](self._root[0], *arguments)
         return pytree.tree_unflatten(result, mode.spec) if stage + 1 == self.num_stages else result
 
     @property
@@ -295,7 +303,7 @@ class Parallel(nn.Module):
         return self._modes[self.training].assignment
 
     @property
-    def codes(self) -> list[Code]:
+    def stage_codes(self) -> list[StageCode]:
         """The calls of all stages in the current mode, with what they send."""
         return self._modes[self.training].codes
 
@@ -312,10 +320,10 @@ class Parallel(nn.Module):
 
     def summary(self) -> str:
         """Return what is split, and what a step sends, in a few lines."""
-        return printout.summary(self.assignment, self.codes, self.kept_fraction)
+        return printout.summary(self.assignment, self.stage_codes, self.kept_fraction)
 
-    def codes_for(self, batch: int) -> list[Code]:
-        """Return `codes` for another number of samples of a replica: for what they send."""
+    def stage_codes_for(self, batch: int) -> list[StageCode]:
+        """Return `stage_codes` for another number of samples of a replica: for what they send."""
         mode = self._modes[self.training]
         if batch == mode.assignment.program.batch:
             return mode.codes
@@ -324,7 +332,7 @@ class Parallel(nn.Module):
     @property
     def graph_modules(self) -> list[fx.GraphModule]:
         """The current mode's code as torch.fx knows it; it shares this module's parameters."""
-        return list(self._modes[self.training].written.values())
+        return list(self._modes[self.training].graph_modules.values())
 
     @property
     def code(self) -> str:
@@ -345,7 +353,7 @@ class Parallel(nn.Module):
             RuntimeError: as `load_state_dict`.
         """
         own = {name: whole for name, whole in tensors.items() if self.has(name)}
-        self.load_state_dict({name: self.cut(name, whole) for name, whole in own.items()})
+        self.load_state_dict({name: self.part_of(name, whole) for name, whole in own.items()})
 
 
 def _no_steps(*_: Any) -> Tensor:

@@ -14,7 +14,7 @@ from meshuffle.layout.layout import Shard
 from meshuffle.layout.routes import whole_route
 
 
-def cut_part(whole: Tensor, shard: Shard, rank: int) -> Tensor:
+def take_part(whole: Tensor, shard: Shard, rank: int) -> Tensor:
     """Return `rank`'s part of a whole tensor.
 
     Raises:
@@ -47,13 +47,13 @@ def gather_named(
         everywhere: on every rank; otherwise on the group's first, and the others get their own.
     """
     rank, world = dist.get_rank(group), dist.get_world_size(group)
-    told: list[Any] = [None] * world
+    entries_of_ranks: list[Any] = [None] * world
     own = [(name, tuple(x.shape), x.dtype) for name, x in tensors.items()]
-    dist.all_gather_object(told, own, group=group)
+    dist.all_gather_object(entries_of_ranks, own, group=group)
     found = dict(tensors)
     seen: set[str] = set()
     device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
-    for holder, entries in enumerate(told):
+    for holder, entries in enumerate(entries_of_ranks):
         for name, shape, dtype in entries:
             if name in seen:
                 continue

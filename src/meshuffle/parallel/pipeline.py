@@ -49,8 +49,8 @@ class _Kept:
 
 
 @dataclass
-class _Step:
-    """One step on its way."""
+class _StepState:
+    """One step in progress."""
 
     sizes: Sequence[int]
     inputs: Inputs
@@ -146,7 +146,7 @@ class Pipeline:
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         """Go forward and backward through all micro-batches; see `Runner.train`."""
-        step = _Step(sizes, inputs, loss, prepare, around)
+        step = _StepState(sizes, inputs, loss, prepare, around)
         schedule = self.schedule
         if len(sizes) != schedule.num_micro_batches:  # at the end of an epoch
             schedule = all_forward_all_backward(schedule, len(sizes))
@@ -178,7 +178,7 @@ class Pipeline:
         def keep(_: int, result: Any) -> None:
             found.append([x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)])
 
-        step = _Step([len(part[0]) for part in parts], parts.__getitem__, keep, lambda _: None)
+        step = _StepState([len(part[0]) for part in parts], parts.__getitem__, keep, lambda _: None)
         for stage in module.stages:
             for i in range(len(parts)):
                 self._ask(step, Action(stage, "F", i))
@@ -205,7 +205,7 @@ class Pipeline:
         other.module = module
         return other
 
-    def _do(self, step: _Step, action: Action) -> None:
+    def _do(self, step: _StepState, action: Action) -> None:
         stage, work, i = action
         if work == "F":
             self._forward(step, stage, i)
@@ -218,7 +218,7 @@ class Pipeline:
             assert kept.weights is not None
             kept.weights()
 
-    def _forward(self, step: _Step, stage: int, i: int) -> None:
+    def _forward(self, step: _StepState, stage: int, i: int) -> None:
         given = list(step.inputs(i)) if stage == 0 else self._arrived(step, "F", stage - 1, i)
         if stage and torch.is_grad_enabled():
             for x, crossing in zip(given, self._crossing("F", stage - 1), strict=True):
@@ -237,7 +237,7 @@ class Pipeline:
         self._send(step, "F", stage, i, values)
 
     def _gradients(
-        self, step: _Step, stage: int, i: int
+        self, step: _StepState, stage: int, i: int
     ) -> tuple[list[Tensor], list[Tensor] | None]:
         """Return the results of a forward that have gradients, and those; None of the loss."""
         kept = step.kept[stage, i]
@@ -253,14 +253,14 @@ class Pipeline:
         pairs = zip(values, self._crossing("F", stage), strict=True)
         return [x for x, crossing in pairs if crossing.has_grad]
 
-    def _backward(self, step: _Step, stage: int, i: int) -> None:
+    def _backward(self, step: _StepState, stage: int, i: int) -> None:
         results, gradients = self._gradients(step, stage, i)
         if results:
             torch.autograd.backward(results, gradients)
         self._send_back(step, stage, i)
         del step.kept[stage, i]
 
-    def _backward_to_inputs(self, step: _Step, stage: int, i: int) -> None:
+    def _backward_to_inputs(self, step: _StepState, stage: int, i: int) -> None:
         """Compute the gradients that the stage before waits for; keep what weights still need."""
         kept = step.kept[stage, i]
         results, gradients = self._gradients(step, stage, i)
@@ -275,7 +275,7 @@ class Pipeline:
         _, groups = stage_backward_input(copies, gradients, wanted, iter(weights))
         found = {acc for group in groups for acc in group["params"]}
         alone = [w for w in weights if get_gradient_edge(w).node not in found]
-        if alone:  # no way from the stage's inputs leads past them
+        if alone:  # no path from the stage's inputs leads past them
             ones = gradients or [torch.ones(()).to(x) for x in results]
             late = torch.autograd.grad(edges, alone, ones, retain_graph=True, allow_unused=True)
             for weight, grad in zip(alone, late, strict=True):
@@ -285,20 +285,20 @@ class Pipeline:
         self._send_back(step, stage, i)
 
     def _weights(self, stage: int) -> list[Parameter]:
-        names = self.module.codes[stage].names
+        names = self.module.stage_codes[stage].names
         named = self.module.named_parameters(remove_duplicate=False)
         return [p for name, p in named if name in names and p.requires_grad]
 
     # Messages
 
-    def _crossing(self, way: str, sender: int) -> list[Crossing]:
+    def _crossing(self, direction: str, sender: int) -> list[Crossing]:
         """Return what a stage sends to the next, or as gradients to the one before."""
-        if way == "F":
-            return self.module.codes[sender].leaving
-        return [c for c in self.module.codes[sender - 1].leaving if c.has_grad]
+        if direction == "F":
+            return self.module.stage_codes[sender].leaving
+        return [c for c in self.module.stage_codes[sender - 1].leaving if c.has_grad]
 
     def _source(self, action: Action) -> tuple[str, int, int] | None:
-        """Return which message an action needs: (way, the stage that sends it, micro-batch)."""
+        """Return the message that an action needs: (direction, sending stage, micro-batch)."""
         stage, work, i = action
         if work == "F":
             return ("F", stage - 1, i) if stage else None
@@ -306,62 +306,64 @@ class Pipeline:
             return ("B", stage + 1, i) if stage + 1 < self.schedule.num_stages else None
         return None
 
-    def _tag(self, way: str, stage: int, i: int, number: int, num: int) -> int:
+    def _tag(self, direction: str, stage: int, i: int, number: int, num: int) -> int:
         """Return the number of a message."""
-        return ((2 * stage + (way == "B")) * num + i) * _MOST_CROSSING + number
+        return ((2 * stage + (direction == "B")) * num + i) * _MOST_CROSSING + number
 
-    def _group(self, way: str, stage: int) -> dist.ProcessGroup:
-        return self._groups.get((way, stage), self.ranks.pp)
+    def _group(self, direction: str, stage: int) -> dist.ProcessGroup:
+        return self._groups.get((direction, stage), self.ranks.pp)
 
-    def _ask(self, step: _Step, action: Action) -> None:
+    def _ask(self, step: _StepState, action: Action) -> None:
         """Ask for what an action needs, unless it is here or asked for."""
         key = self._source(action)
         if key is None or key in step.asked or key in step.here:
             return
-        (way, sender, i), peer = key, self.schedule.ranks[key[1]]
+        (direction, sender, i), peer = key, self.schedule.ranks[key[1]]
         if peer == self.ranks.pp_rank:
             return
-        program, group = self.module.assignment.program, self._group(way, sender)
+        program, group = self.module.assignment.program, self._group(direction, sender)
         asked = []
-        for number, crossing in enumerate(self._crossing(way, sender)):
+        for number, crossing in enumerate(self._crossing(direction, sender)):
             shape = crossing.shape(program, self.ranks.tp_rank, step.sizes[i])
             buffer = torch.empty(shape, dtype=crossing.dtype, device=self.module.device)
-            tag = self._tag(way, sender, i, number, len(step.sizes))
+            tag = self._tag(direction, sender, i, number, len(step.sizes))
             source = dist.get_global_rank(self.ranks.pp, peer)
             work = dist.irecv(buffer, src=source, group=group, tag=tag)
             assert work is not None
             asked.append((work, buffer))
         step.asked[key] = asked
 
-    def _arrived(self, step: _Step, way: str, sender: int, i: int) -> list[Tensor]:
-        key = (way, sender, i)
+    def _arrived(self, step: _StepState, direction: str, sender: int, i: int) -> list[Tensor]:
+        key = (direction, sender, i)
         if key in step.here:
             return step.here.pop(key)
         asked = step.asked.pop(key)
-        kind = "values" if way == "F" else "gradients"
+        kind = "values" if direction == "F" else "gradients"
         for work, _ in asked:
             what = f"{kind} of micro-batch {i} from stage {sender}"
-            wait(work, self._group(way, sender), what)
-        if way == "B":  # they are of values that were sent there
+            wait(work, self._group(direction, sender), what)
+        if direction == "B":  # they are of values that were sent there
             step.received(("F", sender - 1, i), self._group("F", sender - 1))
         return [buffer for _, buffer in asked]
 
-    def _send(self, step: _Step, way: str, stage: int, i: int, values: Sequence[Tensor]) -> None:
-        receiver = stage + 1 if way == "F" else stage - 1
+    def _send(
+        self, step: _StepState, direction: str, stage: int, i: int, values: Sequence[Tensor]
+    ) -> None:
+        receiver = stage + 1 if direction == "F" else stage - 1
         peer = self.schedule.ranks[receiver]
         if peer == self.ranks.pp_rank:
-            step.here[way, stage, i] = list(values)
+            step.here[direction, stage, i] = list(values)
             return
         target = dist.get_global_rank(self.ranks.pp, peer)
         for number, value in enumerate(values):
-            tag = self._tag(way, stage, i, number, len(step.sizes))
+            tag = self._tag(direction, stage, i, number, len(step.sizes))
             whole = value.contiguous()
             with labelled("stages"):
-                work = dist.isend(whole, dst=target, group=self._group(way, stage), tag=tag)
+                work = dist.isend(whole, dst=target, group=self._group(direction, stage), tag=tag)
             assert work is not None
-            step.sent.setdefault((way, stage, i), []).append((work, whole))
+            step.sent.setdefault((direction, stage, i), []).append((work, whole))
 
-    def _send_back(self, step: _Step, stage: int, i: int) -> None:
+    def _send_back(self, step: _StepState, stage: int, i: int) -> None:
         if stage == 0:
             return
         waiting = self._returning(step.kept[stage, i].given, stage - 1)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from meshuffle.data.seeds import draw63
 from meshuffle.errors import ModelError
 from meshuffle.graph.node import arguments_of
-from meshuffle.graph.random_ops import draws, is_random
+from meshuffle.graph.random_ops import draws_numbers, is_random
 from meshuffle.layout.layout import Layout, Samples, Shard, even_size
 from meshuffle.layout.program import Call
 
@@ -268,7 +268,7 @@ class ReferenceDraws(TorchDispatchMode):
     ) -> Any:
         """Draw in place of torch where the op is one that does."""
         given = arguments_of(func, args, kwargs or {}) if is_random(func) else {}
-        if not is_random(func) or not draws(given):
+        if not is_random(func) or not draws_numbers(given):
             return func(*args, **(kwargs or {}))
         if func is aten.bernoulli_.float:
             return args[0].copy_(below(self._bits(args[0]), given["p"]))

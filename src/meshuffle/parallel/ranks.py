@@ -24,7 +24,7 @@ class Ranks:
         mesh: DeviceMesh with the axes `pp`, `dp` and `tp`.
         tp, dp, pp: process groups of an axis.
         every: of the replicas of one pipeline stage: both `dp` and `tp`.
-        draws: what random numbers depend on.
+        draw_state: what random numbers depend on.
         over_tp, over_dp: what batch norm joins statistics by: over both axes, and over `dp`.
         in_replica: for small vectors over the ranks of one replica, `tp` and `pp`.
 
@@ -48,7 +48,7 @@ class Ranks:
         self.over_tp, self.over_dp = exchange(self.every), exchange(self.dp)
         replica = mesh["pp", "tp"]._flatten("replica").get_group() if self.pp_world > 1 else self.tp
         self.in_replica = exchange(replica)
-        self.draws = DrawState()
+        self.draw_state = DrawState()
 
     @property
     def is_first(self) -> bool:

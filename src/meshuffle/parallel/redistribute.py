@@ -12,13 +12,13 @@ from torch.autograd import Function
 from meshuffle.comm import collectives
 from meshuffle.comm.primitives import select
 from meshuffle.layout.layout import Samples, Shard, Window
-from meshuffle.layout.redistribution import Step, Value, owners_of
+from meshuffle.layout.redistribution import Redistribution, Value, held_indices
 from meshuffle.layout.routes import routes, whole_route
 
 Run = Callable[[Tensor, Any], Tensor]
 
 
-class Move(nn.Module):
+class Redistribute(nn.Module):
     """Brings a value from one layout into another.
 
     Args:
@@ -32,7 +32,7 @@ class Move(nn.Module):
 
     group: dist.ProcessGroup | None = None
 
-    def __init__(self, step: Step, value: Value, rank: int) -> None:
+    def __init__(self, step: Redistribution, value: Value, rank: int) -> None:
         super().__init__()
         self.step, self.value, self.rank = step, value, rank
         self._runs: dict[int, Run] = {}
@@ -55,12 +55,12 @@ class Move(nn.Module):
             return collectives.pvary
         if name == "psum":
             return collectives.psum
-        if name == "share":
-            return lambda x, _: _Share.apply(x, world)
+        if name == "divide":
+            return lambda x, _: _Divide.apply(x, world)
         source, target = self.step.source, self.step.target
         parts = source if isinstance(source, Shard | Samples) else target
         assert isinstance(parts, Shard | Samples | Window)
-        held, dim = owners_of(parts, self.value, batch), parts.dim
+        held, dim = held_indices(parts, self.value, batch), parts.dim
         if name == "take":
             return lambda x, _: select(x, dim, held[rank])
         if name == "scatter_sum":
@@ -69,12 +69,12 @@ class Move(nn.Module):
             run, whole = _WHOLE[name], whole_route(held, rank)
             return lambda x, group: run(x, dim, whole, group)
         assert isinstance(target, Shard | Samples | Window)
-        needed = owners_of(target, self.value, batch)
+        needed = held_indices(target, self.value, batch)
         if dim == target.dim:
             route = routes(held, needed)[rank]
             return lambda x, group: collectives.exchange(x, dim, route, group)
-        turn = collectives.Turn(rank, dim, target.dim, held, needed)
-        return lambda x, group: collectives.transpose(x, turn, group)
+        transposed = collectives.TransposeRoute(rank, dim, target.dim, held, needed)
+        return lambda x, group: collectives.transpose(x, transposed, group)
 
     def extra_repr(self) -> str:
         """Say from which layout to which."""
@@ -89,7 +89,7 @@ _WHOLE = {
 """Between parts and the whole."""
 
 
-class _Share(Function):
+class _Divide(Function):
     """A term of a sum that is `x`: every rank's x / world; the sum's gradient is that of x."""
 
     @staticmethod

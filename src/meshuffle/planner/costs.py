@@ -49,7 +49,7 @@ def per_rank(assignment: Assignment, seconds: Mapping[str, float]) -> dict[str, 
     """Return what is left of each call's seconds for the rank of the `tp` axis that does most."""
     choices = assignment.choices
     return {
-        name: cost * float(max(assignment.shares(name))) if name in choices else cost
+        name: cost * float(max(assignment.work_fractions(name))) if name in choices else cost
         for name, cost in seconds.items()
     }
 
@@ -60,7 +60,7 @@ class _Clock:
         self.seconds: dict[str, float] = {}
         self.values: dict[Node, Any] = {}
         self._known: dict[str, tuple[float, Any]] = {}
-        self._draws = torch.Generator().manual_seed(0)
+        self._generator = torch.Generator().manual_seed(0)
         for node in program.placeholders():
             self.values[node] = self._random(node)
         self._readers = {node: len(node.users) for node in program.fx.nodes}
@@ -71,7 +71,7 @@ class _Clock:
             return value
         shape = self.program.shape(node)
         if value.is_floating_point():
-            made = torch.rand(shape, generator=self._draws).to(value.dtype) * 0.1
+            made = torch.rand(shape, generator=self._generator).to(value.dtype) * 0.1
         else:
             made = torch.zeros(shape, dtype=value.dtype)
         return made.to(self.device)

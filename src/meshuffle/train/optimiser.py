@@ -214,5 +214,5 @@ def clip_gradients(model: nn.Module, max_norm: float, ranks: Ranks | None = None
 def _square(parameters: list[nn.Parameter], ranks: Ranks) -> Tensor:
     """Return the squared norm of the parameters' gradients, float64 (1,)."""
     squares = [torch.linalg.vector_norm(p.grad, dtype=torch.float64).square() for p in parameters]
-    zero = torch.zeros(1, dtype=torch.float64, device=ranks.draws.key.device)
+    zero = torch.zeros(1, dtype=torch.float64, device=ranks.draw_state.key.device)
     return sum(squares, zero)

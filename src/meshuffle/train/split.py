@@ -81,10 +81,10 @@ def _measured_by_first(program: Program, device: torch.device) -> dict[str, floa
 
 def describe_split(model: Parallel, config: TrainConfig, plan: Plan) -> list[str]:
     """Return lines: what is split, what each rank keeps, what a step sends."""
-    sent = sum(s.forward + s.backward for code in model.codes for s in code.sent)
+    sent = sum(s.forward + s.backward for code in model.stage_codes for s in code.sent)
     num = num_micro_batches(config, plan)
     sent *= plan.dp * num
-    sent += sum(code.reduced_bytes for code in model.codes) * plan.dp
+    sent += sum(code.reduced_bytes for code in model.stage_codes) * plan.dp
     split = 100 * model.assignment.sharded_fraction()
     parts = [f"{100 * model.kept_fraction:.3g} % of the parameters on the first rank"]
     if plan.tp > 1:
@@ -94,7 +94,9 @@ def describe_split(model: Parallel, config: TrainConfig, plan: Plan) -> list[str
     if plan.pp > 1:
         schedule = schedule_of(config, plan)
         program, size = model.assignment.program, model.assignment.program.batch
-        crossing = sent_across_cuts(model.codes, schedule.ranks, program, size) * plan.dp * num
+        crossing = (
+            sent_across_cuts(model.stage_codes, schedule.ranks, program, size) * plan.dp * num
+        )
         lines.append(
             f"pipeline: {model.num_stages} stages, {num} micro-batches of {size * plan.dp} images, "
             f"{crossing / 1e6:.3g} MB a step across cuts; "

@@ -309,7 +309,7 @@ def build_state(
     if ranks is not None:
         model = _own_part(model, frozen, config, plan, ranks, device)
     average = optimiser.average(model, config.ema) if config.ema else None
-    draw_state = DrawState() if ranks is None else ranks.draws
+    draw_state = DrawState() if ranks is None else ranks.draw_state
     draw_state.to(device)
     if ranks is None:
         one_host = env.local_world >= env.world
@@ -359,7 +359,7 @@ def _data_parallel(
     mode = modes.get(plan.dp_kind, "replicate")
     if ranks is None or not isinstance(model, Parallel):
         return DataParallel(model, group, mode)
-    return DataParallel(model, ranks.dp, mode, terms=model.partial, every=ranks.every)
+    return DataParallel(model, ranks.dp, mode, terms=model.summed_over_tp, every=ranks.every)
 
 
 def _to_channels_last(model: nn.Module) -> None:

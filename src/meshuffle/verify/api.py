@@ -207,7 +207,7 @@ class _Session:
             entry.verdict.first_diverging = first
 
     def _launch(self, work: str, entries: Sequence[_Entry]) -> list[list[dict[str, Any]]]:
-        """Do the jobs on ranks; return what the ranks told of each.
+        """Do the jobs on ranks; return the ranks' reports on each.
 
         A job in which a rank fails gets one report that says so; the jobs behind it are launched
         again.
@@ -216,8 +216,8 @@ class _Session:
         while left := entries[len(found) :]:
             folder, world = Path(tempfile.mkdtemp(dir=self.folder)), left[0].world
             jobs = [(asdict(entry.job), str(entry.reference.path)) for entry in left]
-            told = {"timeout_s": self.timeout_s, "jobs": jobs, "path": sys.path}
-            (folder / "jobs.json").write_text(json.dumps(told))
+            settings = {"timeout_s": self.timeout_s, "jobs": jobs, "path": sys.path}
+            (folder / "jobs.json").write_text(json.dumps(settings))
             failure: RankFailed | None = None
             try:
                 torchrun(_RANK_MODULE, [str(folder), work], world, threads=1)

@@ -153,7 +153,7 @@ def make_inputs(job: Job, model: nn.Module, dtype: torch.dtype) -> tuple[Tensor,
         ConfigError: the text cannot be read.
         ModelError: token ids for a model that has no vocabulary.
     """
-    draws, made = torch.Generator().manual_seed(job.seed + 1), []
+    generator, made = torch.Generator().manual_seed(job.seed + 1), []
     for text in job.input.split(","):
         if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*(:int)?", text):
             raise ConfigError(
@@ -163,9 +163,9 @@ def make_inputs(job: Job, model: nn.Module, dtype: torch.dtype) -> tuple[Tensor,
         sizes, is_int, _ = text.partition(":int")
         shape = (job.batch, *map(int, sizes.split("x")))
         made.append(
-            torch.randint(_vocabulary(model), shape, generator=draws)
+            torch.randint(_vocabulary(model), shape, generator=generator)
             if is_int
-            else torch.randn(shape, generator=draws).to(dtype)
+            else torch.randn(shape, generator=generator).to(dtype)
         )
     return tuple(made)
 
@@ -227,12 +227,12 @@ def loss_of(
         dims: of each output, the dim that holds the batch.
         samples: indices in the whole batch.
     """
-    draws = torch.Generator().manual_seed(job.seed + 2)
+    generator = torch.Generator().manual_seed(job.seed + 2)
     floating = [(x, dim) for x, dim in zip(outputs, dims, strict=True) if x.is_floating_point()]
     if not floating:
         raise ModelError("the model returns no floating tensor, so there is nothing to train")
     if len(outputs) == 1 and outputs[0].ndim == 2 and dims[0] == 0 and outputs[0].shape[1] > 1:
-        labels = torch.randint(outputs[0].shape[1], (job.batch,), generator=draws)
+        labels = torch.randint(outputs[0].shape[1], (job.batch,), generator=generator)
         if len(outputs[0]) == len(samples):
             return F.cross_entropy(outputs[0], labels[samples], reduction="sum") / job.batch
     total = outputs[0].new_zeros(())
@@ -240,7 +240,7 @@ def loss_of(
         shape = list(x.shape)
         if dim is not None:
             shape[dim] = shape[dim] // len(samples) * job.batch
-        factors = torch.randn(shape, generator=draws).to(x.dtype)
+        factors = torch.randn(shape, generator=generator).to(x.dtype)
         weight = len(samples) / job.batch if dim is None else 1.0
         projected = (x * rows_of(factors, dim, samples, job.batch)).sum()
         total = total + weight * projected / math.sqrt(math.prod(shape) * job.batch)

@@ -133,7 +133,7 @@ class Run:
 
         def prepare(i: int) -> None:
             self.where = f"step {step + 1}, micro-batch {i + 1}"
-            self.ranks.draws.set(draw_key(job.seed, step, i), self.firsts[i])
+            self.ranks.draw_state.set(draw_key(job.seed, step, i), self.firsts[i])
 
         sizes = [len(part) for part in self.parts[:num]]
         self.pipeline.train(sizes, self.inputs.__getitem__, loss, prepare)
@@ -179,7 +179,7 @@ class Run:
         if kind == "outputs":
             dim = self.reference.facts.output_dims[int(name)]
             return rows_of(whole, dim, self.samples, self.job.batch)
-        return whole if kind == "loss" else self.module.cut(name, whole)
+        return whole if kind == "loss" else self.module.part_of(name, whole)
 
     def _expects(self, key: str) -> bool:
         """Tell whether a tensor of the reference is of this rank's stages."""
@@ -194,7 +194,11 @@ class Run:
         program, sizes = module.assignment.program, map(len, self.parts)
         return sum(
             predicted_bytes(
-                module.codes_for(size), schedule.ranks, program, size, schedule.split_backwards(i)
+                module.stage_codes_for(size),
+                schedule.ranks,
+                program,
+                size,
+                schedule.split_backwards(i),
             )
             for i, size in enumerate(sizes)
         )
@@ -214,11 +218,11 @@ def run_job(job: Job, reference: Path, plan: Plan, ranks: Ranks, work: Work) -> 
     failed: dict[str, Any] | None = None
     try:
         run = Run(job, Reference(reference), plan, ranks)
-    except Exception as error:  # noqa: BLE001  # told to the other ranks, and to the parent
+    except Exception as error:  # noqa: BLE001  # sent to the other ranks, and to the parent
         failed = {"error": in_words(error), "exit_code": 2 if isinstance(error, InputError) else 1}
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, failed)
-    failed = next((t for t in told if t is not None), None)
+    failures: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failed)
+    failed = next((t for t in failures if t is not None), None)
     if failed is not None:
         return failed
     assert run is not None
@@ -226,25 +230,25 @@ def run_job(job: Job, reference: Path, plan: Plan, ranks: Ranks, work: Work) -> 
         return work(run)
     except Exception as error:
         text = str(error).partition("\n")[0] or type(error).__name__
-        where = f"rank {dist.get_rank()} of {len(told)} at {run.where}"
+        where = f"rank {dist.get_rank()} of {len(failures)} at {run.where}"
         raise RankFailed(f"{where}: {text}") from error
 
 
 def work_through(folder: Path, work: Work) -> None:
     """Do all jobs of a folder, and write what comes of each to `NUMBER.RANK.json`."""
     env = rank_env() or RankEnv()
-    told = json.loads((folder / "jobs.json").read_text())
-    sys.path.extend(path for path in told["path"] if path not in sys.path)
+    settings = json.loads((folder / "jobs.json").read_text())
+    sys.path.extend(path for path in settings["path"] if path not in sys.path)
     meshes: dict[tuple[int, int, int], Ranks] = {}
-    with process_group(env, torch.device("cpu"), told["timeout_s"]):
-        for number, (values, path) in enumerate(told["jobs"]):
+    with process_group(env, torch.device("cpu"), settings["timeout_s"]):
+        for number, (values, path) in enumerate(settings["jobs"]):
             began, job = time.monotonic(), Job(**values)
             plan = job.checked_plan()
             axes = (plan.pp, plan.dp, plan.tp)
             if axes not in meshes:
                 ranks = meshes[axes] = join(plan, torch.device("cpu"))
                 for group in (ranks.pp, ranks.dp, ranks.tp):
-                    group.set_timeout(datetime.timedelta(seconds=told["timeout_s"]))
+                    group.set_timeout(datetime.timedelta(seconds=settings["timeout_s"]))
             found = run_job(job, Path(path), plan, meshes[axes], work)
             found["seconds"] = time.monotonic() - began
             target = folder / f"{number}.{env.rank}.json"

@@ -69,9 +69,9 @@ class Reference:
     def __init__(self, path: Path) -> None:
         self.path, self.trace_path = path, path / "trace.safetensors"
         self.noise: dict[int, dict[str, float]] = {}
-        told = json.loads((path / _FACTS).read_text())
-        self.facts = Facts(**told["facts"])
-        self.norms = {key: Norm(**norm) for key, norm in told["norms"].items()}
+        saved = json.loads((path / _FACTS).read_text())
+        self.facts = Facts(**saved["facts"])
+        self.norms = {key: Norm(**norm) for key, norm in saved["norms"].items()}
 
     def __getitem__(self, key: str) -> Tensor:
         kind, _, name = key.partition("/")
@@ -107,11 +107,11 @@ def make_reference(job: Job, path: Path) -> Reference:
     path.mkdir()
     _save(model.state_dict(), path / "initial.safetensors")
     rate = _run(job, model, inputs, facts, parts, see)
-    told = {
+    saved = {
         "facts": asdict(replace(facts, learning_rate=rate)),
         "norms": {key: asdict(norm) for key, norm in norms.items()},
     }
-    (path / _FACTS).write_text(json.dumps(told))
+    (path / _FACTS).write_text(json.dumps(saved))
     return Reference(path)
 
 
@@ -140,11 +140,11 @@ def own_difference(job: Job, reference: Reference, *, num_rounded: int = 0) -> d
     if any(x.ndim == 4 for x in inputs):
         runs.append((parts, True))
     if not facts.draw_dims and all(dim is not None for dim in facts.output_dims):
-        draws = torch.Generator().manual_seed(job.seed + 3)
-        permuted = [part[torch.randperm(len(part), generator=draws)] for part in parts]
+        generator = torch.Generator().manual_seed(job.seed + 3)
+        permuted = [part[torch.randperm(len(part), generator=generator)] for part in parts]
         runs.append((permuted, False))
     runs += [(parts, False)] * num_rounded
-    draws = torch.Generator().manual_seed(job.seed + 4)
+    generator = torch.Generator().manual_seed(job.seed + 4)
     found: dict[str, float] = {}
 
     def see(kind: str, tensors: Tensors) -> None:
@@ -159,7 +159,7 @@ def own_difference(job: Job, reference: Reference, *, num_rounded: int = 0) -> d
             model = model.to(memory_format=torch.channels_last)
             given = tuple(_channels_last(x) for x in given)
         if i >= len(runs) - num_rounded:
-            _round_at_random(model, draws)
+            _round_at_random(model, generator)
         _run(job, model, given, facts, order, see)
     return found
 
@@ -169,9 +169,9 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _round_at_random(model: nn.Module, draws: torch.Generator) -> None:
+def _round_at_random(model: nn.Module, generator: torch.Generator) -> None:
     for parameter in model.parameters():
-        up = torch.rand(parameter.shape, generator=draws) < 0.5
+        up = torch.rand(parameter.shape, generator=generator) < 0.5
         far = torch.where(up, torch.inf, -torch.inf).to(parameter.dtype)
         parameter.copy_(torch.nextafter(parameter, far))
 

@@ -22,8 +22,8 @@ from torch.fx import Node
 from meshuffle.graph import capture
 from meshuffle.layout.layout import Layout, Partial, Samples, Shard, Varying, Window
 from meshuffle.layout.program import Program
-from meshuffle.layout.redistribution import Value, owners_of
-from meshuffle.parallel.redistribute import Move
+from meshuffle.layout.redistribution import Value, held_indices
+from meshuffle.parallel.redistribute import Redistribute
 from meshuffle.verify.job import Job, build_model, loss_of, make_inputs, rows_of, tensors_of
 from meshuffle.verify.rank import Run
 from meshuffle.verify.reference import Reference, reference_draws, squared_difference
@@ -81,8 +81,8 @@ def make_trace(job: Job, reference: Reference) -> None:
     gradients = [x for key, x in recorder.kept.items() if key.startswith("gradients/")]
     squared = sum(float(x.square().sum()) for x in gradients)
     rms = math.sqrt(squared / max(1, sum(x.numel() for x in gradients)))
-    told = json.dumps({"calls": calls, "rms": rms})
-    save_file(recorder.kept, reference.trace_path, metadata={"told": told})
+    facts = json.dumps({"calls": calls, "rms": rms})
+    save_file(recorder.kept, reference.trace_path, metadata={"facts": facts})
 
 
 class Comparison:
@@ -95,9 +95,9 @@ class Comparison:
 
     def __init__(self, run: Run, trace: Any) -> None:
         self.run, self.trace, self.keys = run, trace, set(trace.keys())
-        told = json.loads(trace.metadata()["told"])
-        self.calls: dict[str, Any] = told["calls"]
-        self.scales = {"values": 0.0, "gradients": told["rms"]}
+        facts = json.loads(trace.metadata()["facts"])
+        self.calls: dict[str, Any] = facts["calls"]
+        self.scales = {"values": 0.0, "gradients": facts["rms"]}
         self.size = sum(map(len, run.job.micro_batches()[0]))
         self.samples = torch.arange(len(run.parts[0])) + run.firsts[0]
         modules = zip(run.module.stages, run.module.graph_modules, strict=True)
@@ -125,14 +125,14 @@ class Comparison:
         self, kind: str, stage: int, written: fx.GraphModule
     ) -> list[tuple[str, str, Layout]]:
         """Return (name, value of the program, layout) of what all ranks of `tp` have, in order."""
-        code, got = self.run.module.codes[stage], self.got[stage]
+        code, got = self.run.module.stage_codes[stage], self.got[stage]
         lies = dict(code.sources)
         converted = {sent.name: sent.value for sent in code.sent if kind == "values"}
         nodes = list(written.graph.nodes)
         for node in nodes:
             if node.op == "call_module" and node.name in converted:
                 move = written.get_submodule(str(node.target))
-                if isinstance(move, Move):
+                if isinstance(move, Redistribute):
                     lies.setdefault(node.name, (converted[node.name], move.step.target))
         found = {}
         for name in [node.name for node in nodes if node.name in lies]:
@@ -140,9 +140,9 @@ class Comparison:
             has_both = f"{kind}/{name}" in got and f"{kind}/{source}" in self.keys
             if has_both and source in self.calls:
                 found[f"{name} {source} {layout}"] = (name, source, layout)
-        told: list[Any] = [None] * self.run.ranks.tp_world
-        dist.all_gather_object(told, list(found), self.run.ranks.tp)
-        return [entry for key, entry in found.items() if all(key in keys for keys in told)]
+        keys_of_ranks: list[Any] = [None] * self.run.ranks.tp_world
+        dist.all_gather_object(keys_of_ranks, list(found), self.run.ranks.tp)
+        return [entry for key, entry in found.items() if all(key in keys for keys in keys_of_ranks)]
 
     def _differs(self, kind: str, layout: Layout, value: Tensor, whole: Tensor) -> bool:
         ranks = self.run.ranks
@@ -151,7 +151,7 @@ class Comparison:
             dist.all_reduce(value, group=ranks.tp)
         elif isinstance(layout, Shard | Samples | Window):
             like = Value(tuple(whole.shape), 0, False, len(self.samples), ranks.tp_world)
-            own = torch.tensor(owners_of(layout, like)[ranks.tp_rank], dtype=torch.int64)
+            own = torch.tensor(held_indices(layout, like)[ranks.tp_rank], dtype=torch.int64)
             whole = whole.index_select(layout.dim, own)
         if value.shape != whole.shape:
             return True

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from meshuffle.layout.layout import (
-    Layout,
-    Partial,
-    Replicate,
-    Samples,
-    Shard,
-    Split,
-    Varying,
-    splits,
-)
+from meshuffle.layout.layout import Partial, Replicate, Samples, Shard, Split, splits
 from meshuffle.layout.program import Call
-from meshuffle.layout.rule import Choice, Emitter, alike, rule
-from meshuffle.layout.rules.groups import blocks
+from meshuffle.layout.rule import Choice, Choices, Emitter, Query, alike, rule
+from meshuffle.layout.rules.groups import blocks, own_number
 from meshuffle.layout.rules.pointwise import pointwise
 from meshuffle.layout.traffic import statistics_bytes
 
 aten = torch.ops.aten
-Arriving = Sequence[Sequence[Layout]]
 
 
 def of_1d_to_3d(*names: str) -> list[Any]:
@@ -88,13 +78,13 @@ _ACTING: dict[Any, Callable[[Call], set[int]]] = {
 
 
 @rule(*_ACTING)
-def along(call: Call, wanted: Sequence[Any], arriving: Arriving) -> Iterator[Choice]:
+def along(call: Query) -> Choices:
     """Split any dim that the op does not act on; weights are whole."""
     x = call.inputs[0]
     acting = _ACTING[call.packet](call)
-    for layout in splits([*wanted, *arriving[0], call.samples(x)]):
+    for layout in call.splits_of(x):
         if layout.dim not in acting:
-            yield Choice(call.lie({x: layout}, Varying()), alike(call, layout), layout)
+            yield call.choice({x: layout}, alike(call, layout), layout)
 
 
 _REDUCING = (
@@ -105,10 +95,10 @@ _REDUCING = (
 
 
 @rule(*_REDUCING)
-def reduce(call: Call, wanted: Sequence[Any], arriving: Arriving) -> Iterator[Choice]:
+def reduce(call: Query) -> Choices:
     """Split a dim that stays; of a sum or a mean also one that goes: each rank has a term."""
     if "other" in call.given:  # the larger of two tensors
-        yield from pointwise(call, wanted, arriving)
+        yield from pointwise(call)
         return
     (x,) = call.inputs
     num = len(call.shape(x))
@@ -117,8 +107,8 @@ def reduce(call: Call, wanted: Sequence[Any], arriving: Arriving) -> Iterator[Ch
     stay = [d for d in range(num) if d not in acting]
     place = {d: d if keeps else i for i, d in enumerate(stay)}
     source = {j: d for d, j in place.items()}
-    back = [layout.on(source[layout.dim]) for layout in splits(wanted) if layout.dim in source]
-    for layout in splits([*back, *arriving[0], call.samples(x)]):
+    back = [layout.on(source[layout.dim]) for layout in splits(call.wanted) if layout.dim in source]
+    for layout in call.splits_of(x, back):
         if layout.dim in place:
             yield Choice((layout,), alike(call, layout.on(place[layout.dim])), layout)
         elif call.packet in (aten.mean, aten.sum) and call.given.get("dtype") is None:
@@ -134,30 +124,29 @@ class Term:
 
     def __call__(self, emit: Emitter) -> Node:
         """Add both."""
-        return emit.call(aten.mul.Tensor, emit.again(), emit.share(self.layout, self.size))
+        return emit.call(aten.mul.Tensor, emit.again(), emit.fraction_of(self.layout, self.size))
 
 
 @rule(aten.batch_norm)
-def batch_norm(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iterator[Choice]:
+def batch_norm(call: Query) -> Choices:
     """Over channels each rank alone; over samples or space all ranks' statistics are joined."""
     x = call["input"]
     channels = call.shape(x)[1]
     rest = [call[name] for name in ("weight", "bias", "running_mean", "running_var")]
-    for layout in splits([*wanted, *arriving[0], call.samples(x), call.even(1, channels)]):
+    for layout in splits([*call.splits_of(x), call.even(1, channels)]):
         if layout.dim == 1 and isinstance(layout, Shard):
-            inputs = call.lie({x: layout, **dict.fromkeys(rest, layout.on(0))}, layout)
-            yield Choice(inputs, layout, layout)
+            yield call.choice({x: layout, **dict.fromkeys(rest, layout.on(0))}, layout, layout)
             continue
         # The running statistics are updated in the same way on all ranks: no term of a sum.
         whole = dict.fromkeys(rest[2:], Replicate())
         itemsize, world = x.meta["val"].itemsize, call.world
         sent = sum(statistics_bytes(channels * world, itemsize, world, world - 1))
-        inputs = call.lie({x: layout, **whole}, Varying())
-        yield Choice(inputs, layout, layout, sent_bytes=sent if call["training"] else 0)
+        sent = sent if call["training"] else 0
+        yield call.choice({x: layout, **whole}, layout, layout, sent_bytes=sent)
 
 
 @rule(aten.group_norm, aten.instance_norm)
-def group_norm(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iterator[Choice]:
+def group_norm(call: Query) -> Choices:
     """Over samples, or over whole groups of channels; in instance norm each is a group."""
     x = call["input"]
     if call.given.get("running_mean") is not None:
@@ -165,34 +154,19 @@ def group_norm(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iter
     num_groups = int(call.given.get("num_groups", call.shape(x)[1]))
     size = call.shape(x)[1] // num_groups
     if (samples := call.samples(x)) is not None:
-        yield Choice(call.lie({x: samples}, Varying()), samples, samples)
-    arrived = arriving[call.inputs.index(x)]
-    for layout, _ in blocks(call, 1, num_groups, (size, size), wanted, arrived):
-        local = _Groups(layout, size) if "num_groups" in call.given else None
-        yield Choice(call.lie({x: layout}, layout.on(0)), layout, layout, local=local)
-
-
-class _Groups:
-    """Group norm of a rank's groups."""
-
-    def __init__(self, layout: Shard, size: int) -> None:
-        self.layout, self.size = layout, size
-
-    def __call__(self, emit: Emitter) -> Node:
-        return emit.again(num_groups=len(self.layout.owners[emit.rank]) // self.size)
+        yield call.choice({x: samples}, samples, samples)
+    for layout, _ in blocks(call, x, 1, num_groups, (size, size)):
+        counts = [len(part) // size for part in layout.owners]
+        local = own_number("num_groups", counts) if "num_groups" in call.given else None
+        yield call.choice({x: layout}, layout, layout, rest=layout.on(0), local=local)
 
 
 @rule(aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu)
-def recurrent(call: Call, _: Sequence[Any], __: Arriving) -> Iterator[Choice]:
+def recurrent(call: Query) -> Choices:
     """Over samples; weights are whole."""
-    layouts: dict[Any, Layout] = {}
-    for node in call.inputs:
-        samples = call.samples(node)
-        layouts[node] = samples if samples is not None else Varying()
-    outputs = []
-    for value in call.node.meta["val"]:
-        dim = call.program.samples_dim_of(value)
-        if dim is None:
-            return
-        outputs.append(Samples(dim))
-    yield Choice(call.lie(layouts, Varying()), tuple(outputs), outputs[0], kind="batch")
+    dims = [call.program.samples_dim_of(result) for result in call.results]
+    outputs = tuple(Samples(dim) for dim in dims if dim is not None)
+    if len(outputs) == len(dims):
+        yield call.choice(
+            {x: call.samples(x) for x in call.inputs}, outputs, outputs[0], kind="batch"
+        )

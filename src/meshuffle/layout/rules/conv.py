@@ -2,158 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from meshuffle.layout.layout import Layout, Partial, Shard, Varying, splits
-from meshuffle.layout.program import Call
-from meshuffle.layout.rule import Choice, Emitter, rule
-from meshuffle.layout.rules.groups import blocks
+from meshuffle.layout.layout import Shard
+from meshuffle.layout.rule import Choices, Emitter, Query, rule
+from meshuffle.layout.rules.groups import blocks, own_number
+from meshuffle.layout.rules.labels import Labelled, choices
 from meshuffle.layout.rules.window import Kernel, Padded, Pads, read, rows
 
 aten = torch.ops.aten
-Arriving = Sequence[Sequence[Layout]]
-
-
-@dataclass(frozen=True)
-class _Channels:
-    """Where channels are: `O` and `I` dims of the weight, numbers per group."""
-
-    groups: int
-    outs: int
-    ins: int
-    transposed: bool
-
-    @property
-    def out_dim(self) -> int:
-        """Dim of the weight that holds outputs of a group (of all groups where not transposed)."""
-        return 1 if self.transposed else 0
 
 
 @rule(aten.conv1d, aten.conv2d, aten.conv3d)
-def convolution(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iterator[Choice]:
+def convolution(call: Query) -> Choices:
     """input (N, C, …), weight (O, C / groups, …)."""
-    yield from _channels(call, wanted, arriving, transposed=False)
-    yield from _space(call, wanted, arriving, Kernel)
+    yield from _channels(call, "OI")
+    yield from _space(call, Kernel)
 
 
 @rule(aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d)
-def transposed(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iterator[Choice]:
+def transposed(call: Query) -> Choices:
     """input (N, C, …), weight (C, O / groups, …)."""
-    yield from _channels(call, wanted, arriving, transposed=True)
-    yield from _space(call, wanted, arriving, _Adjoint)
+    yield from _channels(call, "IO")
+    yield from _space(call, _Adjoint)
 
 
-def _channels(
-    call: Call, wanted: Sequence[Layout], arriving: Arriving, transposed: bool
-) -> Iterator[Choice]:
-    x, weight, bias = call["input"], call["weight"], call["bias"]
+def _channels(call: Query, weight_labels: str) -> Choices:
+    """Split samples; filters or the contraction where there is one group, otherwise groups."""
+    x, weight, groups = call["input"], call["weight"], int(call["groups"])
     if len(call.shape(x)) != len(call.shape(weight)):
         return  # without a batch
-    if (samples := call.samples()) is not None:
-        inputs = call.lie({x: call.samples(x)}, Varying())
-        yield Choice(inputs, samples, samples, "batch")
-    groups = int(call["groups"])
-    sizes = _Channels(groups, call.out[1] // groups, call.shape(x)[1] // groups, transposed)
-    arrived = arriving[call.inputs.index(x)]
-    if groups == 1:
-        yield from _filters(call, wanted, sizes, (x, weight, bias))
-        yield from _contraction(call, arrived, sizes, (x, weight, bias))
-    elif groups >= call.world:
-        yield from _groups(call, wanted, arrived, sizes, (x, weight, bias))
-    else:
-        yield from _within_groups(call, sizes, (x, weight, bias))
+    fixed = ("" if groups == 1 else "OI") + ("" if call.samples() else "N")
+    operands, added = [(x, "NI"), (weight, weight_labels)], [(call["bias"], "O")]
+    op = Labelled(operands, "NO", added, fixed, channels="OI")
+    yield from choices(call, op, {x: call.arriving[x]})
+    if groups >= call.world:
+        yield from _groups(call, groups, weight_labels)
+    elif groups > 1 and weight_labels == "OI":
+        yield from _within_groups(call, groups)
 
 
-def _filters(
-    call: Call, wanted: Sequence[Layout], sizes: _Channels, nodes: tuple[Any, ...]
-) -> Iterator[Choice]:
-    x, weight, bias = nodes
-    for layout in splits([*wanted, call.even(1)]):
-        if layout.dim == 1 and isinstance(layout, Shard):
-            given: dict[Any, Layout] = {x: Varying(), weight: layout.on(sizes.out_dim)}
-            given[bias] = layout.on(0)
-            yield Choice(call.lie(given, Varying()), layout, layout, "channel")
-
-
-def _contraction(
-    call: Call, arrived: Sequence[Layout], sizes: _Channels, nodes: tuple[Any, ...]
-) -> Iterator[Choice]:
-    x, weight, bias = nodes
-    for layout in splits([*arrived, call.even(1, sizes.ins)]):
-        if layout.dim == 1 and isinstance(layout, Shard):
-            given: dict[Any, Layout] = {x: layout, weight: layout.on(1 - sizes.out_dim)}
-            given[bias] = Partial()
-            yield Choice(call.lie(given, Varying()), Partial(), layout, "channel")
-
-
-def _groups(
-    call: Call,
-    wanted: Sequence[Layout],
-    arrived: Sequence[Layout],
-    sizes: _Channels,
-    nodes: tuple[Any, ...],
-) -> Iterator[Choice]:
+def _groups(call: Query, groups: int, weight_labels: str) -> Choices:
     """Each rank computes some groups, in any order."""
-    x, weight, bias = nodes
-    each = (sizes.ins, sizes.outs)
-    for source, split in blocks(call, 1, sizes.groups, each, wanted, arrived):
-        in_weight = source if sizes.transposed else split
+    x, weight, bias = call["input"], call["weight"], call["bias"]
+    each = (call.shape(x)[1] // groups, call.out[1] // groups)
+    for source, split in blocks(call, x, 1, groups, each):
+        in_weight = split if weight_labels == "OI" else source
         given = {x: source, weight: in_weight.on(0), bias: split.on(0)}
-        local = _LocalGroups([len(part) // sizes.ins for part in source.owners])
-        yield Choice(call.lie(given, Varying()), split, split, "channel", local=local)
+        local = own_number("groups", [len(part) // each[0] for part in source.owners])
+        yield call.choice(given, split, split, kind="channel", local=local)
 
 
-class _LocalGroups:
-    """The same convolution with a rank's number of groups."""
-
-    def __init__(self, counts: Sequence[int]) -> None:
-        self.counts = counts
-
-    def __call__(self, emit: Emitter) -> Node:
-        return emit.again(groups=self.counts[emit.rank])
-
-
-def _within_groups(call: Call, sizes: _Channels, nodes: tuple[Any, ...]) -> Iterator[Choice]:
-    """Fewer groups than ranks: several ranks share the filters of one group."""
-    x, weight, bias = nodes
-    if sizes.transposed:
-        return
-    sharing = Shard.even(0, call.world, sizes.groups).owners
+def _within_groups(call: Query, groups: int) -> Choices:
+    """Fewer groups than ranks: several ranks divide the filters of one group."""
+    x, weight, bias = call["input"], call["weight"], call["bias"]
+    num_in, num_out = call.shape(x)[1] // groups, call.out[1] // groups
     owners, needs = [], []
-    for group, ranks in enumerate(sharing):
-        if sizes.outs < len(ranks):
+    for group, ranks in enumerate(Shard.even(0, call.world, groups).owners):
+        if num_out < len(ranks):
             return
-        start = group * sizes.outs
-        for part in Shard.even(0, sizes.outs, len(ranks)).owners:
-            owners.append(tuple(start + i for i in part))
-            needs.append(tuple(range(group * sizes.ins, (group + 1) * sizes.ins)))
+        for part in Shard.even(0, num_out, len(ranks)).owners:
+            owners.append(tuple(group * num_out + i for i in part))
+            needs.append(tuple(range(group * num_in, (group + 1) * num_in)))
     layout = Shard(1, tuple(owners))
     source = read(1, tuple(needs), call.shape(x)[1])
     given = {x: source, weight: layout.on(0), bias: layout.on(0)}
-    local = _LocalGroups([1] * call.world)
-    yield Choice(call.lie(given, Varying()), layout, layout, "channel", local=local)
+    local = own_number("groups", [1] * call.world)
+    yield call.choice(given, layout, layout, kind="channel", local=local)
 
 
-def _space(
-    call: Call, wanted: Sequence[Layout], arriving: Arriving, kind: type[Kernel]
-) -> Iterator[Choice]:
+def _space(call: Query, kind: type[Kernel]) -> Choices:
     """Each rank computes some rows; what it needs beyond its own comes from its neighbours."""
-    x = call["input"]
-    kernels = _kernels(call, kind)
-    for d, layout, needed, ends in rows(call, kernels, wanted, arriving[call.inputs.index(x)]):
-        inputs = call.lie({x: needed}, Varying())
+    x, kernels = call["input"], _kernels(call, kind)
+    for d, layout, needed, ends in rows(call, x, kernels):
         local: Any = _padded(call, d, kernels, ends)
         if kind is _Adjoint:
             local = _Spread(d, kernels, layout, call.ints("output_padding", len(kernels)))
-        yield Choice(inputs, layout, layout, "spatial", local=local)
+        yield call.choice({x: needed}, layout, layout, kind="spatial", local=local)
 
 
-def _kernels(call: Call, kind: type[Kernel]) -> list[Kernel]:
+def _kernels(call: Query, kind: type[Kernel]) -> list[Kernel]:
     """Return those of the dims of space; none without a batch."""
     sizes, widths = call.shape(call["input"])[2:], call.shape(call["weight"])[2:]
     num, paddings = len(widths), [0] * len(widths)  # "valid"
@@ -166,7 +98,7 @@ def _kernels(call: Call, kind: type[Kernel]) -> list[Kernel]:
     return [kind(*numbers) for numbers in each] if len(sizes) == num else []
 
 
-def _padded(call: Call, d: int, kernels: Sequence[Kernel], ends: Pads) -> Padded:
+def _padded(call: Query, d: int, kernels: Sequence[Kernel], ends: Pads) -> Padded:
     """Return the convolution of a rank's window, padded only where the tensor ends."""
     rest = [0 if i == d else k.padding for i, k in enumerate(kernels)]
     if not isinstance(call["padding"], str):

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from meshuffle.layout.layout import Layout, Owners, Shard
-from meshuffle.layout.program import Call
+from torch.fx import Node
 
-Layouts = Sequence[Layout]
+from meshuffle.layout.layout import Owners, Shard
+from meshuffle.layout.rule import Local, Query
 
 
 def blocks(
-    call: Call, dim: int, num: int, sizes: tuple[int, int], wanted: Layouts, arriving: Layouts
+    call: Query, x: Node, dim: int, num: int, sizes: tuple[int, int]
 ) -> Iterator[tuple[Shard, Shard]]:
     """Yield how an input and the result may lie where `num` blocks stay whole, in any order.
 
     `sizes` are the indices of a block along `dim`, in the input and in the result.
     """
-    found = [_blocks_of(layout, dim, sizes[1]) for layout in wanted]
-    found += [_blocks_of(layout, dim, sizes[0]) for layout in arriving]
+    known = [_blocks_of(layout, dim, sizes[1]) for layout in call.wanted]
+    known += [_blocks_of(layout, dim, sizes[0]) for layout in call.arriving[x]]
     even = call.even(dim, num)
-    for owners in dict.fromkeys([*found, even.owners if even else None]):
+    for owners in dict.fromkeys([*known, even.owners if even else None]):
         if owners is not None and sum(map(len, owners)) == num:
             yield Shard(dim, _indices(owners, sizes[0])), Shard(dim, _indices(owners, sizes[1]))
 
 
-def _blocks_of(layout: Layout, dim: int, size: int) -> Owners | None:
+def own_number(argument: str, counts: Sequence[int]) -> Local:
+    """Return what calls the op with another number of groups, `counts[rank]`, on each rank."""
+    return lambda emit: emit.again(**{argument: counts[emit.rank]})
+
+
+def _blocks_of(layout: Any, dim: int, size: int) -> Owners | None:
     """Return the blocks of `size` indices that each rank has, if it has whole ones."""
     if not isinstance(layout, Shard) or layout.dim != dim:
         return None

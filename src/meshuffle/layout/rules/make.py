@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
 import torch
 from torch.fx import Node
 
-from meshuffle.layout.layout import Layout, Varying, splits
-from meshuffle.layout.program import Call
-from meshuffle.layout.rule import Choice, Emitter, rule
+from meshuffle.layout.layout import splits
+from meshuffle.layout.rule import Choices, Emitter, Query, rule
 
 aten = torch.ops.aten
 
@@ -18,10 +15,10 @@ aten = torch.ops.aten
     *(aten.empty, aten.zeros, aten.ones, aten.full, aten.new_zeros, aten.new_ones),
     *(aten.new_full, aten.new_empty, aten.rand, aten.randn),
 )
-def make(call: Call, wanted: Sequence[Layout], _: Sequence[Sequence[Layout]]) -> Iterator[Choice]:
+def make(call: Query) -> Choices:
     """Each rank makes its part; random numbers are those of the whole at their indices."""
-    for layout in splits([*wanted, call.samples()]):
-        yield Choice(call.lie({}, Varying()), layout, layout, local=_sized)
+    for layout in splits([*call.wanted, call.samples()]):
+        yield call.choice({}, layout, layout, local=_sized)
 
 
 def _sized(emit: Emitter) -> Node:

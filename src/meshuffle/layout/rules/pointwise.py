@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from meshuffle.layout.layout import Layout, Partial, Replicate, Samples, Shard, Varying, splits
-from meshuffle.layout.program import Call
-from meshuffle.layout.rule import Choice, rule
+from meshuffle.layout.layout import Layout, Partial, Samples, Shard, Varying, splits
+from meshuffle.layout.rule import Choice, Choices, Query, rule
 
 aten = torch.ops.aten
 
@@ -33,46 +32,34 @@ POINTWISE = (
 
 
 @rule(*POINTWISE)
-def pointwise(
-    call: Call, wanted: Sequence[Layout], arriving: Sequence[Sequence[Layout]]
-) -> Iterator[Choice]:
+def pointwise(call: Query) -> Choices:
     """Split alike whatever is split; an operand of size 1 there is whole."""
-    found = [
+    arriving = [
         raised(layout, call.out, call.shape(node))
-        for node, layouts in zip(call.inputs, arriving, strict=True)
-        for layout in layouts
+        for node in call.inputs
+        for layout in call.arriving[node]
     ]
-    for layout in splits([*wanted, *found, call.samples()]):
+    for layout in splits([*call.wanted, *arriving, call.samples()]):
         inputs = tuple(broadcast(layout, call.out, call.shape(node)) for node in call.inputs)
         yield Choice(inputs, layout, layout)
 
 
 @rule(aten.prelu)
-def prelu(
-    call: Call, wanted: Sequence[Layout], arriving: Sequence[Sequence[Layout]]
-) -> Iterator[Choice]:
+def prelu(call: Query) -> Choices:
     """input (N, C, …), weight (C) or (1): it spreads over the others, and lies as dim 1."""
     x, weight = call["self"], call["weight"]
-    arrived = arriving[call.inputs.index(x)]
-    for layout in splits([*wanted, *arrived, call.samples()]):
+    for layout in splits([*call.wanted, *call.arriving[x], call.samples()]):
         along = layout.dim == 1 and call.shape(weight) != (1,)
-        yield Choice(
-            call.lie({x: layout, weight: layout.on(0) if along else None}, Varying()),
-            layout,
-            layout,
-        )
+        yield call.choice({x: layout, weight: layout.on(0) if along else None}, layout, layout)
 
 
 @rule(aten.add, aten.sub)
-def terms(
-    call: Call, wanted: Sequence[Layout], arriving: Sequence[Sequence[Layout]]
-) -> Iterator[Choice]:
+def terms(call: Query) -> Choices:
     """As all of them, and terms of sums may be added as they are."""
-    yield from pointwise(call, wanted, arriving)
-    if len(call.inputs) == 2 and any(Partial() in layouts for layouts in arriving):
-        same = all(call.shape(node) == call.out for node in call.inputs)
-        if same and Replicate() not in wanted:
-            yield Choice((Partial(), Partial()), Partial(), None)
+    yield from pointwise(call)
+    same = all(call.shape(node) == call.out for node in call.inputs)
+    if same and len(call.inputs) == 2 and Partial() in call.all_arriving():
+        yield Choice((Partial(), Partial()), Partial(), None)
 
 
 def broadcast(layout: Shard | Samples, out: Sequence[int], shape: Sequence[int]) -> Layout:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,14 +18,12 @@ from torch import Tensor
 from torch.fx import Node
 
 from meshuffle.graph.runtime_ops import weighted
-from meshuffle.layout.layout import Layout, Partial, Shard, splits
-from meshuffle.layout.program import Call
-from meshuffle.layout.rule import Choice, Emitter, rule
+from meshuffle.layout.layout import Partial, Shard, splits
+from meshuffle.layout.rule import Choice, Choices, Emitter, Query, rule
 from meshuffle.layout.rules.along import RESAMPLING, Term, along, num_space, of_1d_to_3d
-from meshuffle.layout.rules.window import Kernel, Padded, read, rows, ways
+from meshuffle.layout.rules.window import Kernel, Padded, dim_splits, read, rows
 
 aten = torch.ops.aten
-Arriving = Sequence[Sequence[Layout]]
 Arguments = Mapping[str, Sequence[Any]]
 
 _NEUTRAL = {"scale_factors": 1.0, "kernel_size": 1, "stride": 1, "padding": 0, "pad": (0, 0)}
@@ -33,16 +31,16 @@ _NEUTRAL = {"scale_factors": 1.0, "kernel_size": 1, "stride": 1, "padding": 0, "
 
 
 @rule(*of_1d_to_3d("max_poolNd", "avg_poolNd"))
-def pool(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iterator[Choice]:
+def pool(call: Query) -> Choices:
     """input (N, C, …): windows of one channel."""
-    yield from along(call, wanted, arriving)
+    yield from along(call)
     num = num_space(call)
     names = ("kernel_size", "stride" if call["stride"] else "kernel_size", "padding")
     widths, strides, paddings = (call.ints(name, num) for name in names)
     if "dilation" not in call.given:  # an average
         arguments = {"kernel_size": widths, "stride": strides, "padding": paddings}
         if call.given.get("divisor_override") is None:
-            yield from _resampled(call, arguments, wanted, arriving[0])
+            yield from _resampled(call, arguments)
         return
     (x,) = call.inputs
     each = zip(
@@ -54,43 +52,41 @@ def pool(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iterator[C
         (k.padding, max(0, k.needs(0, out - 1)[1] - k.size + 1))
         for k, out in zip(kernels, call.out[-num:], strict=True)
     ]
-    for d, layout, needed, ends in rows(call, kernels, wanted, arriving[0]):
+    for d, layout, needed, ends in rows(call, call.inputs[0], kernels):
         local = Padded(d, ends, around, -math.inf, padding=[0] * num, ceil_mode=False)
         yield Choice((needed,), layout, layout, local=local)
 
 
 @rule(*RESAMPLING)
-def resize(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iterator[Choice]:
+def resize(call: Query) -> Choices:
     """Samples, channels and space; one mean of all of a dim also as a sum of terms."""
-    yield from along(call, wanted, arriving)
+    yield from along(call)
     given = {key: call.given.get(key) for key in ("output_size", "scale_factors")}
     arguments = {key: values for key, values in given.items() if values is not None}
-    yield from _resampled(call, arguments, wanted, arriving[0])
+    yield from _resampled(call, arguments)
     lead = len(call.out) - num_space(call)
-    for layout in splits(arriving[0] if "avg" in str(call.node.target) else []):
+    for layout in splits(call.arriving[call.inputs[0]] if "avg" in str(call.node.target) else []):
         if layout.dim >= lead and call.out[layout.dim] == 1:
             local = Term(layout, call.shape(call.inputs[0])[layout.dim])
             yield Choice((layout,), Partial(), layout, local=local)
 
 
 @rule(aten.pad, aten.constant_pad_nd)
-def pad(call: Call, wanted: Sequence[Layout], arriving: Arriving) -> Iterator[Choice]:
+def pad(call: Query) -> Choices:
     """A dim that is not padded, or one whose ends have ranks that pad their parts."""
-    yield from along(call, wanted, arriving)
+    yield from along(call)
     pairs = list(zip(call["pad"][::2], call["pad"][1::2], strict=True))[::-1]
     if call.given.get("mode", "constant") != "constant":
-        yield from _resampled(call, {"pad": pairs}, wanted, arriving[0])
+        yield from _resampled(call, {"pad": pairs})
         return
     sizes = call.out[len(call.out) - len(pairs) :]
     kernels = [Kernel(n - sum(pair), 1, 1, pair[0]) for n, pair in zip(sizes, pairs, strict=True)]
-    for d, layout, needed, ends in rows(call, kernels, wanted, arriving[0]):
+    for d, layout, needed, ends in rows(call, call.inputs[0], kernels):
         local = Padded(d, ends, pairs, call["value"] or 0.0)
         yield Choice((needed,), layout, layout, local=local)
 
 
-def _resampled(
-    call: Call, arguments: Arguments, wanted: Sequence[Layout], arriving: Sequence[Layout]
-) -> Iterator[Choice]:
+def _resampled(call: Query, arguments: Arguments) -> Choices:
     """Yield splits along dims of which each result sees a few inputs; `arguments` are per dim."""
     (x,) = call.inputs
     fixed = all(isinstance(v, int | float | tuple) for values in arguments.values() for v in values)
@@ -111,7 +107,7 @@ def _resampled(
         constants = tuple(tuple(v) if isinstance(v, list) else v for v in rest)
         if (terms := _terms(call.node.target, constants, d, num, size, dtype)) is None:
             continue
-        for layout in ways(call, dim, size, wanted, arriving):
+        for layout in dim_splits(call, x, dim, size):
             local = _Rows(d, layout, arguments, terms)
             yield Choice((read(dim, local.needs, size),), layout, layout, local=local)
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from meshuffle.comm.primitives import is_run
 from meshuffle.layout.layout import Layout, Owners, Shard, Window, splits
-from meshuffle.layout.program import Call
-from meshuffle.layout.rule import Emitter
+from meshuffle.layout.rule import Emitter, Query
 
 aten = torch.ops.aten
 Pads = Sequence[tuple[int, int]]
@@ -45,28 +45,24 @@ class Kernel:
 
 def is_contiguous(layout: Layout) -> bool:
     """Tell whether each rank's indices are one run, none empty."""
-    return isinstance(layout, Shard) and all(
-        part and list(part) == list(range(part[0], part[0] + len(part))) for part in layout.owners
-    )
+    return isinstance(layout, Shard) and all(map(is_run, layout.owners))
 
 
 def rows(
-    call: Call, kernels: Sequence[Kernel], wanted: Sequence[Layout], arriving: Sequence[Layout]
+    call: Query, x: Node, kernels: Sequence[Kernel]
 ) -> Iterator[tuple[int, Shard, Layout, Pads]]:
     """Yield which of the last dims is split, how the result may lie, and the `window` of that."""
     for d, kernel in enumerate(kernels):
         dim = len(call.out) - len(kernels) + d
-        for layout in ways(call, dim, kernel.size, wanted, arriving):
+        for layout in dim_splits(call, x, dim, kernel.size):
             if is_contiguous(layout) and (needed := window(layout, kernel)) is not None:
                 yield d, layout, *needed
 
 
-def ways(
-    call: Call, dim: int, size: int, wanted: Sequence[Layout], arriving: Sequence[Layout]
-) -> Iterator[Shard]:
-    """Yield how a dim may lie: as wanted, as its input of `size` if it has as many, evenly."""
-    same = arriving if call.out[dim] == size else []
-    for layout in splits([*wanted, *same, call.even(dim)]):
+def dim_splits(call: Query, x: Node, dim: int, size: int) -> Iterator[Shard]:
+    """Yield how a dim may lie: as wanted, as `x` if that has as many indices, `size`, evenly."""
+    same = call.arriving[x] if call.out[dim] == size else []
+    for layout in splits([*call.wanted, *same, call.even(dim)]):
         if isinstance(layout, Shard) and layout.dim == dim and all(layout.owners):
             yield layout
 

@@ -209,7 +209,7 @@ def own_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Te
     if not isinstance(model, Parallel):
         return dict(tensors)
     return {
-        name: model.cut(_owner(name), whole) if whole.ndim else whole
+        name: model.part_of(_owner(name), whole) if whole.ndim else whole
         for name, whole in tensors.items()
         if _owner(name) not in model.stages_of or model.has(_owner(name))
     }
