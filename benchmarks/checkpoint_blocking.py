@@ -24,13 +24,14 @@ import torch
 
 from meshuffle.comm.group import RankEnv, process_group
 from meshuffle.comm.heap import keep_freed_pages
-from meshuffle.config import TrainConfig, resolve
+from meshuffle.config import TrainConfig
 from meshuffle.data import AugmentConfig, Batch, Preprocess
 from meshuffle.planner.plan import Plan
 from meshuffle.tasks.card import Card
 from meshuffle.train.checkpoint.checksums import write_checksums
 from meshuffle.train.checkpoint.intact import find_checkpoint
 from meshuffle.train.checkpoint.saver import Saver
+from meshuffle.train.defaults import resolve
 from meshuffle.train.state import TrainState, augment_values, build_state
 from rows import append
 from train_throughput import cpu_features

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from forks import run_forked
 from meshuffle.comm.group import RankEnv, process_group
-from meshuffle.config import TrainConfig, resolve
+from meshuffle.config import TrainConfig
 from meshuffle.data import AugmentConfig, Batch, Preprocess, shard_bounds
 from meshuffle.errors import in_words
 from meshuffle.models import create_model
@@ -37,6 +37,7 @@ from meshuffle.tasks.card import Card
 from meshuffle.train import state as train_state
 from meshuffle.train.checkpoint.intact import agree_on_checkpoint
 from meshuffle.train.checkpoint.saver import Saver
+from meshuffle.train.defaults import resolve
 from meshuffle.train.state import TrainState, augment_values, build_state, model_knobs, new_model
 from meshuffle.verify.compare import Judgement, Norm, judge
 from meshuffle.weights import read_weights

@@ -152,11 +152,12 @@ def our_steps(batch: int, device: Any, compile_mode: str, precision: str) -> Any
 
     from meshuffle.comm.exchange import make_exchange
     from meshuffle.comm.group import process_group, rank_env
-    from meshuffle.config import TrainConfig, resolve
+    from meshuffle.config import TrainConfig
     from meshuffle.data import AugmentConfig, Batch, Preprocess, shard_bounds
     from meshuffle.planner.plan import Plan
     from meshuffle.tasks.card import Card
     from meshuffle.train.compiling import compiled
+    from meshuffle.train.defaults import resolve
     from meshuffle.train.state import augment_values, build_state
     from meshuffle.train.step import sum_over_ranks
 

@@ -13,17 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshuffle.cli import main
-from meshuffle.config import (
-    TrainConfig,
-    check,
-    parse_knobs,
-    read_config,
-    resolve,
-    save_interval,
-    to_toml,
-)
+from meshuffle.config import TrainConfig, check, parse_knobs, read_config, save_interval, to_toml
 from meshuffle.errors import ConfigError
 from meshuffle.train.api import describe_config, train
+from meshuffle.train.defaults import resolve
 from meshuffle.weights import read_weights
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
-from meshuffle.config import TrainConfig, resolve
+from meshuffle.config import TrainConfig
 from meshuffle.data import Batch, augmentation_for
 from meshuffle.data.base import Data
 from meshuffle.errors import ConfigError, ModelError
@@ -21,6 +21,7 @@ from meshuffle.infer.evaluation import evaluate_batches
 from meshuffle.parallel.random_masks import draw_key
 from meshuffle.tasks.gan import Gan
 from meshuffle.tasks.generate import Generate, sheet
+from meshuffle.train.defaults import resolve
 from meshuffle.train.optimiser import average
 from meshuffle.train.state import augment_values
 from meshuffle.weights import load_or_build, save_weights

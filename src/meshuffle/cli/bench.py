@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from meshuffle.cli import Answer
-from meshuffle.cli.options import Debug, Json, Model, say
+from meshuffle.cli.options import Debug, Json, Model, doc, say
 
 
 def register(app: App) -> None:
@@ -21,8 +21,7 @@ def bench(
     /,
     *,
     backends: Annotated[
-        str,
-        Parameter(help="Backends joined by commas, for example onnx,openvino-int8; default: all."),
+        str, doc("Backends joined by commas, for example onnx,openvino-int8; default: all.")
     ] = "",
     best: Annotated[
         bool,
@@ -30,17 +29,17 @@ def bench(
             negative=(), help="Show only the fastest backend that agrees with PyTorch on 99 %."
         ),
     ] = False,
-    threads: Annotated[int, Parameter(help="CPU threads per backend; 0: one per core.")] = 0,
-    rounds: Annotated[int, Parameter(help="Rounds of measurement; backends take turns.")] = 5,
-    images: Annotated[int, Parameter(help="Number of images for accuracy and agreement.")] = 256,
+    threads: Annotated[int, doc("CPU threads per backend; 0: one per core.")] = 0,
+    rounds: Annotated[int, doc("Rounds of measurement; backends take turns.")] = 5,
+    images: Annotated[int, doc("Number of images for accuracy and agreement.")] = 256,
     data: Annotated[
-        str | None, Parameter(help="Data set of the images; default: the run's, or digits.")
+        str | None, doc("Data set of the images; default: the run's, or digits.")
     ] = None,
     input_size: Annotated[
-        int | None, Parameter(help="Input side of a model given by name, pixels; default 224.")
+        int | None, doc("Input side of a model given by name, pixels; default 224.")
     ] = None,
     out: Annotated[
-        Path | None, Parameter(help="Folder for bench.csv and bench.png; default RUN/bench.")
+        Path | None, doc("Folder for bench.csv and bench.png; default RUN/bench.")
     ] = None,
     model: Model = None,
     json: Json = False,

@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from meshuffle.cli import Answer
-from meshuffle.cli.options import DATA_HELP, Debug, Json
+from meshuffle.cli.options import DATA_HELP, Debug, Json, doc
 from meshuffle.config import TaskName
 
 
@@ -24,10 +24,8 @@ def check(
     data: Annotated[str, Parameter(help=DATA_HELP)],
     /,
     *,
-    task: Annotated[TaskName, Parameter(help="Task whose targets are checked.")] = "classify",
-    grid: Annotated[Path, Parameter(help="File for a picture of samples.")] = Path(
-        "data-check.png"
-    ),
+    task: Annotated[TaskName, doc("Task whose targets are checked.")] = "classify",
+    grid: Annotated[Path, doc("File for a picture of samples.")] = Path("data-check.png"),
     json: Json = False,
     debug: Debug = False,
 ) -> Answer:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import App
 
 from meshuffle.cli import Answer, from_main
-from meshuffle.cli.options import Debug, Json, Model, Spread
+from meshuffle.cli.options import Debug, Json, Model, Spread, doc
 
 
 def register(app: App) -> None:
@@ -20,14 +20,12 @@ def evaluate(
     target: Path,
     /,
     *,
-    data: Annotated[
-        str | None, Parameter(help="Data set to evaluate on; default: the run's.")
-    ] = None,
+    data: Annotated[str | None, doc("Data set to evaluate on; default: the run's.")] = None,
     split: Annotated[
         Literal["train", "val", "test"] | None,
-        Parameter(help="Split to evaluate; default: test where the data has one, else val."),
+        doc("Split to evaluate; default: test where the data has one, else val."),
     ] = None,
-    batch: Annotated[int, Parameter(help="Images per batch.")] = 64,
+    batch: Annotated[int, doc("Images per batch.")] = 64,
     plan: Spread = "dp=1",
     model: Model = None,
     json: Json = False,

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from meshuffle.cli import Answer
-from meshuffle.cli.options import Debug, Json, Model
+from meshuffle.cli.options import Debug, Json, Model, doc
 
 
 def register(app: App) -> None:
@@ -21,12 +21,10 @@ def export(
     /,
     *,
     to: Annotated[
-        str, Parameter(help="Formats joined by commas: onnx, openvino, executorch, litert, pt2.")
+        str, doc("Formats joined by commas: onnx, openvino, executorch, litert, pt2.")
     ] = "onnx",
-    out: Annotated[Path | None, Parameter(help="Folder for the files; default RUN/export.")] = None,
-    data: Annotated[
-        str | None, Parameter(help="Data set for the checks; default: the run's.")
-    ] = None,
+    out: Annotated[Path | None, doc("Folder for the files; default RUN/export.")] = None,
+    data: Annotated[str | None, doc("Data set for the checks; default: the run's.")] = None,
     with_preprocessing: Annotated[
         bool, Parameter(negative=(), help="Put preprocessing into the file: it takes uint8 images.")
     ] = False,
@@ -34,8 +32,7 @@ def export(
         bool, Parameter(negative=(), help="Write eight-bit files, calibrated on training images.")
     ] = False,
     max_drop: Annotated[
-        float | None,
-        Parameter(help="Points of the metric that int8 may lose on val; default 1."),
+        float | None, doc("Points of the metric that int8 may lose on val; default 1.")
     ] = None,
     model: Model = None,
     json: Json = False,

@@ -31,6 +31,12 @@ Spread = Annotated[
     ),
 ]
 
+
+def doc(text: str) -> Parameter:
+    """Return an option's help text, for its annotation."""
+    return Parameter(help=text)
+
+
 DATA_FORMATS = {
     "imagenet": "PATH",
     "cifar10": "PATH",

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from meshuffle.cli import Answer, from_main
-from meshuffle.cli.options import Debug, Json, Model, say
+from meshuffle.cli.options import Debug, Json, Model, doc, say
 from meshuffle.errors import ConfigError
 
 
@@ -23,15 +23,15 @@ def predict(
     /,
     *,
     out: Annotated[
-        Path | None, Parameter(help="Folder for copies of the images with the prediction drawn.")
+        Path | None, doc("Folder for copies of the images with the prediction drawn.")
     ] = None,
     features: Annotated[
-        Path | None, Parameter(help="Save each image's feature vector to a .npy file (N×F).")
+        Path | None, doc("Save each image's feature vector to a .npy file (N×F).")
     ] = None,
     nearest: Annotated[
-        Path | None, Parameter(help="Folder of images: show the five most similar to each image.")
+        Path | None, doc("Folder of images: show the five most similar to each image.")
     ] = None,
-    batch: Annotated[int, Parameter(help="Images per batch.")] = 64,
+    batch: Annotated[int, doc("Images per batch.")] = 64,
     plan: Annotated[
         str,
         Parameter(

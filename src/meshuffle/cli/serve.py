@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, Parameter
+from cyclopts import App
 
-from meshuffle.cli.options import Debug, Json, Model, say
+from meshuffle.cli.options import Debug, Json, Model, doc, say
 
 
 def register(app: App) -> None:
@@ -19,38 +19,30 @@ def serve(
     target: Path,
     /,
     *,
-    host: Annotated[
-        str, Parameter(help="Address to listen on; 0.0.0.0 is every interface.")
-    ] = "127.0.0.1",
-    port: Annotated[int, Parameter(help="Port; 0 takes a free one.")] = 8000,
+    host: Annotated[str, doc("Address to listen on; 0.0.0.0 is every interface.")] = "127.0.0.1",
+    port: Annotated[int, doc("Port; 0 takes a free one.")] = 8000,
     backend: Annotated[
-        str, Parameter(help="torch, onnx or openvino; auto: the fastest installed one.")
+        str, doc("torch, onnx or openvino; auto: the fastest installed one.")
     ] = "auto",
-    replicas: Annotated[
-        int | None, Parameter(help="Replicas (processes); default: measured.")
-    ] = None,
-    threads: Annotated[
-        int | None, Parameter(help="CPU threads per replica; default: measured.")
-    ] = None,
+    replicas: Annotated[int | None, doc("Replicas (processes); default: measured.")] = None,
+    threads: Annotated[int | None, doc("CPU threads per replica; default: measured.")] = None,
     batch: Annotated[
-        int | None, Parameter(help="Largest number of images in a batch; default: measured.")
+        int | None, doc("Largest number of images in a batch; default: measured.")
     ] = None,
     window_ms: Annotated[
-        float, Parameter(help="Milliseconds that a batch waits for images being decoded.")
+        float, doc("Milliseconds that a batch waits for images being decoded.")
     ] = 2.0,
     plan: Annotated[
-        str | None,
-        Parameter(help="Split a network that fits no single device over ranks: tp=2, pp=2."),
+        str | None, doc("Split a network that fits no single device over ranks: tp=2, pp=2.")
     ] = None,
     token_file: Annotated[
-        Path | None,
-        Parameter(help="File with the token that clients must send; or set MESHUFFLE_TOKEN."),
+        Path | None, doc("File with the token that clients must send; or set MESHUFFLE_TOKEN.")
     ] = None,
-    max_body_mb: Annotated[float, Parameter(help="Largest request body, MB.")] = 16.0,
-    max_megapixels: Annotated[float, Parameter(help="Largest image, megapixels.")] = 25.0,
-    max_images: Annotated[int, Parameter(help="Most images in a request.")] = 32,
-    max_requests: Annotated[int, Parameter(help="Most requests at the same time.")] = 128,
-    time_limit: Annotated[float, Parameter(help="Longest time of a request, seconds.")] = 10.0,
+    max_body_mb: Annotated[float, doc("Largest request body, MB.")] = 16.0,
+    max_megapixels: Annotated[float, doc("Largest image, megapixels.")] = 25.0,
+    max_images: Annotated[int, doc("Most images in a request.")] = 32,
+    max_requests: Annotated[int, doc("Most requests at the same time.")] = 128,
+    time_limit: Annotated[float, doc("Longest time of a request, seconds.")] = 10.0,
     model: Model = None,
     json: Json = False,
     debug: Debug = False,

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from cyclopts import App, ArgumentCollection, Parameter
 
 from meshuffle.cli import Answer, from_main
-from meshuffle.cli.options import DATA_HELP, Debug, Json
+from meshuffle.cli.options import DATA_HELP, Debug, Json, doc
 from meshuffle.config import FIELDS, Origin, TrainConfig, check, config_key, read_config
 from meshuffle.errors import ConfigError
 
@@ -39,8 +39,8 @@ def train(
     /,
     *,
     settings: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig(),  # noqa: B008
-    config: Annotated[Path | None, Parameter(help="Read settings from a TOML file.")] = None,
-    resume: Annotated[Path | None, Parameter(help="Continue the run in this folder.")] = None,
+    config: Annotated[Path | None, doc("Read settings from a TOML file.")] = None,
+    resume: Annotated[Path | None, doc("Continue the run in this folder.")] = None,
     show_config: Annotated[
         bool, Parameter(negative=(), help="Print each setting and its origin, without training.")
     ] = False,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, Parameter
 
 from meshuffle.cli import Answer
-from meshuffle.cli.options import Debug, Json
+from meshuffle.cli.options import Debug, Json, doc
 from meshuffle.errors import MeshuffleError
 from meshuffle.planner.plan import parse_plan
 
@@ -30,10 +30,7 @@ def verify(
         ),
     ],
     plan: Annotated[
-        str,
-        Parameter(
-            help="Plan to verify, for example tp=2, tp=2:channel, dp=2,tp=2 or tp=2,pp=2:zbv,mb=4."
-        ),
+        str, doc("Plan to verify, for example tp=2, tp=2:channel, dp=2,tp=2 or tp=2,pp=2:zbv,mb=4.")
     ],
     input: Annotated[
         str,
@@ -42,11 +39,9 @@ def verify(
             "several inputs are joined by commas."
         ),
     ] = "3x64x64",
-    batch: Annotated[int, Parameter(help="Global batch size, over all ranks.")] = 8,
-    dtype: Annotated[
-        Literal["float64", "float32"], Parameter(help="Precision of both runs.")
-    ] = "float64",
-    seed: Annotated[int, Parameter(help="Seed of weights, inputs and random masks.")] = 0,
+    batch: Annotated[int, doc("Global batch size, over all ranks.")] = 8,
+    dtype: Annotated[Literal["float64", "float32"], doc("Precision of both runs.")] = "float64",
+    seed: Annotated[int, doc("Seed of weights, inputs and random masks.")] = 0,
     json: Json = False,
     debug: Debug = False,
 ) -> Answer:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable
+
+from meshuffle.train.state import Progress
 
 _FAR = 100.0  # times training's loss
 
@@ -32,6 +36,24 @@ def is_better(
     if not as_good(kept_score, best):
         return score > kept_score
     return as_good(score, best) and loss < kept_loss
+
+
+def update_best(
+    progress: Progress, score: float, loss: float, as_good: Callable[[float, float], bool]
+) -> bool:
+    """Note the epoch that `progress` has finished as the best, if it is; returns whether it is.
+
+    Args:
+        score, loss, as_good: see `is_better`; a loss that is no number is the largest.
+    """
+    loss = loss if math.isfinite(loss) else sys.float_info.max
+    progress.highest_score = max(progress.highest_score, score)
+    kept = (progress.best_score, progress.best_loss) if progress.best_epoch else None
+    better = is_better(score, loss, kept, progress.highest_score, as_good)
+    if better:
+        progress.best_score, progress.best_loss = score, loss
+        progress.best_epoch = progress.epoch
+    return better
 
 
 def is_out_of_patience(epoch: int, best_epoch: int, patience: int) -> bool:

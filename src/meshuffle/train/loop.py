@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -32,34 +28,19 @@ from meshuffle.errors import Interrupted
 from meshuffle.infer.evaluation import Evaluation, evaluate_batches
 from meshuffle.infer.replica_batches import broadcast_batches, replica_group
 from meshuffle.parallel.random_masks import draw_key
-from meshuffle.train.best_epoch import implausible_loss, is_better, is_out_of_patience
+from meshuffle.train.agreement import Agreement, agree
+from meshuffle.train.best_epoch import implausible_loss, is_out_of_patience, update_best
+from meshuffle.train.checkpoint.checkpoint import resume_command
 from meshuffle.train.checkpoint.saver import Saver
 from meshuffle.train.compiling import CompileChoice
 from meshuffle.train.consistency import Consistency
-from meshuffle.train.meter import Meter, running_means
+from meshuffle.train.meter import Meter
 from meshuffle.train.optimiser import hold_frozen, learning_rate
 from meshuffle.train.out_of_memory import out_of_memory
 from meshuffle.train.signals import StopRequest
 from meshuffle.train.state import TrainState
-from meshuffle.train.step import gather_over_ranks, seed_step, sum_over_ranks
+from meshuffle.train.step import seed_step, sum_over_ranks
 from meshuffle.train.watch import Watch
-
-
-@dataclass(frozen=True)
-class _Agreed:
-    """What the ranks know of a step before they do it.
-
-    Attributes:
-        counts: valid samples of each micro-batch, over all replicas.
-        firsts: of these, how many belong to the replicas before this one.
-        stop, save, lost: whether any rank is asked to stop, wants to save, has lost its loader.
-    """
-
-    counts: list[int]
-    firsts: list[int]
-    stop: int
-    save: int
-    lost: int
 
 
 class Loop:
@@ -205,25 +186,13 @@ class Loop:
         if agreed.stop or agreed.save:
             self._pause(agreed.stop)
 
-    def _agree(self, micro_batches: list[Batch], batch: Batch | None) -> _Agreed:
+    def _agree(self, micro_batches: list[Batch], batch: Batch | None) -> Agreement:
         """Tell the other ranks what this one has; returns the same on all ranks of a replica."""
-        place, num = self.state.place, self.state.step.num_micro_batches
-        own = [float(len(micro)) for micro in micro_batches]
-        own += [0.0] * (num - len(own))
+        sizes = [len(micro) for micro in micro_batches]
+        sizes += [0] * (self.state.step.num_micro_batches - len(sizes))
         save = self.env.is_main and self._save_due()
-        values = [*own, *map(float, (self.stop.number, save, batch is None))]
-        rows = gather_over_ranks(values, self.exchange)
-        speakers = [rows[place.replica(dp_rank)[0]] for dp_rank in range(place.dp)]
-        replicas = [list(map(round, row[:num])) for row in speakers]
-        columns = list(zip(*rows, strict=True))
-        stop, saves, lost = (round(sum(column)) for column in columns[num:])
-        return _Agreed(
-            counts=[sum(column) for column in zip(*replicas, strict=True)],
-            firsts=[sum(row[i] for row in replicas[: place.dp_rank]) for i in range(num)],
-            stop=stop,
-            save=saves,
-            lost=lost,
-        )
+        signals = (self.stop.number, save, batch is None)
+        return agree(sizes, signals, self.state.place, self.exchange)
 
     def _steps_left(self) -> int:
         return self.num_epochs * self.sampler.steps_per_epoch - self.state.progress.step
@@ -271,20 +240,10 @@ class Loop:
         except Interrupted:
             self._pause(stop=True)
         progress.epoch += 1
-        row: dict[str, Any] = {
-            "epoch": progress.epoch,
-            "step": progress.step,
-            "lr": float(f"{lr:.6g}"),
-            "images_per_s": round(progress.sums[2] / max(seconds, 1e-9), 2),
-            "data_wait": round(self._meter.wait_s / max(self._meter.seconds, 1e-9), 4),
-            "seconds": round(seconds, 3),
-        }
-        means = running_means(state.step.task, progress.sums)
-        row |= {f"train_{key}": value for key, value in means.items()}
-        row |= {f"val_{key}": value for key, value in evaluation.metrics.items()}
+        row = self._meter.epoch_row(lr, seconds, evaluation.metrics)
         better = self._keep_best(evaluation)
         num = (state.config.batch or 1) // state.step.num_micro_batches
-        warning = implausible_loss(means["loss"], evaluation.metrics.get("loss", 0.0), num)
+        warning = implausible_loss(row["train_loss"], evaluation.metrics.get("loss", 0.0), num)
         progress.sums, progress.epoch_step, progress.epoch_seconds = [0.0, 0.0, 0.0], 0, 0.0
         self.watch.end_epoch(row)
         if warning:
@@ -297,19 +256,14 @@ class Loop:
             self._save()
 
     def _keep_best(self, evaluation: Evaluation) -> bool:
-        progress, metrics, task = self.state.progress, evaluation.metrics, self.state.step.task
-        score, loss = task.score(metrics), evaluation.objective
-        loss = loss if math.isfinite(loss) else sys.float_info.max
-        progress.highest_score = max(progress.highest_score, score)
-        kept = (progress.best_score, progress.best_loss) if progress.best_epoch else None
+        """Keep the weights of this epoch where it is the best so far; returns whether it is."""
+        state, task = self.state, self.state.step.task
         as_good = partial(task.is_chance, num=len(self.data.splits["val"]))
-        better = is_better(score, loss, kept, progress.highest_score, as_good)
-        if better:
-            progress.best_score, progress.best_loss = score, loss
-            progress.best_epoch = progress.epoch
-            if self.state.place.dp_rank == 0:
-                path = self.run / "weights" / "best.safetensors"
-                self.state.save_weights(path, metrics, self.saver, write=self.env.is_main)
+        score = task.score(evaluation.metrics)
+        better = update_best(state.progress, score, evaluation.objective, as_good)
+        if better and state.place.dp_rank == 0:
+            path = self.run / "weights" / "best.safetensors"
+            state.save_weights(path, evaluation.metrics, self.saver, write=self.env.is_main)
         return better
 
     def evaluate(self, source: ImageSource) -> Evaluation:
@@ -363,8 +317,3 @@ class Loop:
 def median_step_ms(state: TrainState) -> float | None:
     """Return the median milliseconds of a step, or None before the first."""
     return statistics.median(state.progress.step_ms) if state.progress.step_ms else None
-
-
-def resume_command(run: Path) -> str:
-    """Return the command that continues `run`."""
-    return f"meshuffle train --resume {run}"

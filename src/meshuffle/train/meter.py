@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from meshuffle.comm.device import synchronize
@@ -65,6 +65,25 @@ class Meter:
         self._watch.step(values, self._num_pending)
         self._every = max(1, round(1000 * _SHOW_EVERY_S / max(step_ms, 1e-3)))
         self._pending, self._num_pending = None, 0
+
+    def epoch_row(self, lr: float, seconds: float, metrics: Mapping[str, float]) -> dict[str, Any]:
+        """Return the row of `metrics.csv` for the epoch that is finished.
+
+        Args:
+            metrics: of the validation split.
+        """
+        progress = self._state.progress
+        means = running_means(self._state.step.task, progress.sums)
+        return {
+            "epoch": progress.epoch,
+            "step": progress.step,
+            "lr": float(f"{lr:.6g}"),
+            "images_per_s": round(progress.sums[2] / max(seconds, 1e-9), 2),
+            "data_wait": round(self.wait_s / max(self.seconds, 1e-9), 4),
+            "seconds": round(seconds, 3),
+            **{f"train_{key}": value for key, value in means.items()},
+            **{f"val_{key}": value for key, value in metrics.items()},
+        }
 
 
 def running_means(task: Task, sums: Sequence[float]) -> dict[str, float]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from meshuffle.config import Origin, TrainConfig, resolve
+from meshuffle.config import Origin, TrainConfig
 from meshuffle.data import Data, augmentation_for, open_data
 from meshuffle.errors import ConfigError
 from meshuffle.tasks import find_task
+from meshuffle.train.defaults import resolve
 from meshuffle.train.initial_weights import InitialWeights, open_initial_weights
 from meshuffle.train.state import augment_values
 

@@ -111,12 +111,17 @@ def checkpoints(state: Path) -> list[Path]:
     return [path for *_, path in sorted(found, reverse=True)]
 
 
+def resume_command(run: Path) -> str:
+    """Return the command that continues `run`."""
+    return f"meshuffle train --resume {run}"
+
+
 def recovery_hint(run: Path) -> str:
     """Return how to go on with a run that has failed."""
     found = checkpoints(run / "state")
     step = int(_NAME.fullmatch(found[0].name)[1]) if found else None  # type: ignore[index]
     where = "start again" if step is None else f"continue from step {step}, the last checkpoint,"
-    return f"{where} with: meshuffle train --resume {run}"
+    return f"{where} with: {resume_command(run)}"
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
