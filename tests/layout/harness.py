@@ -21,7 +21,7 @@ from torch.fx import Node
 
 from meshuffle.graph import capture
 from meshuffle.graph.node import is_tensor, is_tuple, packet_of
-from meshuffle.layout.assign import Assignment, _Search
+from meshuffle.layout.assign import Assignment
 from meshuffle.layout.layout import (
     Layout,
     Owners,
@@ -299,8 +299,7 @@ def lowered(call: Call, choice: Choice, rank: int) -> StageCode:
         c.node.name: replicated(c) for c in program.calls if is_tensor(c.node) or is_tuple(c.node)
     }
     choices[call.node.name] = choice
-    values = _Search(program, None, {}).values
-    assignment = Assignment(program, choices, values)
+    assignment = Assignment(program, choices)
     storage = Storage(assignment, None)
     lowering = _UpToOp(assignment, rank, 1, torch.device("cpu"), storage, {})
     code = lowering.run(0, len(program.calls), None, None)

@@ -39,7 +39,7 @@ def every_assignment(model: nn.Module, x: Tensor, world: int) -> tuple[list[int]
     sent = []
     for combination in itertools.product(*(choices[name] for name in names)):
         taken = dict(zip(names, combination, strict=True))
-        sent.append(sent_bytes(lower(Assignment(search.program, taken, search.values), 0)))
+        sent.append(sent_bytes(lower(Assignment(search.program, taken), 0)))
     return sent, found
 
 

@@ -66,29 +66,29 @@ class Fault:
         return getattr(self, self.name)()
 
     def _all_reduce(self, change: Callable[[Tensor, Tensor], Tensor], function: str) -> Patches:
-        whole, owner = collectives.all_reduce, getattr(collectives, function)
+        whole, linear = collectives.all_reduce, collectives._Linear.apply
 
         def changed(x: Tensor, group: Any) -> Tensor:
             self.fired()
             return change(x, whole(x, group))
 
-        side = "forward" if function == "_Psum" else "backward"
-        inner = getattr(owner, side)
+        def psum(x: Tensor, group: Any) -> Any:
+            return linear(x, changed, collectives._identity, group)
 
-        def method(*arguments: Any) -> Any:
-            with mock.patch.object(collectives, "all_reduce", changed):
-                return inner(*arguments)
+        def pvary(x: Tensor, group: Any) -> Any:
+            return linear(x, collectives._aliased, changed, group)
 
-        return [mock.patch.object(owner, side, staticmethod(method))]
+        changed_ones = {"psum": psum, "pvary": pvary}
+        return [mock.patch.object(collectives, function, changed_ones[function])]
 
     def skip_an_all_reduce(self) -> Patches:
-        return self._all_reduce(lambda x, total: x.clone(), "_Psum")
+        return self._all_reduce(lambda x, total: x.clone(), "psum")
 
     def skip_an_all_reduce_backward(self) -> Patches:
-        return self._all_reduce(lambda x, total: x.clone(), "_Pvary")
+        return self._all_reduce(lambda x, total: x.clone(), "pvary")
 
     def mean_for_sum(self) -> Patches:
-        return self._all_reduce(lambda x, total: total / 2, "_Psum")
+        return self._all_reduce(lambda x, total: total / 2, "psum")
 
     def drop_a_shuffle(self) -> Patches:
         def stays(x: Tensor, *_: Any) -> Tensor:

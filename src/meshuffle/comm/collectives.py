@@ -6,6 +6,7 @@ ranks. So each collective has the backward that keeps it so:
     collective   a rank's input → output                  backward
     psum         a term of a sum → the sum                nothing
     pvary        the whole → the whole, used in part      sum over ranks
+    divide       the whole → a term of a sum              nothing
     gather       its part → the whole                     its part of the gradient
     exchange     its part → the part that it needs next   each element's gradients return, summed
     scatter      the whole → its part                     gather of the parts
@@ -45,7 +46,7 @@ from meshuffle.comm.primitives import (
 
 @dataclass(frozen=True)
 class Route:
-    """One rank's part in an exchange along one dim; made by `layout.transfer.routes`.
+    """One rank's part in an exchange along one dim; made by `layout.routes.routes`.
 
     What the rank holds itself is not sent; among what arrives it is in the ranks' order, behind
     `before` elements of the ranks in front.
@@ -107,12 +108,17 @@ class TransposeRoute:
 
 def psum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return the sum of all ranks' `x`; the gradient passes as it is."""
-    return _Psum.apply(x, group)
+    return _Linear.apply(x, all_reduce, _identity, group)
 
 
 def pvary(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return `x`, which all ranks hold and each uses in its own way; gradients are summed."""
-    return _Pvary.apply(x, group)
+    return _Linear.apply(x, _aliased, all_reduce, group)
+
+
+def divide(x: Tensor, world: int) -> Tensor:
+    """Return this rank's term of a sum that is `x`, which all ranks hold: x / world."""
+    return _Linear.apply(x, torch.div, _identity, world)
 
 
 def gather(x: Tensor, dim: int, route: Route, group: dist.ProcessGroup) -> Tensor:
@@ -121,7 +127,16 @@ def gather(x: Tensor, dim: int, route: Route, group: dist.ProcessGroup) -> Tenso
     Args:
         route: one that needs every element on every rank.
     """
-    return _Gather.apply(x, dim, route, group)
+    return _Linear.apply(x, _send, _own_part, dim, route, group)
+
+
+def scatter(x: Tensor, dim: int, route: Route, group: dist.ProcessGroup) -> Tensor:
+    """Return this rank's part along `dim` of `x`, which all ranks hold; `gather` transposed.
+
+    Args:
+        route: the route that `gather` would take: it needs every element on every rank.
+    """
+    return _Linear.apply(x, _own_part, _send, dim, route, group)
 
 
 def exchange(x: Tensor, dim: int, route: Route, group: dist.ProcessGroup) -> Tensor:
@@ -129,16 +144,7 @@ def exchange(x: Tensor, dim: int, route: Route, group: dist.ProcessGroup) -> Ten
 
     Where the route stays on each rank it is an `index_select`, and nothing is sent.
     """
-    return _Exchange.apply(x, dim, route, group)
-
-
-def scatter(x: Tensor, dim: int, route: Route, group: dist.ProcessGroup) -> Tensor:
-    """Return this rank's part along `dim` of `x`, which all ranks hold; `gather` transposed.
-
-    Args:
-        route: what `gather` would take: one that needs every element on every rank.
-    """
-    return _Scatter.apply(x, dim, route, group)
+    return _Linear.apply(x, _send, _send_back, dim, route, group)
 
 
 def scatter_sum(x: Tensor, dim: int, owners: Parts, rank: int, group: dist.ProcessGroup) -> Tensor:
@@ -149,7 +155,7 @@ def scatter_sum(x: Tensor, dim: int, owners: Parts, rank: int, group: dist.Proce
         owners: for each rank the indices along `dim` that it gets; a partition.
         rank: this one.
     """
-    return _ScatterSum.apply(x, dim, owners, rank, group)
+    return _Linear.apply(x, _sum_parts, _join_parts, dim, owners, rank, group)
 
 
 def transpose(x: Tensor, route: TransposeRoute, group: dist.ProcessGroup) -> Tensor:
@@ -161,115 +167,88 @@ def transpose(x: Tensor, route: TransposeRoute, group: dist.ProcessGroup) -> Ten
     Returns:
         `route.from_dim` whole and in order; along `route.to_dim` what this rank needs.
     """
-    return _Transpose.apply(x, route, group)
+    size = x.shape[route.to_dim]
+    return _Linear.apply(x, _transpose, _transpose_back, route, size, group)
 
 
-class _Psum(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return all_reduce(x, group)
+class _Linear(Function):
+    """A linear map in the forward pass, and its transpose in the backward pass.
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _Pvary(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return same(x)
+    Both take a tensor, then the same further arguments.
+    """
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grad, ctx.group), None
-
-
-class _Gather(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, route: Route, group: dist.ProcessGroup) -> Tensor:
-        ctx.dim, ctx.route = dim, route
-        return _send(x, dim, route, group)
+    def forward(ctx: Any, x: Tensor, forward: Any, backward: Any, *arguments: Any) -> Tensor:
+        ctx.transposed, ctx.arguments = backward, arguments
+        y: Tensor = forward(x, *arguments)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return select(grad, ctx.dim, ctx.route.own_index), None, None, None
+        rest = (None,) * (2 + len(ctx.arguments))
+        return ctx.transposed(grad, *ctx.arguments), *rest
 
 
-class _Scatter(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, route: Route, group: dist.ProcessGroup) -> Tensor:
-        ctx.dim, ctx.route, ctx.group = dim, route, group
-        _require_size(x, dim, len(route.receive_index))
-        return select(x, dim, route.own_index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _send(grad, ctx.dim, ctx.route, ctx.group), None, None, None
+def _identity(grad: Tensor, _: Any) -> Tensor:
+    return grad
 
 
-class _Exchange(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, route: Route, group: dist.ProcessGroup) -> Tensor:
-        ctx.dim, ctx.route, ctx.group = dim, route, group
-        return _send(x, dim, route, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dim, route = ctx.dim, ctx.route
-        num_kept, num_arrived = len(route.kept_index), len(route.receive_index)
-        arrived = unselect(grad, dim, route.receive_index, num_arrived)
-        sizes = [route.before, num_kept, num_arrived - route.before - num_kept]
-        before, kept, after = arrived.split(sizes, dim)
-        total = unselect(kept, dim, route.kept_index, route.size)
-        if route.communicates:
-            others = torch.cat([before, after], dim)
-            back = all_to_all(others, dim, route.receive_splits, route.send_splits, ctx.group)
-            total = added(total, dim, route.send_index, back)
-        return total, None, None, None
+def _aliased(x: Tensor, _: Any) -> Tensor:
+    return same(x)
 
 
-class _ScatterSum(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, dim: int, owners: Parts, rank: int, group: dist.ProcessGroup
-    ) -> Tensor:
-        ctx.dim, ctx.owners, ctx.own, ctx.group = dim, owners, len(owners[rank]), group
-        _require_size(x, dim, len(flat(owners)))
-        shape = _resized(x, {dim: ctx.own})
-        first, *others = swap(x, dim, owners, [shape] * len(owners), group)
-        return sum(others, first)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dim, owners = ctx.dim, ctx.owners
-        all_of_it = (tuple(range(ctx.own)),) * len(owners)
-        shapes = [_resized(grad, {dim: len(part)}) for part in owners]
-        parts = swap(grad, dim, all_of_it, shapes, ctx.group)
-        return in_order(parts, dim, owners), None, None, None, None
+def _own_part(x: Tensor, dim: int, route: Route, _: dist.ProcessGroup) -> Tensor:
+    _require_size(x, dim, len(route.receive_index))
+    return select(x, dim, route.own_index)
 
 
-class _Transpose(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, route: TransposeRoute, group: dist.ProcessGroup) -> Tensor:
-        ctx.route, ctx.size, ctx.group = route, x.shape[route.to_dim], group
-        _require_size(x, route.from_dim, len(route.owners[route.rank]))
-        needed = len(route.needs[route.rank])
-        shapes = [
-            _resized(x, {route.from_dim: len(part), route.to_dim: needed}) for part in route.owners
-        ]
-        parts = swap(x, route.to_dim, route.needs, shapes, group)
-        return in_order(parts, route.from_dim, route.owners)
+def _send_back(grad: Tensor, dim: int, route: Route, group: dist.ProcessGroup) -> Tensor:
+    num_kept, num_arrived = len(route.kept_index), len(route.receive_index)
+    arrived = unselect(grad, dim, route.receive_index, num_arrived)
+    sizes = [route.before, num_kept, num_arrived - route.before - num_kept]
+    before, kept, after = arrived.split(sizes, dim)
+    total = unselect(kept, dim, route.kept_index, route.size)
+    if route.communicates:
+        others = torch.cat([before, after], dim)
+        back = all_to_all(others, dim, route.receive_splits, route.send_splits, group)
+        total = added(total, dim, route.send_index, back)
+    return total
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        route = ctx.route
-        owned = len(route.owners[route.rank])
-        shapes = [
-            _resized(grad, {route.from_dim: owned, route.to_dim: len(need)}) for need in route.needs
-        ]
-        parts = swap(grad, route.from_dim, route.owners, shapes, ctx.group)
-        return summed(parts, route.to_dim, route.needs, ctx.size), None, None
+
+def _sum_parts(x: Tensor, dim: int, owners: Parts, rank: int, group: dist.ProcessGroup) -> Tensor:
+    _require_size(x, dim, len(flat(owners)))
+    shape = _resized(x, {dim: len(owners[rank])})
+    first, *others = swap(x, dim, owners, [shape] * len(owners), group)
+    return sum(others, first)
+
+
+def _join_parts(
+    grad: Tensor, dim: int, owners: Parts, rank: int, group: dist.ProcessGroup
+) -> Tensor:
+    all_of_it = (tuple(range(len(owners[rank]))),) * len(owners)
+    shapes = [_resized(grad, {dim: len(part)}) for part in owners]
+    return in_order(swap(grad, dim, all_of_it, shapes, group), dim, owners)
+
+
+def _transpose(x: Tensor, route: TransposeRoute, _: int, group: dist.ProcessGroup) -> Tensor:
+    _require_size(x, route.from_dim, len(route.owners[route.rank]))
+    needed = len(route.needs[route.rank])
+    shapes = [
+        _resized(x, {route.from_dim: len(part), route.to_dim: needed}) for part in route.owners
+    ]
+    parts = swap(x, route.to_dim, route.needs, shapes, group)
+    return in_order(parts, route.from_dim, route.owners)
+
+
+def _transpose_back(
+    grad: Tensor, route: TransposeRoute, size: int, group: dist.ProcessGroup
+) -> Tensor:
+    owned = len(route.owners[route.rank])
+    shapes = [
+        _resized(grad, {route.from_dim: owned, route.to_dim: len(need)}) for need in route.needs
+    ]
+    parts = swap(grad, route.from_dim, route.owners, shapes, group)
+    return summed(parts, route.to_dim, route.needs, size)
 
 
 def _send(x: Tensor, dim: int, route: Route, group: dist.ProcessGroup) -> Tensor:

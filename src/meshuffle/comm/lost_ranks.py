@@ -53,7 +53,7 @@ def is_lost(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def told_when_lost(folder: Path, rank: int, world: int, step: Any) -> Iterator[None]:
+def record_lost_ranks(folder: Path, rank: int, world: int, step: Any) -> Iterator[None]:
     """Write down, in a `with` block, what this rank did when it lost the others.
 
     Args:
@@ -71,10 +71,10 @@ def told_when_lost(folder: Path, rank: int, world: int, step: Any) -> Iterator[N
         if not is_lost(error):
             raise
         op = getattr(error, "op", "") or last_op()
-        found = Waiting(rank, world, op, step(), in_words(error))
+        waiting = Waiting(rank, world, op, step(), in_words(error))
         with contextlib.suppress(OSError):
-            _write(folder, found)
-        raise RankFailed(str(found)) from error
+            _write(folder, waiting)
+        raise RankFailed(str(waiting)) from error
 
 
 def last_op() -> str:
@@ -92,11 +92,11 @@ def _recorded() -> dict[str, Any]:
         return {}
 
 
-def _write(folder: Path, found: Waiting) -> None:
+def _write(folder: Path, waiting: Waiting) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"rank-{found.rank}.json"
+    path = folder / f"rank-{waiting.rank}.json"
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({**vars(found), "flight_recorder": _recorded()}))
+    temporary.write_text(json.dumps({**vars(waiting), "flight_recorder": _recorded()}))
     temporary.replace(path)
 
 
@@ -112,9 +112,9 @@ def ranks_in_words(ranks: Sequence[int]) -> str:
 
 def read_waiting(folder: Path) -> list[Waiting]:
     """Return what the ranks wrote, in their order."""
-    found = []
+    records = []
     for path in sorted(folder.glob("rank-*.json")):
         with contextlib.suppress(ValueError, KeyError, OSError):
             values = json.loads(path.read_text())
-            found.append(Waiting(**{name: values[name] for name in Waiting.__annotations__}))
-    return sorted(found, key=lambda waiting: waiting.rank)
+            records.append(Waiting(**{name: values[name] for name in Waiting.__annotations__}))
+    return sorted(records, key=lambda waiting: waiting.rank)

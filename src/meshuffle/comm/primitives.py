@@ -48,7 +48,7 @@ def swap(
 
     Args:
         x: its blocks travel flat, `dim` outermost, so those that arrive may differ in any dim.
-        shapes: of what arrives from each rank.
+        shapes: sizes of the block that arrives from each rank.
     """
     pieces = _pieces(x, dim, parts)
     row, received = math.prod(pieces.shape[1:]), pieces.view(-1)

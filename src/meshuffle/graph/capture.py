@@ -43,7 +43,7 @@ def capture(model: nn.Module, example: Tensor | Sequence[Tensor], *, train: bool
             "at least 2"
         )
     with _in_mode(model, train), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's own internals, none of the caller's doing
+        warnings.simplefilter("ignore")  # they are about torch's internals, not the caller's model
         try:
             program = _export(model, inputs, Dim.AUTO)
             if len(program.range_constraints) > 1:  # inputs whose batches nothing ties
@@ -99,7 +99,7 @@ def _inline_autocast(module: fx.GraphModule) -> None:
 def _leave_caches(graph: fx.Graph) -> None:
     """Drop the write to a buffer that is made anew in another shape and never read.
 
-    Such a one depends on the size of the input alone (timm's ConViT); torch writes it by `copy_`.
+    It depends on the size of the input alone (timm's ConViT); torch writes it by `copy_`.
     """
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
         buffer, value = node.args

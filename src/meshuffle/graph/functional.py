@@ -1,10 +1,10 @@
-"""The program without in-place ops and without shuffles spelt in three: what layouts are put on.
+"""The functional program, which layouts are put on: no in-place ops, each shuffle one op.
 
 Four rewrites of a copy of the program:
 
 - In-place ops become functional ones, and what reads their target afterwards reads their result.
-  Buffers that the model updates stay in place. So does, as it stands, an op whose memory an
-  older value also shows: those are `pinned`, and run whole on every rank.
+  Two kinds stay in place: updates of the model's buffers, and ops on memory that an older value
+  also shows. The latter are `pinned`: they run whole on every rank.
 - A chain of movements that only reorders one dim (view, transpose and flatten: the channel
   shuffle) becomes one `reorder`, so that its index map is known whatever lies behind it.
 - A parameter that has several names is read by the first.
@@ -22,7 +22,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from meshuffle.graph.graph import Graph
-from meshuffle.graph.node import is_in_place, memory_owners, packet_of
+from meshuffle.graph.node import is_in_place, is_tensor, memory_owners, packet_of
 from meshuffle.graph.random_ops import number_draws
 from meshuffle.graph.runtime_ops import reorder
 
@@ -111,11 +111,11 @@ def _pinned(graph: Graph) -> set[str]:
 
 def _rebound(target: Node) -> set[Node]:
     """Return `target` and the values that it is the in-place result of."""
-    found = {target}
+    values = {target}
     while is_in_place(target):
         target = target.args[0]  # type: ignore[assignment]
-        found.add(target)
-    return found
+        values.add(target)
+    return values
 
 
 def _fuse_reorders(program: fx.Graph, graph: Graph, pinned: set[str]) -> None:
@@ -126,9 +126,9 @@ def _fuse_reorders(program: fx.Graph, graph: Graph, pinned: set[str]) -> None:
         before: Any = node
         while packet_of(before) in _PERMUTING:
             before = before.args[0]
-            found = _reordered(graph, before, node)
-            if found is not None:
-                dim, index = found
+            permutation = _reordered(graph, before, node)
+            if permutation is not None:
+                dim, index = permutation
                 with program.inserting_before(node):
                     call = program.call_function(reorder, (before, dim, index))
                 call.meta = dict(node.meta)
@@ -160,12 +160,9 @@ def _run(graph: Graph, before: Node, node: Node, ids: Tensor, batch: int) -> Ten
         return ids
 
     def concrete(argument: Any) -> Any:
-        if isinstance(argument, Node):
-            value = argument.meta.get("val")
-            if isinstance(value, Tensor):
-                return _run(graph, before, argument, ids, batch)
-            return graph.number(value, batch) if isinstance(value, int | torch.SymInt) else value
-        return argument
+        if isinstance(argument, Node) and is_tensor(argument):
+            return _run(graph, before, argument, ids, batch)
+        return graph.concrete(argument, batch)
 
     args, kwargs = pytree.tree_map(concrete, (node.args, node.kwargs))
     return node.target(*args, **kwargs)  # type: ignore[operator]

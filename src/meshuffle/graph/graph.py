@@ -27,15 +27,15 @@ class Op:
     """One call of the program at one batch size.
 
     Attributes:
-        name: of its value, unique in the Graph.
-        target: for example `aten.conv2d.default`.
+        name: name of the op's value, unique in the Graph.
+        target: the op that is called, for example `aten.conv2d.default`.
         module: dotted path of the module that made the call; empty at the root.
         inputs: names of the values, parameters and buffers that it reads, each once.
-        shapes: of its tensors; one, or several for `chunk` and the like.
-        dtype: of the first tensor; None where the value is a number.
+        shapes: sizes of its tensors: one, or several for `chunk` and the like.
+        dtype: dtype of the first tensor; None where the value is a number.
         flops: 2 per multiply-add of convolutions, matrix products and attention, as
             `torch.utils.flop_counter` has it; 0 for all else.
-        read_bytes, written_bytes: of tensors; 0 for a view.
+        read_bytes, written_bytes: bytes of the tensors that it reads and makes; 0 for a view.
         parameter_bytes: the part of `read_bytes` that is parameters.
         last_use: position of the last op that reads the memory of its value.
         owner: name of the value whose memory it shares; its own where it allocates.
@@ -59,9 +59,10 @@ class Graph:
     """What a model computes, with the cost of each op.
 
     Args:
-        program: of torch.export; its `graph` is the one IR for planning, lowering and export.
-        batch: samples of the example that it was captured with.
-        training: captured in train mode.
+        program: what torch.export returned; its `graph` is the one IR for planning, lowering and
+            export.
+        batch: samples of the example that the model was captured with.
+        training: whether the model was captured in train mode.
         tied: the first name of each parameter or buffer that has several, by the others.
     """
 
@@ -165,7 +166,7 @@ class Graph:
             inputs=tuple(n.name for n in inputs),
             shapes=shapes,
             dtype=outputs[0].dtype if outputs else None,
-            flops=flops_of(node, functools.partial(self._concrete, batch=batch)),
+            flops=flops_of(node, functools.partial(self.concrete, batch=batch)),
             read_bytes=sum(read.values()),
             written_bytes=self._num_bytes(node, batch) if allocates else 0,
             parameter_bytes=sum(read[n] for n in parameters),
@@ -173,8 +174,8 @@ class Graph:
             owner=owner.name,
         )
 
-    def _concrete(self, argument: Any, batch: int | None) -> Any:
-        """Return an argument of a node with shapes in place of tensors, numbers of symbols."""
+    def concrete(self, argument: Any, batch: int | None) -> Any:
+        """Return a node's argument with shapes in place of tensors and numbers of symbols."""
         if isinstance(argument, Node):
             argument = argument.meta.get("val")
         if isinstance(argument, Tensor):

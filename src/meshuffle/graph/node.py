@@ -75,8 +75,8 @@ def arguments_of(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dic
     schema = getattr(op, "_schema", None)
     if schema is None:
         return {**dict(zip(inspect.signature(op).parameters, args, strict=False)), **kwargs}
-    found = {a.name: kwargs.get(a.name, a.default_value) for a in schema.arguments}
-    return found | dict(zip(found, args, strict=False))
+    defaults = {a.name: kwargs.get(a.name, a.default_value) for a in schema.arguments}
+    return defaults | dict(zip(defaults, args, strict=False))
 
 
 def is_in_place(node: Node) -> bool:

@@ -12,7 +12,7 @@ from meshuffle.graph.node import arguments_of
 
 
 def number_draws(nodes: Iterable[Node]) -> None:
-    """Set `meta["draw"]` of each call that draws, from 0 on."""
+    """Set `meta["draw"]` of each call that draws random numbers: its number, from 0 on."""
     number = 0
     for node in nodes:
         if is_random(node.target) and draws_numbers(

@@ -1,25 +1,29 @@
 """A layout for every op: the assignment that sends the fewest bytes.
 
-To compute a large value whole on every rank, so as to send a small one, is no gain: its bytes count
-too, as the share of sent ones by which memory is faster than what links ranks.
+Computing a large value whole on every rank, so as to send a small one, is no gain. The bytes of
+whole values therefore count too, at a sixteenth of sent ones: memory is that much faster.
 
-Walks over the program. From its end to its start: in which layouts would readers like each
-value (so that a convolution in front of a shuffle learns which groups come behind it). From start
-to end: which choices each op has, given those and what can arrive. Both once more: how one operand
-arrives is how another is wanted (a unit's output in the layout of the residual that it is added
-to). From start to end again, a search over states: which layouts the values that are still to be
-read exist in, and the bytes sent so far. Two paths to the same state keep the cheaper one; of the
-states, the best few are kept.
+The search walks over the program five times:
+
+1. Backwards, it collects the layouts that readers of each value would like. So a convolution in
+   front of a shuffle learns which groups come behind it.
+2. Forwards, it lists the choices of each op, given those wishes and what can arrive.
+3. and 4. It repeats both walks, because how one operand arrives is how another is wanted: a unit's
+   output in the layout of the residual that it is added to.
+5. Forwards, it searches over states. A state says in which layouts the values exist that are still
+   to be read, and how many bytes were sent so far. Where two paths lead to the same state the
+   cheaper one stays, and of all states the best few.
 """
 
 from __future__ import annotations
 
+import functools
 import heapq
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.fx import Node
 
@@ -29,7 +33,7 @@ from meshuffle.graph import Graph
 from meshuffle.graph.node import is_tensor
 from meshuffle.layout.layout import Layout, Replicate, Shard, Window, even_size, unique
 from meshuffle.layout.program import Call, Program
-from meshuffle.layout.redistribution import Value, cheapest_path
+from meshuffle.layout.redistribution import cheapest_path
 from meshuffle.layout.rule import Choice, legal, replicated
 from meshuffle.layout.traffic import gradient_bytes
 
@@ -47,23 +51,21 @@ class Assignment:
     Attributes:
         program: the ops.
         choices: by the name of the op's value.
-        values: by name, what conversions of a value depend on.
-        flops: of each op, all ranks together, by name; of ops that have some.
+        flops: FLOPs of each op that has some, all ranks together, by name.
     """
 
     program: Program
     choices: dict[str, Choice]
-    values: dict[str, Value]
     flops: dict[str, int] = field(default_factory=dict)
 
     def sharded_fraction(self) -> float:
-        """Return the share of FLOPs in ops of which each rank does a part."""
+        """Return the fraction of FLOPs in ops of which each rank does a part."""
         total = sum(self.flops.values())
         split = sum(f for name, f in self.flops.items() if self.choices[name].split is not None)
         return split / total if total else 0.0
 
     def whole_flops(self) -> list[tuple[str, float]]:
-        """Return ops that every rank computes whole, with their share of FLOPs, largest first."""
+        """Return ops that every rank computes whole, and their part of the FLOPs, largest first."""
         total = sum(self.flops.values())
         alone = [name for name in self.flops if self.choices[name].split is None]
         return sorted(((n, self.flops[n] / total) for n in alone), key=lambda pair: -pair[1])
@@ -73,23 +75,18 @@ class Assignment:
         world = self.program.world
         load = [Fraction(0)] * world
         for name, flops in self.flops.items():
-            for rank, share in enumerate(self.work_fractions(name)):
-                load[rank] += share * flops
+            for rank, fraction in enumerate(self.work_fractions(name)):
+                load[rank] += fraction * flops
         return float(max(load) * world / sum(load)) if any(load) else 1.0
 
     def work_fractions(self, name: str) -> list[Fraction]:
-        """Return each rank's part of the work of an op; 1 each where all do all of it."""
+        """Return the fraction of an op's work that each rank does; 1 where all do all of it."""
         return _work_fractions(self.choices[name], self.program.batch, self.program.world)
 
     def resized(self, batch: int) -> Assignment:
         """Return the same choices for another number of samples; `flops` stay as they are."""
         program = Program(self.program.graph, batch, self.program.world)
-        values = {
-            node.name: replace(self.values[node.name], shape=program.shape(node), batch=batch)
-            for node in program.fx.nodes
-            if node.name in self.values
-        }
-        return Assignment(program, self.choices, values, self.flops)
+        return replace(self, program=program)
 
 
 def _work_fractions(choice: Choice, batch: int, world: int) -> list[Fraction]:
@@ -124,24 +121,29 @@ def assign(
     """
     program = Program(graph, graph.batch if batch is None else batch, world)
     search = _Search(program, prefer, stored or {})
-    found = search.run()
-    if world > 1 and not any(choice.split is not None for choice in found.values()):
+    choices = search.run()
+    if world > 1 and not any(choice.split is not None for choice in choices.values()):
         raise PlanError(
             f"tp={world}: no op of this model can be split in {world}; use a smaller tp, or dp"
         )
-    flops = {name: f for name, f in search.flops.items() if name in found and f}
-    return Assignment(program, found, search.values, flops)
+    flops = {name: f for name, f in search.flops.items() if name in choices and f}
+    return Assignment(program, choices, flops)
 
 
-class _State:
-    """(Cost, bytes of whole values) so far, and the layouts in which each live value exists."""
+class _State(NamedTuple):
+    """A point of the search, behind one of the calls.
 
-    __slots__ = ("choice", "cost", "forms", "parent")
+    Attributes:
+        cost: (cost, bytes of whole values) so far.
+        forms: the layouts in which each live value exists.
+        parent: the state behind the call before.
+        choice: the choice that led from there to here.
+    """
 
-    def __init__(
-        self, cost: tuple[int, int], forms: tuple[Any, ...], parent: Any, choice: Choice | None
-    ) -> None:
-        self.cost, self.forms, self.parent, self.choice = cost, forms, parent, choice
+    cost: tuple[int, int]
+    forms: tuple[Any, ...]
+    parent: Any
+    choice: Choice | None
 
 
 class _Search:
@@ -155,19 +157,9 @@ class _Search:
             for node in program.placeholders()
             if graph.names.get(node.name) in stored
         }
-        self.values = {n.name: self._value(n) for n in program.fx.nodes if is_tensor(n)}
         self.wanted: dict[Node, list[Any]] = {}
         self.possible: dict[Node, list[Any]] = {}
-        self._paths: dict[Any, Any] = {}
-
-    def _value(self, node: Node) -> Value:
-        return Value(
-            self.program.shape(node),
-            node.meta["val"].itemsize,
-            self.program.has_grad(node),
-            self.program.batch,
-            self.program.world,
-        )
+        self._path = functools.cache(self._uncached_path)
 
     def run(self) -> dict[str, Choice]:
         """Return the cheapest choice of each op, by name."""
@@ -178,7 +170,7 @@ class _Search:
             choices = {call.node: self._choices(call) for call in self.program.calls}
         return self._beam(choices)
 
-    # First walk
+    # Walks 1 and 3
 
     def _want(self, call: Call) -> None:
         node, wanted = call.node, self.wanted.get(call.node, [])
@@ -197,12 +189,12 @@ class _Search:
         for choice in legal(call, wanted, arriving):
             for source, layout in zip(call.inputs, choice.inputs, strict=True):
                 known = self.wanted.setdefault(source, [])
-                if isinstance(layout, Window):  # no value is made so: of its even parts, few move
+                if isinstance(layout, Window):  # no value is made so; few rows of even parts move
                     layout = call.even(layout.dim, call.shape(source)[layout.dim])
                 if isinstance(layout, Shard) and layout not in known and len(known) < _MOST_WANTED:
                     known.append(layout)
 
-    # Second walk
+    # Walks 2 and 4
 
     def _choices(self, call: Call) -> list[Choice]:
         node = call.node
@@ -213,30 +205,29 @@ class _Search:
             return []
         whole = replicated(call)
         arriving = [self.possible.get(source, []) for source in call.inputs]
-        found = legal(call, self.wanted.get(node, []), arriving)
-        found = self._preferred(node, found, whole)[:_MOST_CHOICES]
-        outputs: dict[Any, None] = dict.fromkeys(choice.output for choice in found)
+        choices = legal(call, self.wanted.get(node, []), arriving)
+        choices = self._preferred(node, choices, whole)[:_MOST_CHOICES]
+        outputs: dict[Any, None] = dict.fromkeys(choice.output for choice in choices)
         self.possible[node] = [o for o in outputs if o != whole.output][:_MOST_POSSIBLE]
-        return found
+        return choices
 
-    def _preferred(self, node: Node, found: list[Choice], whole: Choice) -> list[Choice]:
+    def _preferred(self, node: Node, choices: list[Choice], whole: Choice) -> list[Choice]:
         """Return what the search may take: sharded and balanced where the op has work to do."""
         flops = self.flops.get(node.name, 0)
-        if not flops or not found:
-            return [*found, whole]
+        if not flops or not choices:
+            return [*choices, whole]
         batch, world = self.program.batch, self.program.world
-        busiest = [max(_work_fractions(choice, batch, world)) for choice in found]
-        found = [
-            c for c, share in zip(found, busiest, strict=True) if share <= min(busiest) * 5 / 4
-        ]
-        if self.prefer and any(choice.kind == self.prefer for choice in found):
-            return [choice for choice in found if choice.kind == self.prefer]
-        return [*found, whole] if flops <= _SMALL * self.total_flops else found
+        busiest = {id(c): max(_work_fractions(c, batch, world)) for c in choices}
+        most = min(busiest.values()) * 5 / 4
+        balanced = [choice for choice in choices if busiest[id(choice)] <= most]
+        if self.prefer and any(choice.kind == self.prefer for choice in balanced):
+            return [choice for choice in balanced if choice.kind == self.prefer]
+        return [*balanced, whole] if flops <= _SMALL * self.total_flops else balanced
 
-    # Third walk
+    # Walk 5
 
     def _beam(self, choices: Mapping[Node, list[Choice]]) -> dict[str, Choice]:
-        last = self._last_reads()
+        last = self.program.last_reads()
         live: list[Node] = []
         states = [_State((0, 0), (), None, None)]
         order: list[Node] = []
@@ -245,18 +236,18 @@ class _Search:
             place = {n: j for j, n in enumerate(live)}
             stay = [j for j, n in enumerate(live) if last.get(n, -1) > i]
             is_read = last.get(node, -1) > i
-            found: dict[Any, _State] = {}
+            reached: dict[Any, _State] = {}
             for state in states:
                 for option in self._options(call, choices, state, place):
                     cost, forms, output, choice = option
                     kept = tuple(forms[j] for j in stay)
                     kept = (*kept, frozenset((output,))) if is_read else kept
-                    known = found.get(kept)
+                    known = reached.get(kept)
                     if known is None or cost < known.cost:
-                        found[kept] = _State(cost, kept, state, choice)
+                        reached[kept] = _State(cost, kept, state, choice)
             live = [live[j] for j in stay] + ([node] if is_read else [])
             order.append(node)
-            states = heapq.nsmallest(_BEAM, found.values(), key=lambda s: s.cost)
+            states = heapq.nsmallest(_BEAM, reached.values(), key=lambda s: s.cost)
             if not states:
                 raise PlanError(f"no layout of {node.name} follows from those of its inputs")
         best = self._end(states, live)
@@ -284,7 +275,7 @@ class _Search:
             forms = list(state.forms)
             cost, whole = state.cost[0] + _SENT * choice.sent_bytes, state.cost[1]
             if choice.split is None and is_tensor(node):
-                num_bytes = self.values[node.name].num_bytes
+                num_bytes = self.program.num_bytes(node)
                 cost, whole = cost + num_bytes // _LARGE * _LARGE, whole + num_bytes
             for source, layout in zip(call.inputs, choice.inputs, strict=True):
                 j = place.get(source)
@@ -297,16 +288,9 @@ class _Search:
             else:
                 yield (cost, whole), forms, choice.output, choice
 
-    def _path(self, source: Node, forms: Any, layout: Layout) -> tuple[int, Any] | None:
+    def _uncached_path(self, source: Node, forms: Any, layout: Layout) -> tuple[int, Any] | None:
         """Return the bytes of having a value in `layout`, and the layouts in which it then is."""
-        key = (source, forms, layout)
-        if key not in self._paths:
-            self._paths[key] = self._find_path(source, forms, layout)
-        found: tuple[int, Any] | None = self._paths[key]
-        return found
-
-    def _find_path(self, source: Node, forms: Any, layout: Layout) -> tuple[int, Any] | None:
-        value = self.values[source.name]
+        value = self.program.value(source)
         if forms is None:
             if source in self.stored:
                 forms = frozenset((self.stored[source],))
@@ -316,15 +300,6 @@ class _Search:
         if path is None:
             return None
         return sum(s.sent_bytes for s in path), forms | {s.target for s in path}
-
-    def _last_reads(self) -> dict[Node, int]:
-        last: dict[Node, int] = {}
-        for i, call in enumerate(self.program.calls):
-            for source in call.node.all_input_nodes:
-                if source.op == "call_function":
-                    last[source] = i
-        end = len(self.program.calls)
-        return last | {node: end for node in self.program.outputs() if node.op == "call_function"}
 
     def _end(self, states: Sequence[_State], live: Sequence[Node]) -> _State:
         """Return the state from which the outputs are made whole at the lowest cost."""
@@ -344,10 +319,6 @@ class _Search:
 
 def _completed(wanted: Sequence[Mapping[int, Layout]], num: int) -> list[tuple[Layout, ...]]:
     """Return what is wanted of several results together, where something is wanted of each."""
-    found = []
-    for pieces in wanted:
-        first = {i: next((w[i] for w in wanted if i in w), None) for i in range(num)}
-        whole = tuple(pieces.get(i, first[i]) for i in range(num))
-        if None not in whole:
-            found.append(whole)
-    return found  # type: ignore[return-value]
+    first = {i: next((w[i] for w in wanted if i in w), None) for i in range(num)}
+    filled = [tuple(pieces.get(i, first[i]) for i in range(num)) for pieces in wanted]
+    return [whole for whole in filled if None not in whole]  # type: ignore[misc]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from meshuffle.graph import Graph
 from meshuffle.graph.functional import functional_program
 from meshuffle.graph.node import arguments_of, is_tensor, is_tuple, packet_of, tensors_of_node
 from meshuffle.layout.layout import Samples, Shard
+from meshuffle.layout.redistribution import Value
 
 aten = torch.ops.aten
 
@@ -31,7 +31,7 @@ class Program:
     """A Graph's functional program at one batch size, on `world` ranks of the `tp` axis.
 
     Attributes:
-        calls: what is computed, in order.
+        calls: the ops, in order.
         pinned: names of calls that must run whole on every rank.
     """
 
@@ -41,6 +41,7 @@ class Program:
         self.calls = [Call(self, node) for node in self.fx.nodes if node.op == "call_function"]
         self._shapes: dict[Node, tuple[int, ...]] = {}
         self._samples: dict[Node, int | None] = {}
+        self._values: dict[Node, Value] = {}
         self._grads: dict[Node, bool] = {}
         for node in self.fx.nodes:
             self.has_grad(node)  # from front to back: no deep recursion
@@ -87,12 +88,10 @@ class Program:
     def samples_dim(self, node: Node) -> int | None:
         """Return the dim whose size is a multiple of the batch, or None."""
         if node not in self._samples:
-            self._samples[node] = self._find_samples(node)
+            value = node.meta.get("val")
+            dim = self.samples_dim_of(value) if isinstance(value, Tensor) else None
+            self._samples[node] = dim
         return self._samples[node]
-
-    def _find_samples(self, node: Node) -> int | None:
-        value = node.meta.get("val")
-        return self.samples_dim_of(value) if isinstance(value, Tensor) else None
 
     def samples_dim_of(self, value: Tensor) -> int | None:
         """Return the dim of a captured tensor whose size is a multiple of the batch, or None."""
@@ -109,28 +108,39 @@ class Program:
             return None
         return following[0]
 
+    def last_reads(self) -> dict[Node, int]:
+        """Return the position of the last call that reads each node; outputs are read last."""
+        readers = [call.node for call in self.calls]
+        readers += [node for node in self.fx.nodes if node.op == "output"]
+        last: dict[Node, int] = {}
+        for i, reader in enumerate(readers):
+            last |= dict.fromkeys(reader.all_input_nodes, i)
+        return last
+
     def live_behind(self) -> list[list[Node]]:
         """Return, for each call, the values that exist behind it and are read later.
 
         Inputs are among them. Parameters, buffers and numbers are not: every stage has its own.
         """
-        calls = [call.node for call in self.calls]
-        place = {node: i for i, node in enumerate(calls)}
-        last: dict[Node, int] = {}
-        for node in [*calls, *(n for n in self.fx.nodes if n.op == "output")]:
-            for source in node.all_input_nodes:
-                if source.op == "call_function" or self.graph.is_input(source.name):
-                    last[source] = place.get(node, len(calls))
-        live: list[list[Node]] = [[] for _ in calls]
-        for source, end in last.items():
-            if is_tensor(source) or is_tuple(source):
-                for i in range(place.get(source, 0), min(end, len(calls))):
+        place = {call.node: i for i, call in enumerate(self.calls)}
+        live: list[list[Node]] = [[] for _ in self.calls]
+        for source, end in self.last_reads().items():
+            is_value = source.op == "call_function" or self.graph.is_input(source.name)
+            if is_value and (is_tensor(source) or is_tuple(source)):
+                for i in range(place.get(source, 0), min(end, len(self.calls))):
                     live[i].append(source)
         return live
 
     def num_bytes(self, node: Node) -> int:
         """Return the bytes of a tensor."""
-        return math.prod(self.shape(node)) * int(node.meta["val"].itemsize)
+        return self.value(node).num_bytes
+
+    def value(self, node: Node) -> Value:
+        """Return what the cost of redistributing a tensor depends on."""
+        if node not in self._values:
+            itemsize, has_grad = node.meta["val"].itemsize, self.has_grad(node)
+            self._values[node] = Value(self.shape(node), itemsize, has_grad, self.batch, self.world)
+        return self._values[node]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""How a value gets from one layout into another, and the bytes that this costs.
+"""How a value is redistributed from one layout to another, and the bytes that this costs.
 
     from \\ to    Replicate   Varying     Partial   Shard, Samples   Window
     Replicate                pvary       divide    scatter          (by Varying)
@@ -8,7 +8,7 @@
     Samples                                        transpose
 
 Bytes are those of the ring and direct algorithms, summed over ranks: `forward` for the value,
-`backward` for its gradient.
+`backward` for its gradient. `divide` makes of a whole value x the terms x / world of a sum.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ from meshuffle.layout.routes import sent_elements
 
 @dataclass(frozen=True)
 class Value:
-    """What the cost of a conversion depends on.
+    """What the cost of a redistribution depends on.
 
     Attributes:
-        shape: of the whole.
+        shape: sizes of the whole value.
         itemsize: bytes of an element.
-        has_grad: a gradient flows into it.
-        batch, world: samples of the step, and ranks of the `tp` axis.
+        has_grad: whether a gradient flows into the value.
+        batch: samples of the step.
+        world: ranks of the `tp` axis.
     """
 
     shape: tuple[int, ...]
@@ -52,13 +53,13 @@ class Value:
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole."""
+        """Bytes of the whole value."""
         return math.prod(self.shape) * self.itemsize
 
 
 @dataclass(frozen=True)
 class Redistribution:
-    """One conversion."""
+    """One collective that leads from one layout to another, and the bytes that it sends."""
 
     source: Layout
     target: Layout
@@ -67,12 +68,12 @@ class Redistribution:
 
     @property
     def sent_bytes(self) -> int:
-        """Both paths together."""
+        """Forward and backward together."""
         return self.forward + self.backward
 
     @property
     def name(self) -> str:
-        """What the table of this module, and the lowered code, call it."""
+        """The name in the table of this module and in the lowered code."""
         return name_of(self.source, self.target) or "nothing"
 
 
@@ -89,14 +90,21 @@ def held_indices(
 def cheapest_path(
     value: Value, available: Collection[Layout], target: Layout
 ) -> tuple[Redistribution, ...] | None:
-    """Return the cheapest path from any of the layouts that there are; empty where it is one."""
+    """Return the redistributions that lead to `target` at the lowest cost, at most two.
+
+    Args:
+        available: the layouts in which the value exists; the path is empty where `target` is one.
+
+    Returns:
+        None where nothing leads there.
+    """
     if target in available:
         return ()
-    found = [(step,) for source in available if (step := _direct(value, source, target))]
     middles: list[Layout] = [Replicate(), Varying()]
     if isinstance(target, Window) and value.shape[target.dim] >= value.world:
         middles.append(Shard.even(target.dim, value.shape[target.dim], value.world))
-    paths: list[tuple[Redistribution, ...]] = list(found)
+    direct = (_direct(value, source, target) for source in available)
+    paths: list[tuple[Redistribution, ...]] = [(one,) for one in direct if one]
     for middle, source in itertools.product(middles, available):
         first = _direct(value, source, middle)
         second = _direct(value, middle, target)
@@ -128,11 +136,11 @@ _RINGS = {
     "gather": (1, 0),
     "all_gather": (1, 1),
 }
-"""How often the whole goes round a ring of the ranks, forward and backward."""
+"""How many times the whole value travels round a ring of the ranks, forward and backward."""
 
 
 def name_of(source: Layout, target: Layout) -> str | None:
-    """Return what the one collective from `source` to `target` is called; None if there is none."""
+    """Return the name of the one collective from `source` to `target`; None if there is none."""
     match source, target:
         case _ if source == target:
             return None

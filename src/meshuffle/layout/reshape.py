@@ -1,4 +1,4 @@
-"""What becomes of a sharded dim when a tensor is reshaped, and whether a rank can do it alone."""
+"""Which layout a sharded tensor has after a reshape, where each rank can reshape its part alone."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def reshaped(layout: Shard, before: Sizes, after: Sizes) -> tuple[Shard, ...]:
     the ranks are no blocks of any dim of the result.
 
     Args:
-        layout: of the tensor before.
+        layout: the layout before the reshape.
         before, after: sizes of the whole tensor, of equal products.
     """
     if math.prod(before) == 0:
@@ -62,9 +62,9 @@ def reshaped(layout: Shard, before: Sizes, after: Sizes) -> tuple[Shard, ...]:
         .reshape(-1)
         for part in layout.owners
     ]
-    found = (_as_blocks(parts, sizes_new, d) for d in range(len(new)))
+    owners_by_dim = (_as_blocks(parts, sizes_new, d) for d in range(len(new)))
     return tuple(
-        Shard(new.start + d, owners) for d, owners in enumerate(found) if owners is not None
+        Shard(new.start + d, owners) for d, owners in enumerate(owners_by_dim) if owners is not None
     )
 
 

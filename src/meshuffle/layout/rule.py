@@ -37,12 +37,12 @@ class Choice:
     """One legal way to compute an op on all ranks.
 
     Attributes:
-        inputs: how each tensor of `Call.inputs` must lie.
-        output: how the result then lies; of an op with several results, one each.
+        inputs: the layout that each tensor of `Call.inputs` must have.
+        output: the layout that the result then has; a tuple where the op has several results.
         split: the layout whose parts divide the work; None where every rank does all of it.
-        kind: the dimension that it prefers, as a plan text names it.
+        kind: the dimension that is split, as a plan text names it.
         local: writes the rank's computation where it is not the same call on the rank's parts.
-        sent_bytes: what the op itself sends, over all ranks, forward and backward.
+        sent_bytes: bytes that the op itself sends, over all ranks, forward and backward.
     """
 
     inputs: tuple[Layout, ...]
@@ -58,7 +58,7 @@ class Emitter(ABC):
 
     Attributes:
         given: the op's arguments by name, with the rank's values in place of tensors.
-        rank: along the `tp` axis.
+        rank: this rank's number along the `tp` axis.
     """
 
     given: dict[str, Any]
@@ -76,7 +76,7 @@ class Emitter(ABC):
     def sizes(self, *, exact: bool = False) -> list[Any]:
         """Return the sizes of the rank's part of the result.
 
-        One that follows the batch is −1, or where `exact` a value of the module.
+        A size that follows the batch is −1, or where `exact` a value of the module.
         """
 
     @abstractmethod
@@ -108,7 +108,7 @@ class Query(Call):
         """Yield splits to try: as wanted, as an input arrives, by samples of that input.
 
         Args:
-            wanted: of the input, where it does not lie as the result does.
+            wanted: layouts of `x` that suit the readers; None where it lies as the result does.
         """
         first = self.wanted if wanted is None else wanted
         return splits([*first, *self.arriving[x], self.samples(x)])

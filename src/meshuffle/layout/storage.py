@@ -13,12 +13,19 @@ from meshuffle.layout.layout import Layout, Partial, Replicate, Shard
 class Storage:
     """In which layout each parameter and buffer is kept, and what its gradient is.
 
-    One that every op reads in the same part is kept in that part. A gradient is whole on each
-    rank where the parameter is used whole, a term of a sum where ranks use it in different parts;
-    in a parameter that is `used_both_ways`, each use in parts sums its own.
+    A parameter that every op reads in the same part is kept in that part alone. Other parameters
+    are kept whole. The gradient of one that is used whole is whole on each rank; the gradient of
+    one of which ranks use different parts is a term of a sum.
+
+    Attributes:
+        layouts: the layout of each parameter and buffer that is kept in parts.
+        used_in_parts: whole parameters of which each rank uses a part.
+        used_both_ways: parameters that are used whole and in parts; each use in parts sums its own
+            gradient.
 
     Args:
-        stored: how they are kept already, by name, whole where it lacks them; None is to be chosen.
+        stored: layouts in which they are kept already, by name, whole where it lacks them. None
+            chooses them.
     """
 
     def __init__(self, assignment: Assignment, stored: Mapping[str, Layout] | None) -> None:

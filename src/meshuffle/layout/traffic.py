@@ -22,8 +22,8 @@ class Sent:
     """What one collective of a step sends, in bytes, by all `tp` ranks of one replica together.
 
     Attributes:
-        name: of the module that sends.
-        value: whose parts are sent.
+        name: the module that sends.
+        value: the value whose parts are sent.
         forward, backward: for the value, and for its gradient.
         is_statistics: a batch norm sends it, to join the statistics of several ranks.
     """
@@ -40,9 +40,9 @@ class Crossing:
     """A value that one pipeline stage sends to the next, rank by rank of the `tp` axis.
 
     Attributes:
-        node: of the whole program.
-        layout: in which it is sent; its gradient comes back in the same parts.
-        has_grad: whether one comes back.
+        node: the value, in the whole program.
+        layout: the layout in which it is sent; its gradient comes back in the same parts.
+        has_grad: whether a gradient comes back.
     """
 
     node: Node
@@ -51,7 +51,7 @@ class Crossing:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the value, as it was captured."""
+        """The dtype of the value, as it was captured."""
         dtype: torch.dtype = self.node.meta["val"].dtype
         return dtype
 
@@ -77,8 +77,8 @@ class Traffic:
     """What one pipeline stage sends.
 
     Attributes:
-        sent: each collective, in order.
-        reduced_bytes: what the reduction of parameter gradients over the `tp` axis sends.
+        sent: its collectives, in order.
+        reduced_bytes: bytes that the reduction of parameter gradients over the `tp` axis sends.
         leaving: the values that go to the next stage, in order.
     """
 
@@ -93,7 +93,7 @@ def sent_across_cuts(
     """Return what one replica's ranks send across cuts for a micro-batch, there and back.
 
     Args:
-        stages: of the pipeline, in order.
+        stages: the stages of the pipeline, in order.
         ranks: the rank of the `pp` axis that holds each stage.
         program: the whole model.
         batch: samples of the micro-batch.

@@ -1,1 +1,1 @@
-"""From a Plan to ranks that compute together: lowering, conversions, batch norm, gradients."""
+"""From a Plan to ranks that compute together: lowering, pipeline, batch norm, gradients."""

@@ -122,8 +122,8 @@ class ForwardBackward:
 
     Args:
         module: bound to `ranks`, with a pipeline of one stage or several.
-        num_micro_batches: of a step.
-        seed: of the random masks.
+        num_micro_batches: micro-batches of a step.
+        seed: seed of the random masks.
     """
 
     def __init__(self, module: Parallel, ranks: Ranks, num_micro_batches: int, seed: int) -> None:

@@ -27,7 +27,7 @@ from torch.autograd import Function
 
 from meshuffle.comm.exchange import Exchange
 
-# An operator of torch takes numbers, not objects; small ones, so that compiled code is found again.
+# An operator of torch takes numbers, not objects. Small ones, so that compiled code is reused.
 _EXCHANGES: WeakValueDictionary[int, Exchange] = WeakValueDictionary()
 
 
@@ -84,7 +84,7 @@ def joint_batch_norm(
     Args:
         weight, bias, running_mean, running_var: (C,), or None.
         momentum: weight of this batch in the running statistics.
-        handle: of the exchange between the ranks, see `exchange_handle`.
+        handle: number of the exchange between the ranks, see `exchange_handle`.
     """
     num_channels = x.shape[1]
     weight = x.new_ones(num_channels) if weight is None else weight
@@ -266,9 +266,9 @@ def local_norm(
 ) -> Tensor:
     """Return `x` (N, C, …) normalised with its own statistics, and update the running ones.
 
-    Of one value per channel torch's running variance would be 0 / 0: it is given twice. (The
-    running ones are left to torch, whose update is not a change in autograd's eyes: the backward of
-    an earlier micro-batch has saved them.)
+    Where a channel has one value, torch's running variance would be 0 / 0, so the value is given
+    twice. (torch updates the running statistics, because autograd does not take that for a change:
+    the backward of an earlier micro-batch has saved them.)
     """
     running = (running_mean, running_var)
     if x.numel() == x.shape[1]:

@@ -1,14 +1,15 @@
-"""From a model and a plan to what one rank runs: the one path of every verb."""
+"""From a model and a plan to what one rank runs: the one path of every verb.
+
+schedule ──▶ capture ──▶ layouts ──▶ cuts ──▶ one rank's code ──▶ its groups ──▶ its pipeline
+             └────────────── parallel.module ──────────────┘
+"""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from meshuffle.layout.program import Program
-from meshuffle.parallel.module import Parallel
+from meshuffle.parallel.module import Costs, Parallel
 from meshuffle.parallel.pipeline import Pipeline
 from meshuffle.parallel.ranks import Ranks
 from meshuffle.planner.costs import estimated
@@ -24,7 +25,7 @@ def build(
     device: torch.device,
     *,
     num_micro_batches: int | None = None,
-    costs: Callable[[Program], Mapping[str, float]] = estimated,
+    costs: Costs = estimated,
     always_pipeline: bool = False,
 ) -> Parallel:
     """Return this rank's part of `model`, which communicates in the groups of `ranks`.
@@ -32,11 +33,11 @@ def build(
     Args:
         model: whole, in the mode that it is first run in; it is not changed.
         example: inputs of a replica's micro-batch; only shapes and dtypes count.
-        plan: what is split, and where.
+        plan: how the model is split.
         ranks: the mesh that this rank has joined. None lowers the first rank's part, which then
             can be counted and printed but not run.
         device: where this rank computes.
-        num_micro_batches: of a step; None takes the plan's.
+        num_micro_batches: micro-batches of a step; None takes the plan's.
         costs: seconds of each call, by name, for choosing cuts where the plan has none.
         always_pipeline: run the model by a pipeline even where it has a single stage, so that a
             step can be cut into micro-batches.

@@ -20,11 +20,11 @@ class StageCode(Traffic):
 
     Attributes:
         graph: calls on this rank's parts; parameters by the model's own names.
-        modules: conversions and draws that it calls, by name.
+        modules: redistributions and random masks that it calls, by name.
         stored: the layout of each parameter and buffer that is not whole, by the model's name.
         summed_over_tp: parameters whose gradient on this rank is a term of a sum over the `tp`
             axis.
-        sources: by name of a value of `graph`, the program's value and its layout.
+        sources: for each value of `graph`, by name, the program's value and its layout.
         names: the parameters, buffers and constants that it reads.
     """
 
@@ -38,9 +38,9 @@ class StageCode(Traffic):
 
 def stages_of(model: nn.Module, codes: Sequence[StageCode]) -> dict[str, frozenset[int]]:
     """Return the stages that read each parameter, buffer and constant, by all of its names."""
-    found: dict[str, frozenset[int]] = {}
+    stages: dict[str, frozenset[int]] = {}
     for stage, code in enumerate(codes):
         for name in code.names:
-            found[name] = found.get(name, frozenset()) | {stage}
+            stages[name] = stages.get(name, frozenset()) | {stage}
     tied, names = tied_names(model), dict(named_tensors(model))
-    return found | {n: found.get(tied.get(n, n), frozenset((0,))) for n in names}
+    return stages | {n: stages.get(tied.get(n, n), frozenset((0,))) for n in names}

@@ -1,4 +1,4 @@
-"""From an assignment to one rank's code: the program again, on parts, with its conversions.
+"""From an assignment to one rank's code: the program on parts, with redistributions between.
 
 Pure: rank and world are plain numbers and no process group is needed, so that a plan can be
 lowered, printed and counted anywhere. Every rank walks the same list of choices, and so all agree
@@ -63,13 +63,13 @@ def lower_stages(
     """Return what `rank` of the `tp` axis runs in each pipeline stage.
 
     Args:
-        assignment: of the whole model.
+        assignment: the layouts of the whole model.
         rank: 0 … tp − 1.
         cuts: how many calls of the program lie in front of each cut.
         replicas: ranks of the `dp` axis: batch norm joins their statistics too.
-        device: in place of those that the program names; None is the CPU.
-        stored: layouts that parameters and buffers have already, whole where it lacks them; None
-            is to be chosen.
+        device: replaces the devices that the program names; None is the CPU.
+        stored: layouts that parameters and buffers have already, whole where it lacks them. None
+            chooses them.
 
     Raises:
         ModelError: an op draws random numbers in a way that cannot be kept equal.
@@ -118,8 +118,8 @@ class _Lowering(Emitter):
         """Write calls `first` … `last` − 1.
 
         Args:
-            arriving: from the stage before; None where the caller passes the model's inputs.
-            leaving: what the next stage needs; None where the model's outputs are returned.
+            arriving: values from the stage before; None where the caller passes the model's inputs.
+            leaving: values that the next stage needs; None where the model's outputs are returned.
         """
         self._take_in(arriving)
         for node in self.program.placeholders():
@@ -151,7 +151,7 @@ class _Lowering(Emitter):
             self.env[crossing.node] = {crossing.layout: graph.placeholder(f"{name}_given")}
 
     def _send_on(self, node: Node) -> Any:
-        """Return a value as it goes to the next stage: as it was made, a sum where there is one."""
+        """Return a value as it goes to the next stage: as it was made, or summed if that exists."""
         forms = self.env[node]
         made = next(iter(forms))
         layout = Replicate() if isinstance(made, Partial) and Replicate() in forms else made
@@ -170,7 +170,7 @@ class _Lowering(Emitter):
                 self.code.stored[name] = layout
             if node in self._storage.used_in_parts:
                 self.code.summed_over_tp.add(name)
-                value = self.assignment.values[node.name]
+                value = self.program.value(node)
                 self.code.reduced_bytes += gradient_bytes(value, Varying())
 
     # Values
@@ -182,16 +182,16 @@ class _Lowering(Emitter):
         forms = self.env[node]
         if layout in forms:
             return forms[layout]
-        value = self.assignment.values[node.name]
+        value = self.program.value(node)
         if (
             node.op == "placeholder"
             and node not in self._storage.used_both_ways
             and Replicate() in forms
         ):
             forms = {Varying(): forms[Replicate()], **forms}
-        way = cheapest_path(value, list(forms), layout)
-        assert way is not None, f"no way from {list(forms)} to {layout} for {node.name}"
-        for step in way:
+        path = cheapest_path(value, list(forms), layout)
+        assert path is not None, f"no path from {list(forms)} to {layout} for {node.name}"
+        for step in path:
             forms[step.target] = self._convert(node, value, step, forms[step.source])
         result = forms[layout]
         if node.name not in self._changing:

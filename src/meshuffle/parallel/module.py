@@ -29,7 +29,9 @@ from meshuffle.parallel.runner import Runner
 from meshuffle.planner.costs import estimated, per_rank
 from meshuffle.planner.cut import choose_cuts, cuts_at, cuts_like
 
-_HOME = "tp"  # the submodule that holds conversions
+_HOME = "tp"  # the submodule that holds redistributions
+Costs = Callable[[Program], Mapping[str, float]]
+"""Seconds of each call of a program, by name."""
 
 
 @dataclass
@@ -39,9 +41,9 @@ class _Mode:
     Attributes:
         assignment: the layouts.
         cuts: how many calls lie in front of each pipeline cut.
-        codes: of all stages.
+        codes: the code of every stage.
         spec: the structure of the model's outputs.
-        graph_modules, forwards: of this rank's stages, by number.
+        graph_modules, forwards: the modules of this rank's stages, by number, and what they run.
     """
 
     assignment: Assignment
@@ -55,18 +57,19 @@ class _Mode:
 class Parallel(nn.Module):
     """A model split within its layers, or cut into stages; on each rank an ordinary module.
 
-    It takes and returns what the model does: whole tensors of one replica's batch. One that is cut
-    has the parameters of this rank's stages alone, and `pipeline.Pipeline` runs it.
+    It takes and returns what the model does: whole tensors of one replica's batch. A model that is
+    cut has the parameters of this rank's stages alone, and `pipeline.Pipeline` runs it.
 
     Args:
         model: on any device. On `meta`, parameters are empty until weights are loaded.
         example: inputs of a replica's batch; only shapes and dtypes count.
-        tp: ranks along the axis; `rank` is this one.
+        tp: ranks along the axis.
+        rank: this one's number along the axis.
         prefer: the dimension that layouts prefer; None chooses per op.
         dp: replicas whose batch statistics are joined.
         device: where this rank computes.
         num_stages: stages of the pipeline; `stages` are this rank's.
-        costs: what `choose_cuts` balances, where `cuts` does not say where to cut.
+        costs: the seconds that `choose_cuts` balances, where `cuts` does not say where to cut.
         cuts: see `Plan`.
 
     Attributes:
@@ -88,7 +91,7 @@ class Parallel(nn.Module):
         device: torch.device | None = None,
         num_stages: int = 1,
         stages: Sequence[int] = (0,),
-        costs: Callable[[Program], Mapping[str, float]] = estimated,
+        costs: Costs = estimated,
         cuts: Sequence[str] = (),
     ) -> None:
         super().__init__()
@@ -104,34 +107,42 @@ class Parallel(nn.Module):
         self._ranks: Ranks | None = None
         self.shards: dict[str, Shard] = {}
 
-        def cut(assignment: Assignment) -> tuple[int, ...]:
-            found = cuts_at(assignment.program, cuts) if cuts else None
-            if found is not None or num_stages == 1:
-                return found or ()
-            seconds = per_rank(assignment, costs(assignment.program))
-            return choose_cuts(assignment.program, seconds, num_stages)
-
-        mode = self._lower(model.training, cut)
-        program, codes = mode.assignment.program, mode.codes
+        mode = self._lower(model.training, lambda made: self._choose_cuts(made, costs, cuts))
+        program = mode.assignment.program
         self.cuts = tuple(program.calls[i].node.name for i in mode.cuts)
-        self.stages_of = stages_of(model, codes)
-        self._register(model, program.graph, codes)
+        self.stages_of = stages_of(model, mode.codes)
+        self._register(model, program.graph, mode.codes)
         self._install(model.training, mode)
         self.train(model.training)
 
-    def _lower(self, training: bool, cut: Callable[[Assignment], tuple[int, ...]]) -> _Mode:
-        """Capture, assign and lower the model; parts that are kept already stay as they are."""
-        graph = capture(self._skeleton[0], self._example, train=training)
-        options = {"prefer": self._prefer, "stored": self.shards}
-        assignment = assign(graph, self._tp, batch=len(self._example[0]), **options)  # type: ignore[arg-type]
-        cuts = cut(assignment)
-        spec = graph.program.call_spec.out_spec
-        return _Mode(assignment, cuts, self._codes(assignment, cuts), spec)
+    def _choose_cuts(
+        self, assignment: Assignment, costs: Costs, names: Sequence[str]
+    ) -> tuple[int, ...]:
+        """Return how many calls lie in front of each cut: where the plan says, or balanced."""
+        known = cuts_at(assignment.program, names) if names else None
+        if known is not None or self.num_stages == 1:
+            return known or ()
+        seconds = per_rank(assignment, costs(assignment.program))
+        return choose_cuts(assignment.program, seconds, self.num_stages)
 
-    def _codes(self, assignment: Assignment, cuts: Sequence[int]) -> list[StageCode]:
-        stored = self.shards if self._modes else None
-        options = {"replicas": self._dp, "device": self.device, "stored": stored}
-        return lower_stages(assignment, self._rank, cuts, **options)  # type: ignore[arg-type]
+    def _lower(self, training: bool, cut: Callable[[Assignment], tuple[int, ...]]) -> _Mode:
+        """Capture, assign, cut and lower the model; parts that exist already stay as they are."""
+        graph = capture(self._skeleton[0], self._example, train=training)
+        batch, stored = len(self._example[0]), self.shards
+        assignment = assign(graph, self._tp, batch=batch, prefer=self._prefer, stored=stored)
+        cuts = cut(assignment)
+        codes = self._stage_codes_of(assignment, cuts)
+        return _Mode(assignment, cuts, codes, graph.program.call_spec.out_spec)
+
+    def _stage_codes_of(self, assignment: Assignment, cuts: Sequence[int]) -> list[StageCode]:
+        return lower_stages(
+            assignment,
+            self._rank,
+            cuts,
+            replicas=self._dp,
+            device=self.device,
+            stored=self.shards if self._modes else None,
+        )
 
     def _keep_in(self, root: nn.Module) -> None:
         """Let parameters, buffers and parts be those of `root`, which the code runs on.
@@ -150,7 +161,7 @@ class Parallel(nn.Module):
         self.shards |= {n: self.shards[first] for n, first in tied.items() if first in self.shards}
         terms = {name for code in codes for name in code.summed_over_tp}
         made: dict[str, Tensor] = {}
-        own = {name: tensor for name, tensor in named_tensors(model) if self.has(name)}
+        own = dict(item for item in named_tensors(model) if self.has(item[0]))
         for name, tensor in own.items():
             first = tied.get(name, name)
             if first not in made:
@@ -215,7 +226,7 @@ class Parallel(nn.Module):
         return join_parts(part.detach(), shard, self._ranks.tp)
 
     def _install(self, training: bool, mode: _Mode) -> None:
-        """Write the code of this rank's stages, with its conversions under a name of ours."""
+        """Write the code of this rank's stages, with its redistributions under a name of ours."""
         home, root, holder = _HOME if training else f"{_HOME}_eval", self._root[0], nn.Module()
         if hasattr(root, home):
             raise ModelError(f"the model has a part named '{home}', which is meant for ours")
@@ -235,7 +246,7 @@ class Parallel(nn.Module):
             self.bind(self._ranks)
 
     def bind(self, ranks: Ranks) -> Parallel:
-        """Let the conversions run in these groups."""
+        """Let the redistributions run in these groups."""
         self._ranks = ranks
         for module in self.modules():
             if isinstance(module, Redistribute):
@@ -287,11 +298,11 @@ class Parallel(nn.Module):
         return pytree.tree_unflatten(self.pipeline.whole(*inputs), self._modes[self.training].spec)
 
     def run_stage(self, stage: int, *arguments: Any) -> Any:
-        """Return what a stage of this rank sends on; of the last one, what the model returns.
+        """Return what a stage of this rank sends on; for the last stage, what the model returns.
 
         Args:
-            arguments: of the first stage the model's inputs; of others the number of samples, and
-                what the stage before sends.
+            arguments: the model's inputs for the first stage; for others the number of samples, and
+                the values that the stage before sends.
         """
         mode = self._modes[self.training]
         result = mode.forwards[stage](self._root[0], *arguments)
@@ -327,7 +338,7 @@ class Parallel(nn.Module):
         mode = self._modes[self.training]
         if batch == mode.assignment.program.batch:
             return mode.codes
-        return self._codes(mode.assignment.resized(batch), mode.cuts)
+        return self._stage_codes_of(mode.assignment.resized(batch), mode.cuts)
 
     @property
     def graph_modules(self) -> list[fx.GraphModule]:
@@ -336,7 +347,7 @@ class Parallel(nn.Module):
 
     @property
     def code(self) -> str:
-        """The current mode's code, a line per call; conversions say from what to what."""
+        """The current mode's code, a line per call; a redistribution names both of its layouts."""
         return printout.code(self.graph_modules, self._root[0], _HOME)
 
     def whole_state_dict(self) -> dict[str, Tensor]:

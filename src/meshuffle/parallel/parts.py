@@ -39,18 +39,19 @@ def join_parts(part: Tensor, shard: Shard, group: dist.ProcessGroup) -> Tensor:
 def gather_named(
     tensors: Mapping[str, Tensor], group: dist.ProcessGroup, *, everywhere: bool
 ) -> dict[str, Tensor]:
-    """Return the tensors of all ranks of a group; of a name that several have, the first's.
+    """Return the tensors of all ranks of a group; where several have a name, the first's tensor.
 
     Args:
-        tensors: of this rank, whole: of its pipeline stages, or of the states that it keeps.
-        group: all of its ranks call it.
-        everywhere: on every rank; otherwise on the group's first, and the others get their own.
+        tensors: this rank's tensors, whole, by name.
+        group: the ranks; all of them call this.
+        everywhere: return them on every rank. Otherwise the group's first rank gets them, and the
+            others get their own.
     """
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     entries_of_ranks: list[Any] = [None] * world
     own = [(name, tuple(x.shape), x.dtype) for name, x in tensors.items()]
     dist.all_gather_object(entries_of_ranks, own, group=group)
-    found = dict(tensors)
+    gathered = dict(tensors)
     seen: set[str] = set()
     device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
     for holder, entries in enumerate(entries_of_ranks):
@@ -69,5 +70,5 @@ def gather_named(
             elif holder and rank == 0:
                 dist.recv(whole, group=group, group_src=holder)
             if everywhere or rank == 0:
-                found[name] = whole
-    return found
+                gathered[name] = whole
+    return gathered

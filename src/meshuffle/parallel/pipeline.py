@@ -38,8 +38,8 @@ class _Kept:
     """What a stage keeps of a micro-batch between its forward and its backward.
 
     Attributes:
-        given: what it took in.
-        results: of what it made, those that a gradient comes back for; of the last one the loss.
+        given: the values that it took in.
+        results: the values that it made and that a gradient comes back for; the last stage's loss.
         weights: computes the gradients of the weights, where that is done later.
     """
 
@@ -50,7 +50,7 @@ class _Kept:
 
 @dataclass
 class _StepState:
-    """One step in progress."""
+    """A step in progress: what it needs, and which messages are under way."""
 
     sizes: Sequence[int]
     inputs: Inputs
@@ -68,7 +68,7 @@ class _StepState:
             self.received(key, group)
 
     def received(self, key: tuple[str, int, int], group: dist.ProcessGroup) -> None:
-        """Let go of what was sent, once the other stage has it."""
+        """Free what was sent, once the other stage has it."""
         for work, _ in self.sent.pop(key, ()):
             wait(work, group, "what was sent to another stage")
 
@@ -107,12 +107,12 @@ class Pipeline:
         All ranks make the groups of all places: torch names a group by how many there are, and
         ranks that have made different numbers of them wait for each other for ever.
         """
-        own, found = sorted({self.schedule.ranks[stage] for stage in stages}), None
+        own, joined = sorted({self.schedule.ranks[stage] for stage in stages}), None
         for place in self.ranks.mesh.mesh.flatten(1).T if len(own) > 1 else ():
             members = place[own].tolist()
             group = new_group(members)
-            found = group if dist.get_rank() in members else found
-        return found
+            joined = group if dist.get_rank() in members else joined
+        return joined
 
     def _make_groups(self) -> dict[tuple[str, int], dist.ProcessGroup]:
         groups = {}
@@ -127,12 +127,12 @@ class Pipeline:
         stages_of = self.module.stages_of
         shared = sorted({tuple(sorted(stages)) for stages in stages_of.values()})
         groups = {frozenset(stages): self._new_group(stages) for stages in shared}
-        found = {}
+        tied = {}
         for name, parameter in self.module.named_parameters():
             group = groups[stages_of[name]]
             if parameter.requires_grad and group is not None:
-                found[name] = group
-        return found
+                tied[name] = group
+        return tied
 
     # Steps
 
@@ -149,7 +149,7 @@ class Pipeline:
         step = _StepState(sizes, inputs, loss, prepare, around)
         schedule = self.schedule
         if len(sizes) != schedule.num_micro_batches:  # at the end of an epoch
-            schedule = all_forward_all_backward(schedule, len(sizes))
+            schedule = all_forward_all_backward(schedule.ranks, len(sizes))
         order = schedule.orders[self.ranks.pp_rank]
         last = max(i for i, action in enumerate(order) if action.work != "F")
         self._ask(step, order[0])
@@ -173,10 +173,10 @@ class Pipeline:
         can_cut = not module.training and None not in dims
         num = max(1, min(self.schedule.num_stages, len(inputs[0]))) if can_cut else 1
         parts = list(zip(*(x.tensor_split(num) for x in inputs), strict=True))
-        found: list[list[Tensor]] = []
+        results: list[list[Tensor]] = []
 
         def keep(_: int, result: Any) -> None:
-            found.append([x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)])
+            results.append([x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)])
 
         step = _StepState([len(part[0]) for part in parts], parts.__getitem__, keep, lambda _: None)
         for stage in module.stages:
@@ -188,8 +188,12 @@ class Pipeline:
         outputs = []
         for k, (node, dim) in enumerate(zip(program.outputs(), dims, strict=True)):
             output = Crossing(node, Replicate(), has_grad=False)
-            if found:
-                x = torch.cat([part[k] for part in found], dim) if dim is not None else found[0][k]
+            if results:
+                x = (
+                    torch.cat([part[k] for part in results], dim)
+                    if dim is not None
+                    else results[0][k]
+                )
             else:
                 shape = output.shape(program, 0, len(inputs[0]))
                 x = torch.empty(shape, dtype=output.dtype, device=module.device)
@@ -239,17 +243,17 @@ class Pipeline:
     def _gradients(
         self, step: _StepState, stage: int, i: int
     ) -> tuple[list[Tensor], list[Tensor] | None]:
-        """Return the results of a forward that have gradients, and those; None of the loss."""
+        """Return the results of a forward that have gradients, and these; the loss has None."""
         kept = step.kept[stage, i]
         if stage + 1 == self.schedule.num_stages:
             return kept.results, None
         arrived = self._arrived(step, "B", stage + 1, i)
         pairs = zip(kept.results, arrived, strict=True)
-        found = [(x, grad.to(x.dtype)) for x, grad in pairs if x.requires_grad]
-        return [x for x, _ in found], [grad for _, grad in found]
+        wanted = [(x, grad.to(x.dtype)) for x, grad in pairs if x.requires_grad]
+        return [x for x, _ in wanted], [grad for _, grad in wanted]
 
     def _returning(self, values: Sequence[Tensor], stage: int) -> list[Tensor]:
-        """Return, of the values that leave a stage, those whose gradients come back."""
+        """Return those of the values that leave a stage whose gradients come back."""
         pairs = zip(values, self._crossing("F", stage), strict=True)
         return [x for x, crossing in pairs if crossing.has_grad]
 
@@ -273,8 +277,8 @@ class Pipeline:
         edges = [get_gradient_edge(x) for x in results]
         copies = [x.clone() for x in results]  # torch detaches in place, also what ops have saved
         _, groups = stage_backward_input(copies, gradients, wanted, iter(weights))
-        found = {acc for group in groups for acc in group["params"]}
-        alone = [w for w in weights if get_gradient_edge(w).node not in found]
+        reached = {acc for group in groups for acc in group["params"]}
+        alone = [w for w in weights if get_gradient_edge(w).node not in reached]
         if alone:  # no path from the stage's inputs leads past them
             ones = gradients or [torch.ones(()).to(x) for x in results]
             late = torch.autograd.grad(edges, alone, ones, retain_graph=True, allow_unused=True)

@@ -50,11 +50,11 @@ def size_text(num_bytes: int) -> str:
 
 
 def code(modules: Sequence[fx.GraphModule], root: nn.Module, home: str) -> str:
-    """Return the code, a line per call; each conversion says from which layout to which.
+    """Return the code, a line per call; a redistribution names both of its layouts.
 
     Args:
         modules: one per stage.
-        root: holds the conversions, under `home`.
+        root: holds the redistributions, under `home`.
     """
     text = "\n".join(str(written.code) for written in modules)
     lines = []

@@ -46,13 +46,13 @@ def random_bits(
     """Return 53 random bits per element, int64 of `shape`.
 
     Args:
-        shape: of this rank's part.
-        key: () int64, of the forward pass.
+        shape: sizes of this rank's part.
+        key: () int64, the key of the forward pass.
         draw: number of the call.
         samples_dim: the dim that holds the batch, if there is one.
         first_row: index of its first row in the whole batch.
-        own: the indices that this rank holds, by dim; of others it holds all.
-        sizes: of the whole tensor, where `own` says that this is a part.
+        own: the indices that this rank holds, by dim; it holds all of other dims.
+        sizes: sizes of the whole tensor; needed where `own` is given.
     """
     own, whole, num = own or {}, list(sizes or shape), len(shape)
     index: Any = 0
@@ -98,7 +98,7 @@ class DrawState:
     Attributes:
         key: () int64, see `draw_key`.
         first_sample: () int64, index of this replica's first sample in the whole batch.
-        samples: of this replica; for `KeyedDropout`, which also counts its `calls`.
+        samples: samples of this replica; `KeyedDropout` needs them, and counts its `calls`.
     """
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ class DrawState:
         self.samples = self.calls = 0
 
     def set(self, key: int, first_sample: int = 0, samples: int = 0) -> None:
-        """Put in the key of the next forward pass."""
+        """Set the key of the next forward pass."""
         self.key.fill_(key)
         self.first_sample.fill_(first_sample)
         self.samples, self.calls = samples, 0
@@ -126,8 +126,8 @@ class Draw(nn.Module):
     """Draws one call's numbers for this rank's part of a tensor.
 
     Args:
-        number: of the call.
-        sizes: of the whole tensor; of `samples_dim` it does not matter.
+        number: number of the call.
+        sizes: sizes of the whole tensor; that of `samples_dim` does not matter.
         samples_dim: the dim that holds the batch, with `rows` rows per sample.
         own: the indices that this rank holds of a dim that is split.
         part: (rank, world) where the samples are split over the `tp` axis.
@@ -226,7 +226,7 @@ def draw_module(call: Call, layout: Layout, rank: int) -> tuple[Any, tuple[str, 
 
     Args:
         call: one that draws.
-        layout: of its result.
+        layout: layout of its result.
 
     Raises:
         ModelError: its numbers cannot be drawn in parts.
@@ -255,7 +255,7 @@ class ReferenceDraws(TorchDispatchMode):
     """Makes a model that runs on one device draw the same numbers.
 
     Args:
-        key: of the forward pass.
+        key: key of the forward pass.
         samples_dims: the dim that holds the batch, of each call that draws, in their order.
     """
 
@@ -293,8 +293,8 @@ class ReferenceDraws(TorchDispatchMode):
 class KeyedDropout(nn.Dropout):
     """Dropout that draws what `Dropout` draws, in a model that is run as it is written.
 
-    Its calls are numbered in their order, so a model's masks are those of every plan where all
-    that it draws is drawn here; dim 0 holds the samples.
+    Its calls are numbered in their order. So a model whose only random ops are `nn.Dropout` gets
+    the masks that it has under every plan. Dim 0 holds the samples.
     """
 
     state: DrawState

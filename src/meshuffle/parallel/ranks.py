@@ -23,9 +23,10 @@ class Ranks:
     Attributes:
         mesh: DeviceMesh with the axes `pp`, `dp` and `tp`.
         tp, dp, pp: process groups of an axis.
-        every: of the replicas of one pipeline stage: both `dp` and `tp`.
-        draw_state: what random numbers depend on.
-        over_tp, over_dp: what batch norm joins statistics by: over both axes, and over `dp`.
+        every: process group of all ranks of one pipeline stage, over `dp` and `tp`.
+        draw_state: the state that random numbers depend on.
+        over_tp, over_dp: exchanges by which batch norm joins statistics, over both axes and over
+            `dp` alone.
         in_replica: for small vectors over the ranks of one replica, `tp` and `pp`.
 
     Args:
@@ -52,7 +53,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """True on the one rank of each replica that speaks for it."""
+        """True on the one rank of each replica whose results are counted."""
         return self.tp_rank == 0 and self.pp_rank == 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:

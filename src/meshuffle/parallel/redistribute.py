@@ -1,4 +1,4 @@
-"""Conversions between layouts, as modules: each is one visible line of the lowered code."""
+"""Redistributions as modules: each is one visible line of the lowered code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from meshuffle.comm import collectives
 from meshuffle.comm.primitives import select
@@ -22,12 +21,12 @@ class Redistribute(nn.Module):
     """Brings a value from one layout into another.
 
     Args:
-        step: which.
-        value: the sizes of the whole.
-        rank: of this one along the `tp` axis.
+        step: from which layout to which.
+        value: sizes of the whole value.
+        rank: this rank's number along the `tp` axis.
 
     Attributes:
-        group: the ranks of the axis; needed where something is sent.
+        group: the ranks of the axis; it is needed where something is sent.
     """
 
     group: dist.ProcessGroup | None = None
@@ -56,7 +55,7 @@ class Redistribute(nn.Module):
         if name == "psum":
             return collectives.psum
         if name == "divide":
-            return lambda x, _: _Divide.apply(x, world)
+            return lambda x, _: collectives.divide(x, world)
         source, target = self.step.source, self.step.target
         parts = source if isinstance(source, Shard | Samples) else target
         assert isinstance(parts, Shard | Samples | Window)
@@ -86,16 +85,4 @@ _WHOLE = {
     "gather": collectives.gather,
     "all_gather": collectives.exchange,
 }
-"""Between parts and the whole."""
-
-
-class _Divide(Function):
-    """A term of a sum that is `x`: every rank's x / world; the sum's gradient is that of x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, world: int) -> Tensor:
-        return x / world
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+"""The collectives between parts and the whole."""

@@ -1,1 +1,1 @@
-"""The Plan: what is split over which mesh axis. The search comes with a later issue."""
+"""The Plan: what is split over which mesh axis; its costs, pipeline cuts and schedules."""

@@ -23,21 +23,21 @@ _RUNS, _SHORT_S = 3, 2e-4
 
 def estimated(program: Program) -> dict[str, float]:
     """Return seconds by FLOPs and by bytes, the longer of the two; a backward is two forwards."""
-    found = {}
+    seconds = {}
     for op in program.graph.ops(program.ops_batch):
         moved = (op.read_bytes + op.written_bytes) / _BYTES_PER_S
-        found[op.name] = 3 * max(op.flops / _FLOPS_PER_S, moved)
+        seconds[op.name] = 3 * max(op.flops / _FLOPS_PER_S, moved)
     for call in program.calls:  # one that replaced several
-        if call.node.name not in found:
-            found[call.node.name] = 6 * program.num_bytes(call.node) / _BYTES_PER_S
-    return found
+        if call.node.name not in seconds:
+            seconds[call.node.name] = 6 * program.num_bytes(call.node) / _BYTES_PER_S
+    return seconds
 
 
 def measured(program: Program, device: torch.device) -> dict[str, float]:
     """Return seconds as they are measured, call by call, on random values.
 
-    Equal calls are timed once. What a call reads is made as the program makes it, so that no
-    value is a number that arithmetic is slow with.
+    Equal calls are timed once. The inputs of a call are computed by the calls before it, so that no
+    value is one that arithmetic is slow with, as denormal numbers are.
     """
     clock = _Clock(program, device)
     for call in program.calls:
@@ -46,7 +46,7 @@ def measured(program: Program, device: torch.device) -> dict[str, float]:
 
 
 def per_rank(assignment: Assignment, seconds: Mapping[str, float]) -> dict[str, float]:
-    """Return what is left of each call's seconds for the rank of the `tp` axis that does most."""
+    """Return the seconds of each call on the rank of the `tp` axis that does most of it."""
     choices = assignment.choices
     return {
         name: cost * float(max(assignment.work_fractions(name))) if name in choices else cost
@@ -77,7 +77,7 @@ class _Clock:
         return made.to(self.device)
 
     def run(self, node: Node) -> None:
-        """Time a call, and keep its result for those who read it."""
+        """Time a call, and keep its result for the calls that read it."""
         arguments, _ = self._arguments(node)
         key = repr(pytree.tree_map(_key_of, (str(node.target), *arguments)))
         if key not in self._known or is_in_place(node):

@@ -24,33 +24,33 @@ _SLACK = 1.02  # of the slowest stage: worth so much less crossing
 def crossing_bytes(program: Program) -> list[int | None]:
     """Return the bytes that cross a cut behind each call; None where no cut can be.
 
-    That is behind the last call, between a call with several results and those who take them
-    apart, while memory that is changed in place lies under another name, and between two calls
-    that update the same buffer.
+    No cut can be behind the last call; between a call with several results and the calls that take
+    them apart; while memory that is changed in place is known by another name too; and between two
+    calls that update the same buffer.
     """
     calls = [call.node for call in program.calls]
     owners = memory_owners(calls)
     pinned = {owners.get(n, n) for n in calls if n.name in program.pinned}
     together = _updating_together(program)
-    found: list[int | None] = []
+    crossing: list[int | None] = []
     for i, values in enumerate(program.live_behind()):
         whole = all(is_tensor(n) and owners.get(n, n) not in pinned for n in values)
         whole = whole and not any(first <= i < last for first, last in together)
-        found.append(sum(map(program.num_bytes, values)) if whole and values else None)
-    return [*found[:-1], None]
+        crossing.append(sum(map(program.num_bytes, values)) if whole and values else None)
+    return [*crossing[:-1], None]
 
 
 def cuts_at(program: Program, names: Sequence[str]) -> tuple[int, ...] | None:
     """Return the cuts in front of the calls that make these values.
 
-    None where the program has no such calls any more, or cannot be cut there: that of a model of
-    which other parts are trained may differ.
+    None where the program has no such calls, or cannot be cut there. The program of a model may
+    change with which of its parts are trained.
     """
     places = {call.node.name: i for i, call in enumerate(program.calls)}
-    found = tuple(places.get(name, 0) for name in names)
+    cuts = tuple(places.get(name, 0) for name in names)
     crossing = crossing_bytes(program)
-    fits = list(found) == sorted(set(found)) and all(i and crossing[i - 1] for i in found)
-    return found if fits else None
+    fits = list(cuts) == sorted(set(cuts)) and all(i and crossing[i - 1] for i in cuts)
+    return cuts if fits else None
 
 
 def _updating_together(program: Program) -> list[tuple[int, int]]:
@@ -79,8 +79,8 @@ def cuts_like(
 
     Args:
         program: for example that of eval mode.
-        stages: of each parameter and buffer, by the model's name, the stages that have it.
-        num_stages: some may have no parameters.
+        stages: the stages that have each parameter and buffer, by the model's names.
+        num_stages: how many there are; some may have no parameters.
 
     Raises:
         PlanError: this program uses them in another order, or has too few places to cut.
@@ -90,13 +90,13 @@ def cuts_like(
     for i, call in enumerate(program.calls):
         names = (program.graph.names.get(source.name, "") for source in call.inputs)
         allowed = [stages[name] for name in names if name in stages]
-        found = reached[-1] if reached else {0}
+        possible = reached[-1] if reached else {0}
         if i and crossing[i - 1] is not None:
-            found = found | {stage + 1 for stage in found}
-        reached.append(found.intersection(range(num_stages), *allowed))
+            possible = possible | {stage + 1 for stage in possible}
+        reached.append(possible.intersection(range(num_stages), *allowed))
     stage, cuts = num_stages - 1, list[int]()
     if not reached or stage not in reached[-1]:
-        wrong = next((i for i, found in enumerate(reached) if not found), len(reached) - 1)
+        wrong = next((i for i, possible in enumerate(reached) if not possible), len(reached) - 1)
         raise PlanError(
             f"{num_stages} pipeline stages: eval mode cannot be cut like train mode, its "
             f"{program.calls[wrong].node.name} would be in another stage; use fewer stages"
@@ -111,11 +111,11 @@ def cuts_like(
 def choose_cuts(program: Program, costs: Mapping[str, float], num_stages: int) -> tuple[int, ...]:
     """Return how many calls lie in front of each cut.
 
-    The slowest stage is as fast as it can be; of the ways that come within 2 % of that, the one
-    is taken across whose cuts the fewest bytes go.
+    The slowest stage is as fast as it can be. Among the cuts that come within 2 % of that, those
+    are taken across which the fewest bytes go.
 
     Args:
-        program: what to cut.
+        program: the program to cut.
         costs: seconds of each call, forward and backward, by name; see `costs`.
         num_stages: one more than cuts.
 
@@ -148,12 +148,12 @@ def choose_cuts(program: Program, costs: Mapping[str, float], num_stages: int) -
 def _cheapest(
     start: Tensor, num_stages: int, go_on: Callable[[Tensor], Tensor]
 ) -> tuple[float, list[int]]:
-    """Return the least cost of the way from the first place to the last, and where it stops.
+    """Return the least cost of a path from the first place to the last, and the stops on it.
 
     Args:
         start: 0 at the first place, infinite elsewhere.
-        num_stages: steps of the way.
-        go_on: from the costs of being at each place, those of a further step from i to j.
+        num_stages: steps of the path.
+        go_on: takes the costs of being at each place, and returns those of a step from i to j.
     """
     costs, back = start, []
     for _ in range(num_stages):

@@ -37,8 +37,8 @@ class Plan:
         pp_kind: the schedule; None is the default one.
         mb: micro-batches per step; None is 2·pp where pp > 1, else 1.
         threads: CPU threads of each rank; None shares the cores evenly.
-        cuts: of each stage but the first, the value that its first call makes; empty where they are
-            to be chosen.
+        cuts: for each stage but the first, the value that its first call makes; empty where the
+            cuts are to be chosen.
         predicted_step_ms: milliseconds of a step, where they were predicted or timed.
     """
 

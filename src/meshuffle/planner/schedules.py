@@ -1,7 +1,7 @@
-"""Pipeline schedules: in which order each rank works through stages and micro-batches.
+"""Pipeline schedules: the order in which each rank works through stages and micro-batches.
 
 GPipe and 1F1B are written here; the orders of the others are those of torch.distributed.pipelining,
-whose classes are asked for them with stages that only say where they stand. No process group, no
+whose classes get stages that only know their place. No process group, no
 tensor: an order is plain data.
 """
 
@@ -44,8 +44,8 @@ class Schedule:
     """Who does what, and when.
 
     Attributes:
-        orders: of each rank of the `pp` axis, what it does, one after the other.
-        ranks: of each stage, the rank that holds it.
+        orders: for each rank of the `pp` axis its actions, in order.
+        ranks: for each stage the rank that holds it.
     """
 
     orders: tuple[tuple[Action, ...], ...]
@@ -94,8 +94,7 @@ def make_schedule(kind: str | None, pp: int, num_micro_batches: int) -> Schedule
     """
     kind = kind or DEFAULT
     if kind == "gpipe":
-        orders = [_gpipe(rank, num_micro_batches) for rank in range(pp)]
-        return Schedule(tuple(orders), tuple(range(pp)))
+        return all_forward_all_backward(tuple(range(pp)), num_micro_batches)
     if kind == "1f1b" or pp == 1:
         orders = [_one_forward_one_backward(rank, pp, num_micro_batches) for rank in range(pp)]
         return Schedule(tuple(orders), tuple(range(pp)))
@@ -110,20 +109,19 @@ def make_schedule(kind: str | None, pp: int, num_micro_batches: int) -> Schedule
         ) from None
 
 
-def all_forward_all_backward(schedule: Schedule, num_micro_batches: int) -> Schedule:
-    """Return an order for any number of micro-batches over the same stages: GPipe's."""
+def all_forward_all_backward(ranks: tuple[int, ...], num_micro_batches: int) -> Schedule:
+    """Return GPipe's order, which fits any number of micro-batches.
+
+    Args:
+        ranks: the rank that holds each stage.
+    """
     orders, numbers = [], range(num_micro_batches)
-    for rank in range(len(schedule.orders)):
-        own = schedule.stages_of(rank)
+    for rank in range(max(ranks) + 1):
+        own = [stage for stage, holder in enumerate(ranks) if holder == rank]
         forward = [Action(stage, "F", i) for stage in own for i in numbers]
         backward = [Action(stage, "B", i) for stage in reversed(own) for i in numbers]
         orders.append((*forward, *backward))
-    return Schedule(tuple(orders), schedule.ranks)
-
-
-def _gpipe(rank: int, num: int) -> tuple[Action, ...]:
-    forward = [Action(rank, "F", i) for i in range(num)]
-    return (*forward, *(Action(rank, "B", i) for i in range(num)))
+    return Schedule(tuple(orders), ranks)
 
 
 def _one_forward_one_backward(rank: int, pp: int, num: int) -> tuple[Action, ...]:
@@ -154,12 +152,12 @@ def _their_orders(
     ]
     own = [stage for stage in stages if stage.group_rank == 0]
     made = _THEIRS[kind](own, num, loss_fn=lambda *_: None)
-    found = []
+    orders = []
     for rank in range(pp):
         text = " ".join(str(action) for action in made.pipeline_order[rank] if action is not None)
         parts = re.findall(r"(\d+)([FBIW])(\d+)", text)
-        found.append(tuple(Action(int(s), work, int(i)) for s, work, i in parts))
-    return tuple(found)
+        orders.append(tuple(Action(int(s), work, int(i)) for s, work, i in parts))
+    return tuple(orders)
 
 
 def timed(schedule: Schedule, *, backward: float = 2.0) -> dict[Action, tuple[float, float]]:
@@ -181,9 +179,9 @@ def timed(schedule: Schedule, *, backward: float = 2.0) -> dict[Action, tuple[fl
             while place[rank] < len(order):
                 action = order[place[rank]]
                 needed = needs(action, schedule.num_stages)
-                if not all(any(n in done for n in ways) for ways in needed):
+                if not all(any(n in done for n in alternatives) for alternatives in needed):
                     break
-                ready = [done[n][1] for ways in needed for n in ways if n in done]
+                ready = [done[n][1] for alternatives in needed for n in alternatives if n in done]
                 begin = max([clock[rank], *ready])
                 clock[rank] = begin + cost[action.work]
                 done[action] = begin, clock[rank]

@@ -19,7 +19,7 @@ from meshuffle.comm.exchange import make_exchange
 from meshuffle.comm.group import RankEnv, new_group, process_group, rank_env, set_patience
 from meshuffle.comm.heap import keep_freed_pages, set_room_apart
 from meshuffle.comm.launch import end_with_parent, report_failure
-from meshuffle.comm.lost_ranks import told_when_lost
+from meshuffle.comm.lost_ranks import record_lost_ranks
 from meshuffle.config import TrainConfig, read_config
 from meshuffle.data import Data, auto_workers, open_data, prepare_workers, relabel
 from meshuffle.errors import Interrupted, RunError
@@ -87,7 +87,7 @@ def train_rank(run: Path) -> dict[str, Any]:
         loop = Loop(run, state, data, env, control, exchange, watch, stop, workers)
         set_patience(config.timeout)
         set_room_apart()
-        with told_when_lost(run / "lost", env.rank, env.world, lambda: state.progress.step + 1):
+        with record_lost_ranks(run / "lost", env.rank, env.world, lambda: state.progress.step + 1):
             with traced(loop):
                 loop.fit()
             return finish(run, loop, env)

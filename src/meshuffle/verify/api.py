@@ -21,7 +21,7 @@ from meshuffle.verify.reference import Reference, make_reference, own_difference
 from meshuffle.verify.trace import first_diverging, make_trace
 
 _MOST_REFERENCE_BYTES = 8 << 30
-_NUM_WORST, _NUM_WHOLE_OPS = 5, 5
+_NUM_WORST = 5
 _NUM_ROUNDED = 8
 _MOST_NOISE = 1e-2  # in float64: what is further off is not rounding
 _RANK_MODULE = "meshuffle.verify"
@@ -32,15 +32,15 @@ Case = tuple[Model, str, str] | tuple[Model, str, str, int]
 
 @dataclass
 class Verdict:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
         passed: all tensors are equal as DESIGN 4.1 defines it, and the bytes were predicted.
-        model, plan, dtype: of the case.
+        model, plan, dtype: the case.
         worst_relative_error: the largest ‖a − b‖ / (‖b‖ + 0.01·S·√numel).
         worst_tensor: its `kind/name`; of those that failed, if any did.
         num_floor_tensors: tensors judged by the floor or by the reference's noise.
-        sharded_flops_fraction: share of FLOPs in ops of which each rank does a part, 0 … 1.
+        sharded_flops_fraction: fraction of FLOPs in ops of which each rank does a part, 0 … 1.
         sent_bytes_predicted, sent_bytes_measured: by all ranks in one forward and backward,
             without the sums of parameter gradients.
         busiest_over_mean: FLOPs of the busiest rank over the mean.
@@ -49,10 +49,10 @@ class Verdict:
         failed_tensors: all that are not equal.
         floor_tensors: those of `num_floor_tensors`.
         first_diverging: where a run that failed first differs, in the order of computation.
-        whole_ops: (module, op, share of FLOPs) of the largest ops that run whole on every rank.
+        whole_ops: (module, op, fraction of FLOPs) of the largest ops that all ranks run whole.
         num_whole_ops: how many those are.
         median_ratio, worst_ratio: error over that of one device; float32 only.
-        seconds: of the ranks.
+        seconds: how long the ranks took.
         error: why nothing was compared; `exit_code` is then 1 or 2 as in errors.py.
     """
 
@@ -105,7 +105,7 @@ def verify(
             `3x64x64`, `16000`, `128:int` for token ids, several inputs with commas between.
         dtype: `float64` or `float32`, see `compare`.
         batch: samples of a step over all replicas, where a case does not say.
-        seed: of weights, inputs and random masks.
+        seed: seed of weights, inputs and random masks.
         timeout_s: how long a rank waits for the others, seconds.
 
     Raises:
@@ -192,8 +192,8 @@ class _Session:
             if "error" in reports[0]:
                 entry.fail(reports[0]["error"], reports[0]["exit_code"])
             else:
-                found = [Report(**report) for report in reports]
-                entry.verdict = _verdict(entry.job, entry.reference, found)
+                own = [Report(**report) for report in reports]
+                entry.verdict = _verdict(entry.job, entry.reference, own)
         differing = [entry for entry in entries if entry.verdict.failed_tensors]
         for entry in differing:
             if not entry.reference.trace_path.exists():
@@ -212,8 +212,8 @@ class _Session:
         A job in which a rank fails gets one report that says so; the jobs behind it are launched
         again.
         """
-        found: list[list[dict[str, Any]]] = []
-        while left := entries[len(found) :]:
+        reports: list[list[dict[str, Any]]] = []
+        while left := entries[len(reports) :]:
             folder, world = Path(tempfile.mkdtemp(dir=self.folder)), left[0].world
             jobs = [(asdict(entry.job), str(entry.reference.path)) for entry in left]
             settings = {"timeout_s": self.timeout_s, "jobs": jobs, "path": sys.path}
@@ -227,10 +227,10 @@ class _Session:
                 files = [folder / f"{number}.{rank}.json" for rank in range(world)]
                 if not all(file.exists() for file in files):
                     assert failure is not None
-                    found.append([{"error": in_words(failure), "exit_code": 1}])
+                    reports.append([{"error": in_words(failure), "exit_code": 1}])
                     break
-                found.append([json.loads(file.read_text()) for file in files])
-        return found
+                reports.append([json.loads(file.read_text()) for file in files])
+        return reports
 
 
 def _verdict(job: Job, reference: Reference, reports: Sequence[Report]) -> Verdict:
@@ -239,7 +239,8 @@ def _verdict(job: Job, reference: Reference, reports: Sequence[Report]) -> Verdi
     measured = sum((Fraction(report.sent_bytes_measured) for report in reports), Fraction(0))
     worst = judgement.worst(_NUM_WORST)
     passed = judgement.passed and predicted == measured
-    one = reports[0]
+    layout_facts = dict(reports[0].layout_facts)
+    layout_facts["whole_ops"] = [tuple(op) for op in layout_facts["whole_ops"]]
     return Verdict(
         passed=passed,
         model=job.model,
@@ -248,38 +249,35 @@ def _verdict(job: Job, reference: Reference, reports: Sequence[Report]) -> Verdi
         worst_relative_error=worst[0][1],
         worst_tensor=worst[0][0],
         num_floor_tensors=len(judgement.near),
-        sharded_flops_fraction=one.sharded_fraction,
         sent_bytes_predicted=predicted,
         sent_bytes_measured=int(measured) if measured.denominator == 1 else float(measured),
-        busiest_over_mean=one.imbalance,
         parameter_bytes_fraction=max(report.parameter_bytes_fraction for report in reports),
         worst_tensors=worst,
         failed_tensors=sorted(judgement.failed, key=_by_computation),
         floor_tensors=judgement.near,
-        whole_ops=[(module, op, share) for module, op, share in one.whole_ops[:_NUM_WHOLE_OPS]],
-        num_whole_ops=len(one.whole_ops),
         median_ratio=judgement.median_ratio,
         worst_ratio=judgement.worst_ratio,
         seconds=max(report.seconds for report in reports),
         exit_code=0 if passed else 1,
+        **layout_facts,
     )
 
 
 def _judgement(job: Job, reference: Reference, differences: dict[str, float]) -> Judgement:
     """Judge; where that fails, measure what one device's own rounding does, and judge again."""
     if job.dtype == "float64":
-        found = judge(differences, reference.norms)
-        if found.passed or max(found.errors.values(), default=0.0) > _MOST_NOISE:
-            return found
+        judgement = judge(differences, reference.norms)
+        if judgement.passed or max(judgement.errors.values(), default=0.0) > _MOST_NOISE:
+            return judgement
     for num_rounded in (0, _NUM_ROUNDED):
         if num_rounded not in reference.noise:  # of all plans that are compared with it
             noise = own_difference(job, reference, num_rounded=num_rounded)
             reference.noise[num_rounded] = noise
         judged = judge if job.dtype == "float64" else judge_float32
-        found = judged(differences, reference.norms, reference.noise[num_rounded])
-        if found.passed:
+        judgement = judged(differences, reference.norms, reference.noise[num_rounded])
+        if judgement.passed:
             break
-    return found
+    return judgement
 
 
 _ORDER = ("outputs", "loss", "loss/1", "gradients", "loss/2", "loss/3", "buffers", "parameters")

@@ -16,6 +16,7 @@ import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 RELATIVE, FLOOR = 1e-9, 0.01
 NOISE_FACTOR = 4.0
@@ -40,17 +41,16 @@ class Norm:
 
 @dataclass
 class Report:
-    """What one rank found; plain data.
+    """The results of one rank, as plain data.
 
     Attributes:
-        stage, replica: place on the `pp` and the `dp` axis.
+        stage, replica: the rank's place on the `pp` and the `dp` axis.
         squared: ‖a − b‖² of its part of each tensor, by `kind/name`.
         over_tp, over_dp: tensors of which each `tp` rank, each replica has a part of its own.
         sent_bytes_predicted: in one forward and backward, of a replica; by its first rank.
-        sent_bytes_measured: of this rank, as a fraction.
-        sharded_fraction, imbalance: see `Assignment`.
-        whole_ops: (module, op, share of all FLOPs) of ops that every rank does all of.
-        parameter_bytes_fraction: what this rank keeps.
+        sent_bytes_measured: bytes that this rank sent, as a fraction.
+        layout_facts: what a `Verdict` says about the layouts, by its names; alike on all ranks.
+        parameter_bytes_fraction: the part of the parameters that this rank keeps.
     """
 
     stage: int
@@ -60,23 +60,21 @@ class Report:
     over_dp: Collection[str] = ()
     sent_bytes_predicted: int = 0
     sent_bytes_measured: str = "0"
-    sharded_fraction: float = 0.0
-    imbalance: float = 1.0
-    whole_ops: Sequence[tuple[str, str, float]] = ()
+    layout_facts: Mapping[str, Any] = field(default_factory=dict)
     parameter_bytes_fraction: float = 1.0
     seconds: float = 0.0
 
 
 @dataclass
 class Judgement:
-    """What the criteria say.
+    """The judgement of a run by the criteria.
 
     Attributes:
         errors: ‖a − b‖ / (‖b‖ + 0.01·S·√numel) of each tensor.
         failed: tensors that are not equal.
-        near: tensors that are equal only by the floor or by the reference's own noise; of float32
-            those below the floor.
-        median_ratio, worst_ratio: of float32.
+        near: tensors that are equal only by the floor or by the reference's own noise; in float32,
+            tensors below the floor.
+        median_ratio, worst_ratio: error over that of one device, in float32.
     """
 
     errors: dict[str, float] = field(default_factory=dict)
@@ -105,9 +103,9 @@ def merge(reports: Sequence[Report]) -> dict[str, float]:
     """Return ‖a − b‖ of whole tensors; where several ranks have the same, that of the worst.
 
     Args:
-        reports: of all ranks, each with the tensors of its pipeline stages.
+        reports: the reports of all ranks, each with the tensors of its pipeline stages.
     """
-    found: dict[str, float] = {}
+    differences: dict[str, float] = {}
     for key in {key for report in reports for key in report.squared}:
         holders = [report for report in reports if key in report.squared]
         over_tp = sum if key in holders[0].over_tp else max
@@ -118,18 +116,18 @@ def merge(reports: Sequence[Report]) -> dict[str, float]:
             replicas.setdefault(report.replica, []).append(report.squared[key])
         total = max(over_dp(map(over_tp, replicas.values())) for replicas in by_stage.values())
         is_finite = all(math.isfinite(report.squared[key]) for report in holders)
-        found[key] = math.sqrt(total) if is_finite else math.inf
-    return found
+        differences[key] = math.sqrt(total) if is_finite else math.inf
+    return differences
 
 
 def scales(norms: Mapping[str, Norm]) -> dict[str, float]:
     """Return S of each kind; whole numbers do not count."""
-    found = {}
+    sizes = {}
     for kind in {kind_of(key) for key in norms}:
         same = [n for key, n in norms.items() if kind_of(key) == kind and not n.exact]
         numel = sum(n.numel for n in same)
-        found[kind] = math.sqrt(sum(n.value**2 for n in same) / numel) if numel else 0.0
-    return found
+        sizes[kind] = math.sqrt(sum(n.value**2 for n in same) / numel) if numel else 0.0
+    return sizes
 
 
 def judge(
@@ -141,7 +139,7 @@ def judge(
 
     Args:
         differences: ‖a − b‖ by `kind/name`, of every tensor of the reference.
-        norms: of the reference.
+        norms: the reference's tensors.
         noise: the reference's own difference; None where it has not been measured.
     """
     result, rows = _begin(differences, norms)
@@ -161,7 +159,7 @@ def judge_float32(
 
     Args:
         differences: ‖a − b‖ with b in float64.
-        norms: of the reference in float64.
+        norms: the tensors of the reference in float64.
         own: ‖c − b‖ with c of one device in float32, the largest over orders of summation;
             what is below half a unit in the last place of ‖b‖ counts as that.
     """
@@ -185,9 +183,9 @@ def judge_float32(
 def _begin(
     differences: Mapping[str, float], norms: Mapping[str, Norm]
 ) -> tuple[Judgement, list[tuple[str, float, float, float]]]:
-    """Return a judgement with the errors, and whole numbers judged; of the rest, what to judge.
+    """Return a judgement with all errors in which whole numbers are judged, and rows to judge.
 
-    That is (key, ‖a − b‖, ‖b‖, 0.01·S·√numel).
+    A row is (key, ‖a − b‖, ‖b‖, 0.01·S·√numel).
     """
     result, rows, size = Judgement(), [], scales(norms)
     for key, norm in norms.items():

@@ -49,23 +49,23 @@ class Job:
 
     @property
     def reference_key(self) -> tuple[Any, ...]:
-        """What the reference depends on: of the plan, only who is in which micro-batch."""
+        """What the reference depends on: the plan only by which sample is in which micro-batch."""
         plan = self.checked_plan()
         cut = (plan.dp, plan.num_micro_batches) if plan.num_micro_batches > 1 else ()
         return (self.model, self.input, self.batch, self.dtype, self.seed, *cut)
 
     def micro_batches(self) -> list[list[Tensor]]:
-        """Return the samples of each micro-batch: of each replica, indices in the whole batch.
+        """Return the samples of each micro-batch: for each replica their indices in the batch.
 
         A replica has consecutive samples, and its micro-batches consecutive ones of those. Batch
         norm sees a micro-batch of all replicas together.
         """
         plan = parse_plan(self.plan)
-        found: list[list[Tensor]] = [[] for _ in range(plan.num_micro_batches)]
+        samples: list[list[Tensor]] = [[] for _ in range(plan.num_micro_batches)]
         for start, stop in shard_bounds(self.batch, plan.dp):
             for i, (a, b) in enumerate(shard_bounds(stop - start, plan.num_micro_batches)):
-                found[i].append(torch.arange(start + a, start + b))
-        return found
+                samples[i].append(torch.arange(start + a, start + b))
+        return samples
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -224,7 +224,7 @@ def loss_of(
 
     Args:
         outputs: for `samples`.
-        dims: of each output, the dim that holds the batch.
+        dims: the dim that holds the batch, for each output.
         samples: indices in the whole batch.
     """
     generator = torch.Generator().manual_seed(job.seed + 2)

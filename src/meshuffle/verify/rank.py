@@ -1,8 +1,9 @@
 """What a rank of a verification does: train for three steps, and compare with the reference.
 
 `python -m meshuffle.verify FOLDER` is what torchrun starts. The ranks stay together over all jobs
-of the folder. What fails alike on all ranks, before they talk, ends one job; any other error
-ends the launch, since the others would wait for this rank, and the parent starts the rest again.
+of the folder. An error that all ranks meet alike, before they communicate, ends one job. Any
+other error ends the launch, since the others would wait for this rank; the parent then launches
+the rest again.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from meshuffle.verify.job import (
 )
 from meshuffle.verify.reference import Reference, squared_difference, train
 
+_NUM_WHOLE_OPS = 5
+
 
 class Run:
     """One rank's part of a job.
@@ -47,7 +50,7 @@ class Run:
     Args:
         job: what to check.
         reference: its result on one device.
-        plan: of the job.
+        plan: the job's plan.
         ranks: the mesh of the plan.
     """
 
@@ -80,7 +83,7 @@ class Run:
             )
         own = self.module.state_dict()
         self.module.load_whole({name: reference[f"initial/{name}"] for name in own})
-        for name, part in self.module.named_modules():  # the last conversion, for an error
+        for name, part in self.module.named_modules():  # an error names the last redistribution
             if name.startswith("tp"):
                 part.register_forward_pre_hook(lambda *_, name=name: setattr(self, "where", name))
 
@@ -107,10 +110,10 @@ class Run:
                 key = f"{kind}/{name}"
                 if name not in tensors and not self._expects(key):
                     continue
-                found, expected = tensors.get(name), self._part(key)
-                if found is None or found.shape != expected.shape:
-                    raise RankFailed(f"{key} is {_shape(found)}, not {_shape(expected)}")
-                squared[key] = squared_difference(found, expected)
+                value, expected = tensors.get(name), self._part(key)
+                if value is None or value.shape != expected.shape:
+                    raise RankFailed(f"{key} is {_shape(value)}, not {_shape(expected)}")
+                squared[key] = squared_difference(value, expected)
 
         train({name: known[name] for name in names}, run_step, facts.learning_rate, see)
         see("buffers", dict(self.module.named_buffers(remove_duplicate=False)))
@@ -140,10 +143,10 @@ class Run:
         if not outputs:
             return [], torch.zeros((), dtype=job.torch_dtype)
         places = [part - self.samples[0] for part in self.parts[:num]]
-        found = zip(*(outputs[i] for i in range(len(sizes))), strict=True)
+        of_outputs = zip(*(outputs[i] for i in range(len(sizes))), strict=True)
         joined = [
             join_rows(parts, dim, places, sum(sizes))
-            for parts, dim in zip(found, facts.output_dims, strict=True)
+            for parts, dim in zip(of_outputs, facts.output_dims, strict=True)
         ]
         return joined, torch.stack(losses).sum().detach()
 
@@ -152,8 +155,6 @@ class Run:
         squared, counted = self.train()
         state = [key for key in squared if not key.startswith(("outputs/", "loss/"))]
         own = sum(p.numel() * p.itemsize for p in self.module.parameters())
-        assignment = self.module.assignment
-        ops = {op.name: op for op in assignment.program.graph.ops(assignment.program.ops_batch)}
         report = Report(
             self.ranks.pp_rank,
             self.ranks.dp_rank,
@@ -162,15 +163,22 @@ class Run:
             over_dp=[key for key in squared if key.startswith("outputs/")],
             sent_bytes_predicted=self.predicted() if self.ranks.is_first else 0,
             sent_bytes_measured=str(counted.by_label["values"] + counted.by_label["stages"]),
-            sharded_fraction=assignment.sharded_fraction(),
-            imbalance=assignment.imbalance(),
-            whole_ops=[
-                (ops[name].module, ops[name].target, share)
-                for name, share in assignment.whole_flops()
-            ],
+            layout_facts=self._layout_facts(),
             parameter_bytes_fraction=own / max(1, self.num_bytes),
         )
         return vars(report)
+
+    def _layout_facts(self) -> dict[str, Any]:
+        assignment = self.module.assignment
+        ops = {op.name: op for op in assignment.program.graph.ops(assignment.program.ops_batch)}
+        whole = assignment.whole_flops()
+        largest = [(ops[n].module, ops[n].target, part) for n, part in whole[:_NUM_WHOLE_OPS]]
+        return {
+            "sharded_flops_fraction": assignment.sharded_fraction(),
+            "busiest_over_mean": assignment.imbalance(),
+            "whole_ops": largest,
+            "num_whole_ops": len(whole),
+        }
 
     def _part(self, key: str) -> Tensor:
         """Return what this rank should have of a tensor of the reference."""
@@ -249,10 +257,10 @@ def work_through(folder: Path, work: Work) -> None:
                 ranks = meshes[axes] = join(plan, torch.device("cpu"))
                 for group in (ranks.pp, ranks.dp, ranks.tp):
                     group.set_timeout(datetime.timedelta(seconds=settings["timeout_s"]))
-            found = run_job(job, Path(path), plan, meshes[axes], work)
-            found["seconds"] = time.monotonic() - began
+            report = run_job(job, Path(path), plan, meshes[axes], work)
+            report["seconds"] = time.monotonic() - began
             target = folder / f"{number}.{env.rank}.json"
             temporary = target.with_suffix(".tmp")
-            temporary.write_text(json.dumps(found))
+            temporary.write_text(json.dumps(report))
             temporary.replace(target)
         dist.barrier()

@@ -1,8 +1,8 @@
 """What one device computes: the model itself, not captured code, on the whole batch.
 
-Three steps of SGD with momentum; seen are the outputs and gradients of the first, the losses of
-all, and the parameters and buffers behind the last: each when it exists, so that no copy of the
-model is kept. The random numbers are those of the plans.
+It trains for three steps of SGD with momentum. The outputs and gradients of the first step, the
+losses of all, and the parameters and buffers after the last are passed on when they exist, so that
+no copy of the model is kept. The random numbers are those of the plans.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Facts:
     """What ranks must know of a reference beside its tensors.
 
     Attributes:
-        output_dims: of each tensor that the model returns, the dim that holds the batch.
-        draw_dims: the same of each call that draws random numbers.
-        learning_rate: such that the first step changes the parameters by 1 %.
+        output_dims: the dim that holds the batch, for each tensor that the model returns.
+        draw_dims: the dim that holds the batch, for each call that draws random numbers.
+        learning_rate: the rate at which the first step changes the parameters by 1 %.
     """
 
     output_dims: list[int | None]
@@ -59,11 +59,11 @@ class Reference:
     """A reference on disk.
 
     Args:
-        path: of a folder with a safetensors file per kind: `initial`, `outputs`, `loss`,
+        path: a folder with a safetensors file per kind: `initial`, `outputs`, `loss`,
             `gradients`, `parameters` and `buffers`. A trace lies beside them.
 
     Attributes:
-        noise: what `own_difference` found, by its number of rounded runs, where it was asked.
+        noise: the results of `own_difference` so far, by its number of rounded runs.
     """
 
     def __init__(self, path: Path) -> None:
@@ -145,13 +145,13 @@ def own_difference(job: Job, reference: Reference, *, num_rounded: int = 0) -> d
         runs.append((permuted, False))
     runs += [(parts, False)] * num_rounded
     generator = torch.Generator().manual_seed(job.seed + 4)
-    found: dict[str, float] = {}
+    largest: dict[str, float] = {}
 
     def see(kind: str, tensors: Tensors) -> None:
         for name, x in tensors.items():
             key = f"{kind}/{name}"
             difference = math.sqrt(squared_difference(x, reference[key]))
-            found[key] = max(found.get(key, 0.0), difference)
+            largest[key] = max(largest.get(key, 0.0), difference)
 
     for i, (order, channels_last) in enumerate(runs):
         model, given = build_model(job, dtype), inputs
@@ -161,7 +161,7 @@ def own_difference(job: Job, reference: Reference, *, num_rounded: int = 0) -> d
         if i >= len(runs) - num_rounded:
             _round_at_random(model, generator)
         _run(job, model, given, facts, order, see)
-    return found
+    return largest
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -222,16 +222,18 @@ def _run(
     """
 
     def run_step(step: int) -> tuple[list[Tensor], Tensor]:
-        losses, found = [], []
+        losses, outputs_of_parts = [], []
         for i, samples in enumerate(parts):
             with reference_draws(job, facts, step, i):
                 outputs = tensors_of(model(*(_rows(x, samples) for x in inputs)))
             losses.append(loss_of(outputs, facts.output_dims, samples, job))
             losses[-1].backward()
-            found.append([x.detach() for x in outputs])
+            outputs_of_parts.append([x.detach() for x in outputs])
         joined = [
-            join_rows(of_parts, dim, parts, job.batch)
-            for of_parts, dim in zip(zip(*found, strict=True), facts.output_dims, strict=True)
+            join_rows(outputs, dim, parts, job.batch)
+            for outputs, dim in zip(
+                zip(*outputs_of_parts, strict=True), facts.output_dims, strict=True
+            )
         ]
         return joined, torch.stack(losses).sum()
 
@@ -268,7 +270,7 @@ def train(
         trained: parameters by name.
         run_step: returns the outputs and the loss of a step; gradients are then complete.
         rate: the learning rate, or None to choose it by the first step.
-        see: is given `outputs`, `gradients`, `loss` and `parameters`.
+        see: is called with `outputs`, `gradients`, `loss` and `parameters`.
     """
     groups = [{"params": list(trained.values())}]  # none, on a stage that has no parameters
     optimizer = torch.optim.SGD(groups, 0.0, momentum=MOMENTUM)

@@ -89,8 +89,8 @@ class Comparison:
     """One rank's values and gradients against those of the reference.
 
     Args:
-        run: of a job.
-        trace: opened.
+        run: this rank's part of a job.
+        trace: the opened file of `make_trace`.
     """
 
     def __init__(self, run: Run, trace: Any) -> None:
@@ -108,7 +108,7 @@ class Comparison:
 
     def differing(self, kind: str) -> list[tuple[list[int], str]]:
         """Return the places and names of the values, or gradients, that differ on this rank."""
-        found = []
+        differing = []
         for stage, module in zip(
             self.run.module.stages, self.run.module.graph_modules, strict=True
         ):
@@ -118,8 +118,8 @@ class Comparison:
                 whole = rows_of(whole, dim, self.samples, self.size)
                 if self._differs(kind, layout, self.got[stage][f"{kind}/{name}"], whole):
                     how = source if name == source else f"{source}, as {name}"
-                    found.append(([stage, place], f"{path or 'the model'}: {target} ({how})"))
-        return found
+                    differing.append(([stage, place], f"{path or 'the model'}: {target} ({how})"))
+        return differing
 
     def _shared(
         self, kind: str, stage: int, written: fx.GraphModule
@@ -134,15 +134,17 @@ class Comparison:
                 move = written.get_submodule(str(node.target))
                 if isinstance(move, Redistribute):
                     lies.setdefault(node.name, (converted[node.name], move.step.target))
-        found = {}
+        shared = {}
         for name in [node.name for node in nodes if node.name in lies]:
             source, layout = lies[name]
             has_both = f"{kind}/{name}" in got and f"{kind}/{source}" in self.keys
             if has_both and source in self.calls:
-                found[f"{name} {source} {layout}"] = (name, source, layout)
+                shared[f"{name} {source} {layout}"] = (name, source, layout)
         keys_of_ranks: list[Any] = [None] * self.run.ranks.tp_world
-        dist.all_gather_object(keys_of_ranks, list(found), self.run.ranks.tp)
-        return [entry for key, entry in found.items() if all(key in keys for keys in keys_of_ranks)]
+        dist.all_gather_object(keys_of_ranks, list(shared), self.run.ranks.tp)
+        return [
+            entry for key, entry in shared.items() if all(key in keys for keys in keys_of_ranks)
+        ]
 
     def _differs(self, kind: str, layout: Layout, value: Tensor, whole: Tensor) -> bool:
         ranks = self.run.ranks
@@ -163,15 +165,15 @@ class Comparison:
 def trace(run: Run) -> dict[str, Any]:
     """Return the first of this rank's values that differs, and the last of its gradients."""
     with safe_open(run.reference.trace_path, "pt") as file:
-        found = Comparison(run, file)
-        values, gradients = found.differing("values"), found.differing("gradients")
+        comparison = Comparison(run, file)
+        values, gradients = comparison.differing("values"), comparison.differing("gradients")
     return {"values": values[:1], "gradients": gradients[-1:]}
 
 
 def first_diverging(reports: Sequence[Mapping[str, Any]]) -> str | None:
     """Return the name of the first value that differs on any rank, else gradient, else None."""
     values, gradients = (
-        [found for report in reports for found in report[kind]] for kind in ("values", "gradients")
+        [place for report in reports for place in report[kind]] for kind in ("values", "gradients")
     )
     if values:
         return str(min(values)[1])

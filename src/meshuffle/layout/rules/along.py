@@ -7,11 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.fx import Node
 
 from meshuffle.layout.layout import Partial, Replicate, Samples, Shard, Split, splits
 from meshuffle.layout.program import Call
-from meshuffle.layout.rule import Choice, Choices, Emitter, Query, alike, rule
+from meshuffle.layout.rule import Choice, Choices, Local, Query, alike, rule
 from meshuffle.layout.rules.groups import blocks, own_number
 from meshuffle.layout.rules.pointwise import pointwise
 from meshuffle.layout.traffic import statistics_bytes
@@ -112,19 +111,14 @@ def reduce(call: Query) -> Choices:
         if layout.dim in place:
             yield Choice((layout,), alike(call, layout.on(place[layout.dim])), layout)
         elif call.packet in (aten.mean, aten.sum) and call.given.get("dtype") is None:
-            local = Term(layout, call.shape(x)[layout.dim]) if call.packet is aten.mean else None
+            mean = weighted_mean(layout, call.shape(x)[layout.dim])
+            local = mean if call.packet is aten.mean else None
             yield Choice((layout,), Partial(), layout, local=local)
 
 
-class Term:
-    """A rank's mean, weighted by its share of the dim."""
-
-    def __init__(self, layout: Split, size: int) -> None:
-        self.layout, self.size = layout, size
-
-    def __call__(self, emit: Emitter) -> Node:
-        """Add both."""
-        return emit.call(aten.mul.Tensor, emit.again(), emit.fraction_of(self.layout, self.size))
+def weighted_mean(layout: Split, size: int) -> Local:
+    """Return what takes the mean of a rank's part, times its fraction of a dim of `size`."""
+    return lambda emit: emit.call(aten.mul.Tensor, emit.again(), emit.fraction_of(layout, size))
 
 
 @rule(aten.batch_norm)

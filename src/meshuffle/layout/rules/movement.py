@@ -269,7 +269,7 @@ def slice_rule(call: Query) -> Choices:
 
 
 def _completed(owners: Owners, kept: range, size: int) -> Owners:
-    """Return owners of all indices: of the kept as wanted, of the others evenly."""
+    """Return owners of all indices: the kept ones as wanted, the others evenly."""
     others = [i for i in range(size) if i not in kept]
     rest = Shard.even(0, len(others), len(owners)).owners
     return tuple(

@@ -55,7 +55,7 @@ def prelu(call: Query) -> Choices:
 
 @rule(aten.add, aten.sub)
 def terms(call: Query) -> Choices:
-    """As all of them, and terms of sums may be added as they are."""
+    """Split as the others; terms of two sums may also be added as they are."""
     yield from pointwise(call)
     same = all(call.shape(node) == call.out for node in call.inputs)
     if same and len(call.inputs) == 2 and Partial() in call.all_arriving():

@@ -1,9 +1,10 @@
 """Pooling, interpolation and padding: samples, channels, and space row by row.
 
 A maximum is the op itself on a window, as a convolution is. All others are linear and take one
-dim after the other, and along a dim each result is a weighted sum of a few inputs. Of which, and
-with what weights, the op itself is asked: so torch's rules of rounding, alignment and scale
-factors hold. Antialiased rows are left whole: in torch 2.15 they are wrong where the width is 1.
+dim after the other, and along a dim each result is a weighted sum of a few inputs. The op itself
+is run to learn which inputs these are, and with what weights: so torch's rules of rounding,
+alignment and scale factors hold. Antialiased rows are left whole: in torch 2.15 they are wrong
+where the width is 1.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.fx import Node
 from meshuffle.graph.runtime_ops import weighted
 from meshuffle.layout.layout import Partial, Shard, splits
 from meshuffle.layout.rule import Choice, Choices, Emitter, Query, rule
-from meshuffle.layout.rules.along import RESAMPLING, Term, along, num_space, of_1d_to_3d
+from meshuffle.layout.rules.along import RESAMPLING, along, num_space, of_1d_to_3d, weighted_mean
 from meshuffle.layout.rules.window import Kernel, Padded, dim_splits, read, rows
 
 aten = torch.ops.aten
@@ -47,7 +48,7 @@ def pool(call: Query) -> Choices:
         call.shape(x)[-num:], widths, strides, paddings, call.ints("dilation", num), strict=True
     )
     kernels = [Kernel(*numbers) for numbers in each]
-    # Of a dim that is not split: in front, and behind as far as the last window goes.
+    # Padding of a dim that is not split: in front, and behind as far as the last window goes.
     around = [
         (k.padding, max(0, k.needs(0, out - 1)[1] - k.size + 1))
         for k, out in zip(kernels, call.out[-num:], strict=True)
@@ -67,7 +68,7 @@ def resize(call: Query) -> Choices:
     lead = len(call.out) - num_space(call)
     for layout in splits(call.arriving[call.inputs[0]] if "avg" in str(call.node.target) else []):
         if layout.dim >= lead and call.out[layout.dim] == 1:
-            local = Term(layout, call.shape(call.inputs[0])[layout.dim])
+            local = weighted_mean(layout, call.shape(call.inputs[0])[layout.dim])
             yield Choice((layout,), Partial(), layout, local=local)
 
 
@@ -158,11 +159,11 @@ class _Rows:
         self, d: int, layout: Shard, arguments: Arguments, terms: tuple[Tensor, Tensor]
     ) -> None:
         self.d, self.layout, self.arguments = d, layout, arguments
-        found = [[t[:, list(part)] for t in terms] for part in layout.owners]
-        held = [index.unique(return_inverse=True) for index, _ in found]
+        of_ranks = [[t[:, list(part)] for t in terms] for part in layout.owners]
+        held = [index.unique(return_inverse=True) for index, _ in of_ranks]
         self.needs = tuple(tuple(inputs.tolist()) for inputs, _ in held)
         self.index = [places.tolist() for _, places in held]
-        self.weights = [weights.tolist() for _, weights in found]
+        self.weights = [weights.tolist() for _, weights in of_ranks]
 
     def __call__(self, emit: Emitter) -> Node:
         index, weights = self.index[emit.rank], self.weights[emit.rank]
