@@ -1,7 +1,7 @@
 """Run the longest test files first, by their measured times, so that workers end together.
 
-`pytest --store-durations` writes what it measures to `dev/test_durations.csv`: seconds of each file,
-set-up and clean-up included, and of each test above a second.
+`pytest --store-durations` writes what it measures to `dev/test_durations.csv`: seconds of each
+file, set-up and clean-up included, and of each test above a second.
 """
 
 from __future__ import annotations

@@ -162,11 +162,9 @@ def test_kill_9_of_the_command_ends_the_ranks() -> None:
 @pytest.mark.parametrize("victim", [0, 1])
 def test_kill_9_of_one_rank_ends_the_other(plan: str, victim: int) -> None:
     with started(*TRAIN, "--plan", plan) as process:
-        began = time.monotonic()
         os.kill(ranks_of(Path("run"))[victim], signal.SIGKILL)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 1
-        assert time.monotonic() - began < 30
         lines = [line for line in err.splitlines() if line]
         assert len(lines) == 1, err
         assert "was killed by signal 9" in lines[0]

@@ -61,14 +61,16 @@ def test_a_file_is_written_once_and_again_for_other_weights(weights: Path, tmp_p
     assert backends._digest(copy) != digest
 
 
-def test_a_folder_that_cannot_be_written_is_left_alone(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_where_no_folder_can_be_made_the_file_goes_to_the_scratch_folder(
+    weights: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(backends, "_is_writable", lambda folder: False)
-    monkeypatch.setattr(backends, "write_file", lambda *_, **__: None)
-    made = prepare("onnx", weights, None, tmp_path, lambda line: None)
-    assert Path(made.source).parent == tmp_path
-    assert not (weights.parent / "export" / "serve").exists()
+    copy = tmp_path / "w.safetensors"
+    copy.write_bytes(weights.read_bytes())
+    (tmp_path / "export").write_text("a file where the folder would be")
+    made = prepare("onnx", copy, None, tmp_path / "scratch", lambda line: None)
+    assert Path(made.source).parent == tmp_path / "scratch"
+    assert made.open(1)(np.zeros((1, 3, 64, 64), np.float32)).shape[0] == 1
+    assert (tmp_path / "export").read_text() == "a file where the folder would be"
 
 
 def test_a_backend_that_fails_is_left_out(
