@@ -10,15 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshuffle.layout.layout import (
-    Layout,
-    Partial,
-    Replicate,
-    Samples,
-    Shard,
-    Varying,
-    Window,
-)
+from meshuffle.layout.layout import Layout, Partial, Replicate, Samples, Shard, Varying, Window
 from meshuffle.layout.redistribution import Redistribution, Value, cheapest_path, held_indices
 from tests.layout.harness import few
 

@@ -16,12 +16,7 @@ from torch import Tensor
 
 from meshuffle.data import Preprocess
 from meshuffle.errors import ConfigError, RunError
-from meshuffle.tasks.fid import (
-    critic_settings,
-    frechet_distance,
-    make_critic,
-    random_critic,
-)
+from meshuffle.tasks.fid import critic_settings, frechet_distance, make_critic, random_critic
 from meshuffle.train.optimiser import freeze
 from meshuffle.weights import load_matching, load_or_build, save_weights
 from tests.tasks.gans import PREPROCESS, SIZE, card, gan, photos, saved_classifier

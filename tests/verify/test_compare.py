@@ -8,14 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshuffle.verify.compare import (
-    Norm,
-    Report,
-    judge,
-    judge_float32,
-    merge,
-    scales,
-)
+from meshuffle.verify.compare import Norm, Report, judge, judge_float32, merge, scales
 
 sizes = st.floats(1e-3, 1e3)
 

@@ -1,11 +1,6 @@
 """Data sets, exact sharded sampling, the preprocessing object, augmentation and `check`."""
 
-from meshuffle.data.augment import (
-    AugmentConfig,
-    EvalTransform,
-    TrainTransform,
-    augmentation_for,
-)
+from meshuffle.data.augment import AugmentConfig, EvalTransform, TrainTransform, augmentation_for
 from meshuffle.data.base import ArraySource, Data, ImageSource, View, relabel, subset
 from meshuffle.data.check import CheckReport, check_data
 from meshuffle.data.dense import build_eval_transform, build_train_transform

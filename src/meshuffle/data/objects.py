@@ -10,13 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from meshuffle.data.annotated import (
-    AnnotatedSource,
-    BoxTargets,
-    LabelTargets,
-    RowTargets,
-    Targets,
-)
+from meshuffle.data.annotated import AnnotatedSource, BoxTargets, LabelTargets, RowTargets, Targets
 from meshuffle.data.base import shortened
 from meshuffle.data.entries import Problems, check_filled, lacking
 from meshuffle.data.scan import PathTable

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from meshuffle.data import (
-    decode_image,
-)
+from meshuffle.data import decode_image
 from meshuffle.data.scan import image_files
 from meshuffle.infer.evaluation import Evaluation
 from meshuffle.infer.rank import Question, answer

@@ -26,12 +26,7 @@ from torch import Tensor, nn
 from meshuffle.comm.device import check_device, pick_device
 from meshuffle.comm.group import RankEnv, new_group, process_group, rank_env
 from meshuffle.comm.launch import end_with_parent, report_failure, torchrun
-from meshuffle.data import (
-    EvalTransform,
-    ImageSource,
-    auto_workers,
-    eval_loader,
-)
+from meshuffle.data import EvalTransform, ImageSource, auto_workers, eval_loader
 from meshuffle.data.annotated import unlabelled
 from meshuffle.errors import ConfigError, PlanError
 from meshuffle.files import write_json

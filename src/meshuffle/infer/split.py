@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 from meshuffle.comm.group import RankEnv
 from meshuffle.comm.heap import return_freed_blocks
-from meshuffle.data import (
-    Preprocess,
-)
+from meshuffle.data import Preprocess
 from meshuffle.parallel.build import build
 from meshuffle.parallel.place import join_ranks
 from meshuffle.planner.plan import Plan

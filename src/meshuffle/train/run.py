@@ -16,10 +16,7 @@ import torch
 from meshuffle.comm.device import check_device, num_accelerators, num_cores
 from meshuffle.comm.group import RankEnv
 from meshuffle.config import Origin, TrainConfig, read_config, to_toml
-from meshuffle.data import (
-    EpochSampler,
-    build_train_transform,
-)
+from meshuffle.data import EpochSampler, build_train_transform
 from meshuffle.data.source import absolute_data
 from meshuffle.errors import PlanError, RunError
 from meshuffle.files import write_json, write_text

@@ -13,13 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from meshuffle.data.base import Data, ImageSource, shortened
-from meshuffle.data.entries import (
-    SPLITS,
-    assemble,
-    check_train,
-    only_split,
-    split_options,
-)
+from meshuffle.data.entries import SPLITS, assemble, check_train, only_split, split_options
 from meshuffle.data.image import decode_image
 from meshuffle.errors import DataError, ImageError, did_you_mean
 

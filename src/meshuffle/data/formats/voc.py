@@ -27,13 +27,7 @@ from meshuffle.data.entries import (
     repeated,
     stem,
 )
-from meshuffle.data.objects import (
-    BoxList,
-    Objects,
-    check_classes,
-    object_source,
-    path_table,
-)
+from meshuffle.data.objects import BoxList, Objects, check_classes, object_source, path_table
 from meshuffle.data.scan import existing_folder, subfolders
 from meshuffle.data.target import VOID
 from meshuffle.errors import DataError, ImageError
