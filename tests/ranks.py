@@ -15,6 +15,10 @@ import torch.multiprocessing as mp
 
 from meshuffle.comm.group import RankEnv, process_group
 
+ROOT = Path(__file__).parents[1]
+PYTHON_PATH = os.pathsep.join((str(ROOT), str(ROOT / "src")))
+"""For processes that import the tests, and this checkout of the package."""
+
 
 def free_port() -> int:
     with socket.socket() as server:

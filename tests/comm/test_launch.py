@@ -14,8 +14,7 @@ import pytest
 
 from meshuffle.comm.launch import report_failure, torchrun
 from meshuffle.errors import DataError, Interrupted, MeshuffleError, RankFailed
-
-ROOT = Path(__file__).parents[2]
+from tests.ranks import PYTHON_PATH, ROOT
 
 
 def launch(how: str, *arguments: str) -> None:
@@ -24,7 +23,7 @@ def launch(how: str, *arguments: str) -> None:
         [how, *arguments],
         2,
         threads=1,
-        environment={"PYTHONPATH": str(ROOT)},
+        environment={"PYTHONPATH": PYTHON_PATH},
     )
 
 

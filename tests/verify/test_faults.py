@@ -11,6 +11,7 @@ import pytest
 from meshuffle.verify import api
 from meshuffle.verify.job import Job
 from meshuffle.verify.reference import Reference
+from tests.ranks import PYTHON_PATH
 from tests.verify.faults import CASES
 
 _NAMED = {
@@ -31,11 +32,10 @@ _NAMED = {
 
 
 def run(names: Sequence[str], folder: Path, **options: Any) -> dict[str, api.Verdict]:
-    root = Path(__file__).parents[2]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (
             ("MESHUFFLE_TEST_FIRED", str(folder)),
-            ("PYTHONPATH", str(root)),
+            ("PYTHONPATH", PYTHON_PATH),
             ("OMP_NUM_THREADS", "1"),
             ("TORCH_CPP_LOG_LEVEL", "ERROR"),
             ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +15,8 @@ from meshuffle.planner.plan import SCHEDULES
 from meshuffle.verify.api import verify
 from meshuffle.verify.job import Job, _Unfilled, build_model, loss_of, rows_of
 from meshuffle.verify.reference import squared_difference
+from tests.ranks import PYTHON_PATH
 from tests.verify import models
-
-ROOT = Path(__file__).parents[2]
 
 IMAGE = "3x16x16"
 
@@ -29,7 +27,7 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL"):
         monkeypatch.setenv(name, "1" if name == "OMP_NUM_THREADS" else "ERROR")
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", PYTHON_PATH)
 
 
 def test_two_ranks_and_cases_that_fail_between_good_ones() -> None:
