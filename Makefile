@@ -29,7 +29,8 @@ test: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0
 
 test-all: setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0 -m 'not gpu'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0 -m 'not gpu' \
+		--hypothesis-profile all
 
 check: setup
 	@$(BIN)/ruff check .

@@ -17,9 +17,10 @@ from meshuffle.report import report
 from meshuffle.train.api import train
 from tests.launched import LAUNCHERS, WRITE_REPORT, forked_torchrun, no_report
 
-# Tests never assert times, and these machines are shared.
-settings.register_profile("no-deadline", deadline=None)
-settings.load_profile("no-deadline")
+# Tests never assert times, and these machines are shared. `make test-all` takes the profile `all`.
+settings.register_profile("quick", deadline=None, max_examples=40)
+settings.register_profile("all", deadline=None)
+settings.load_profile("quick")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -23,7 +23,7 @@ from meshuffle.parallel.pipeline import Pipeline
 from meshuffle.planner.plan import parse_plan
 from meshuffle.planner.schedules import make_schedule
 from meshuffle.report import pipeline_diagram, report
-from meshuffle.report.pipeline_diagram import Trace, measured_bubble, read_trace, timeline_section
+from meshuffle.report.pipeline_diagram import Trace, measured_bubble, read_trace, timeline_of
 from meshuffle.train.api import train
 from meshuffle.train.loop import Loop
 from meshuffle.train.rank import train_rank
@@ -192,17 +192,18 @@ def test_a_plain_step(runs: dict[str, Path]) -> None:
 
 def test_without_the_option_nothing_is_written(runs: dict[str, Path]) -> None:
     assert not (runs["untraced"] / "trace.json").exists()
-    assert timeline_section(runs["untraced"]) == ""
+    assert timeline_of(runs["untraced"]) is None
 
 
 @pytest.mark.parametrize("name", ["1f1b", "tp", "stages of replicas"])
 def test_the_report_shows_it(runs: dict[str, Path], name: str) -> None:
-    html = timeline_section(runs[name])
+    shown = timeline_of(runs[name])
+    assert shown is not None and shown.picture.light != shown.picture.dark
     assert (runs[name] / "plots" / "timeline.png").read_bytes().startswith(b"\x89PNG")
     if name == "tp":
-        assert "<h2>Timeline</h2>" in html
+        assert shown.title == "Timeline"
     else:
-        assert re.search(r"Measured bubble \d+\.\d % \(median of \d steps\), schedule", html)
+        assert re.search(r"Measured bubble \d+\.\d % \(median of \d steps\), schedule", shown.note)
 
 
 def test_a_run_that_is_too_short_says_so(
@@ -273,7 +274,7 @@ def test_the_bubble_of_a_known_trace() -> None:
 def test_a_broken_trace_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "trace.json").write_text(text)
     assert read_trace(tmp_path / "trace.json") is None
-    assert timeline_section(tmp_path) == ""
+    assert timeline_of(tmp_path) is None
 
 
 def test_many_ranks_show_the_first_replica() -> None:
