@@ -30,7 +30,6 @@ from meshuffle.comm.group import RankEnv, process_group
 from meshuffle.config import TrainConfig
 from meshuffle.data import AugmentConfig, Batch, Preprocess, shard_bounds
 from meshuffle.errors import in_words
-from meshuffle.models import create_model
 from meshuffle.parallel.random_masks import draw_key
 from meshuffle.planner.plan import parse_plan
 from meshuffle.tasks.card import Card
@@ -247,8 +246,8 @@ def is_count(name: str, tensor: Tensor) -> bool:
 
 
 def in_float64() -> None:
-    normalise = Preprocess.normalise
-    train_state.create_model = lambda *a, **k: create_model(*a, **k).double()  # type: ignore[attr-defined]
+    normalise, new = Preprocess.normalise, train_state.new_model
+    train_state.new_model = lambda *a, **k: new(*a, **k).double()
     Preprocess.normalise = lambda self, x: normalise(self, x).double()  # type: ignore[method-assign]
 
 

@@ -15,6 +15,12 @@ from meshuffle.comm.launch import torchrun
 from meshuffle.config import TrainConfig
 from meshuffle.report import report
 from meshuffle.train.api import train
+from tests.durations import (  # noqa: F401  # hooks of pytest
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_runtest_logreport,
+    pytest_sessionfinish,
+)
 from tests.launched import LAUNCHERS, WRITE_REPORT, forked_torchrun, no_report
 
 # Tests never assert times, and these machines are shared. `make test-all` takes the profile `all`.

@@ -8,7 +8,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from meshuffle.comm.collectives import exchange, gather, psum, pvary
+from meshuffle.comm.collectives import (
+    TransposeRoute,
+    divide,
+    exchange,
+    gather,
+    psum,
+    pvary,
+    scatter,
+    scatter_sum,
+    transpose,
+)
 from meshuffle.layout import Shard
 from meshuffle.layout.routes import routes
 from tests.ranks import run_ranks
@@ -127,9 +137,17 @@ def compiled(group: dist.ProcessGroup) -> bool:
     rank = dist.get_rank(group)
     route = routes(shard.owners, needs)[rank]
 
+    everything = routes(shard.owners, [list(range(shard.size))] * WORLD)[rank]
+    other = (shard.dim + 1) % 3
+    turned = tuple(tuple(range(x.shape[other]))[r::WORLD] for r in range(WORLD))
+    turn = TransposeRoute(rank, shard.dim, other, shard.owners, turned)
+
     def compute(whole: Tensor) -> Tensor:
         own = part_of(pvary(whole, group), shard, rank)
-        return psum(exchange(own, shard.dim, route, group).square().sum(), group)
+        value = psum(exchange(own, shard.dim, route, group).square().sum(), group)
+        again = gather(scatter(whole, shard.dim, everything, group), shard.dim, everything, group)
+        term = scatter_sum(divide(again, WORLD), shard.dim, shard.owners, rank, group)
+        return value + psum(transpose(term, turn, group).pow(3).sum(), group)
 
     results = []
     for function in (compute, torch.compile(compute, backend="aot_eager", fullgraph=True)):

@@ -115,6 +115,7 @@ def assert_same(found: Evaluation, expected: Evaluation) -> None:
     assert len(found.skipped) == 1
 
 
+@pytest.mark.usefixtures("real_torchrun")
 def test_ranks_started_here(weights: Path, photos: Path) -> None:
     one, two = (evaluate(weights, plan=plan) for plan in ("dp=1", "tp=2"))
     assert one[1] == two[1]

@@ -89,6 +89,7 @@ def test_one_candidate_needs_no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fastest_plan(on_cpu, CARD, 1, 8)[0] == Plan(dp=1, threads=1)
 
 
+@pytest.mark.usefixtures("real_torchrun")
 def test_candidates_are_timed_for_real() -> None:
     """Two plans, with knobs that need the input's size, in ranks of their own."""
     config = dataclasses.replace(settings(kernel_size="auto"), accumulate=2, dropout=0.1)

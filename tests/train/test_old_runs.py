@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -45,3 +46,24 @@ def test_an_export_computes_what_its_model_does(name: str) -> None:
     with torch.inference_mode():
         expected = network(x_NCHW).numpy()
     assert np.allclose(outputs, expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("has_start", [True, False])
+def test_a_run_that_began_from_weights_is_judged_again(tmp_path: Path, has_start: bool) -> None:
+    """It has averaged weights; without its copy of the first ones, those that it names serve."""
+    run = tmp_path / "run"
+    shutil.copytree(OLD / "from", run)
+    if not has_start:
+        (run / "weights" / "start.safetensors").unlink()
+        text = (run / "config.toml").read_text()
+        (run / "config.toml").write_text(
+            text.replace('"runs/first"', f'"{OLD / "finished.safetensors"}"')
+        )
+    before = json.loads((run / "result.json").read_text())
+    result = resume(run)
+    assert result["metrics"]["test"]["top1"] == pytest.approx(
+        before["splits"]["test"]["top1"], abs=0.6
+    )
+    assert "all epochs are done" in (run / "log.jsonl").read_text()
+    compared = json.loads((run / "result.json").read_text())["compared"]
+    assert bool(compared) is has_start

@@ -19,6 +19,8 @@ import torch.distributed as dist
 from meshuffle.comm import collectives
 from meshuffle.comm.exchange import GroupExchange, SharedExchange
 from meshuffle.config import TrainConfig
+from meshuffle.infer.images import open_split
+from meshuffle.infer.predict import evaluate
 from meshuffle.parallel.pipeline import Pipeline
 from meshuffle.planner.plan import parse_plan
 from meshuffle.planner.schedules import make_schedule
@@ -31,7 +33,9 @@ from meshuffle.train.run import prepare
 from meshuffle.train.spans import Spans, clock_ahead_ns
 from meshuffle.train.step import Step
 from meshuffle.train.timeline import LANES, TRACED_STEPS, WARM_STEPS
+from meshuffle.weights import load_model
 from tests.conftest import SMALL
+from tests.launched import WRITE_REPORT
 from tests.ranks import as_launched, run_ranks
 
 PLANS = {
@@ -204,6 +208,13 @@ def test_the_report_shows_it(runs: dict[str, Path], name: str) -> None:
         assert shown.title == "Timeline"
     else:
         assert re.search(r"Measured bubble \d+\.\d % \(median of \d steps\), schedule", shown.note)
+
+
+def test_the_report_has_a_section_for_it(runs: dict[str, Path]) -> None:
+    run = runs["1f1b"]
+    source, _, card = open_split(None, None, load_model(run)[1])
+    page = WRITE_REPORT(run, evaluate(run)[0], source, card).read_text()
+    assert "<h2>Pipeline</h2>" in page and "Measured bubble" in page
 
 
 def test_a_run_that_is_too_short_says_so(

@@ -38,9 +38,8 @@ def _opened(data: str | None, card: Card) -> tuple[Data, Card]:
     opened = open_data(card.data_or(data), task=card.task, need=())
     own = data is None or absolute_data(data) == card.data
     if own and "train" in opened.splits and "val" not in opened.splits:
-        opened = open_data(
-            card.data, task=card.task, need=("train", "val")
-        )  # the part that training set aside
+        # the part that training set aside
+        opened = open_data(card.data, task=card.task, need=("train", "val"))
     if not card.named and not set(opened.classes) <= set(card.classes):
         return opened, _named_by(opened, card)
     return relabel(opened, card.classes), dataclasses.replace(card, named=True)

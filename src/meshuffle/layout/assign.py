@@ -17,7 +17,6 @@ The search walks over the program five times:
 
 from __future__ import annotations
 
-import functools
 import heapq
 import operator
 from collections.abc import Iterator, Mapping, Sequence
@@ -159,7 +158,7 @@ class _Search:
         }
         self.wanted: dict[Node, list[Any]] = {}
         self.possible: dict[Node, list[Any]] = {}
-        self._path = functools.cache(self._uncached_path)
+        self._paths: dict[Any, tuple[int, Any] | None] = {}
 
     def run(self) -> dict[str, Choice]:
         """Return the cheapest choice of each op, by name."""
@@ -217,9 +216,9 @@ class _Search:
         if not flops or not choices:
             return [*choices, whole]
         batch, world = self.program.batch, self.program.world
-        busiest = {id(c): max(_work_fractions(c, batch, world)) for c in choices}
-        most = min(busiest.values()) * 5 / 4
-        balanced = [choice for choice in choices if busiest[id(choice)] <= most]
+        busiest = [max(_work_fractions(choice, batch, world)) for choice in choices]
+        most = min(busiest) * 5 / 4
+        balanced = [c for c, share in zip(choices, busiest, strict=True) if share <= most]
         if self.prefer and any(choice.kind == self.prefer for choice in balanced):
             return [choice for choice in balanced if choice.kind == self.prefer]
         return [*balanced, whole] if flops <= _SMALL * self.total_flops else balanced
@@ -288,8 +287,14 @@ class _Search:
             else:
                 yield (cost, whole), forms, choice.output, choice
 
-    def _uncached_path(self, source: Node, forms: Any, layout: Layout) -> tuple[int, Any] | None:
+    def _path(self, source: Node, forms: Any, layout: Layout) -> tuple[int, Any] | None:
         """Return the bytes of having a value in `layout`, and the layouts in which it then is."""
+        key = (source, forms, layout)
+        if key not in self._paths:
+            self._paths[key] = self._find_path(source, forms, layout)
+        return self._paths[key]
+
+    def _find_path(self, source: Node, forms: Any, layout: Layout) -> tuple[int, Any] | None:
         value = self.program.value(source)
         if forms is None:
             if source in self.stored:

@@ -22,6 +22,7 @@ from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.random_masks import draw_key
 from meshuffle.parallel.ranks import Ranks, join
 from meshuffle.planner.plan import Plan, parse_plan
+from meshuffle.planner.schedules import make_schedule
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -68,6 +69,7 @@ def parallelize(
     chosen = plan if isinstance(plan, Plan) else parse_plan(plan or f"tp={dist.get_world_size()}")
     if chosen.dp_kind:
         raise PlanError(f"plan {chosen}: parallelize replicates; use dp={chosen.dp}")
+    make_schedule(chosen.pp_kind, chosen.pp, chosen.num_micro_batches)  # refused before a group
     ranks = join(chosen, where)
     ranks.draw_state.to(where)
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)

@@ -1,4 +1,4 @@
-"""From a model and a plan to what one rank runs: the one path of every verb.
+"""From a model and a plan to what one rank runs, where layers are split or stages are cut.
 
 schedule ──▶ capture ──▶ layouts ──▶ cuts ──▶ one rank's code ──▶ its groups ──▶ its pipeline
              └────────────── parallel.module ──────────────┘

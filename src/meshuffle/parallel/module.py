@@ -161,7 +161,7 @@ class Parallel(nn.Module):
         self.shards |= {n: self.shards[first] for n, first in tied.items() if first in self.shards}
         terms = {name for code in codes for name in code.summed_over_tp}
         made: dict[str, Tensor] = {}
-        own = dict(item for item in named_tensors(model) if self.has(item[0]))
+        own = {name: tensor for name, tensor in named_tensors(model) if self.has(name)}
         for name, tensor in own.items():
             first = tied.get(name, name)
             if first not in made:

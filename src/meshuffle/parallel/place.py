@@ -37,9 +37,8 @@ class Place:
     def replica(self, dp_rank: int | None = None) -> list[int]:
         """Return the ranks of a replica, this one's by default, in the world."""
         own = self.dp_rank if dp_rank is None else dp_rank
-        world = torch.arange(self.pp * self.dp * self.tp).view(self.pp, self.dp, self.tp)
-        ranks: list[int] = world[:, own].flatten().tolist()
-        return ranks
+        rows = [(stage * self.dp + own) * self.tp for stage in range(self.pp)]
+        return [row + rank for row in rows for rank in range(self.tp)]
 
 
 def place_of(plan: Plan, env: RankEnv) -> Place:

@@ -63,7 +63,8 @@ def write_report(
         split: what to call the split, such as `test`.
     """
     record, task = read_record(run), make_task(card)
-    gallery, on_split = gallery_of(evaluation, source, task), f" on the {split} split" * bool(split)
+    gallery = gallery_of(evaluation, source, task)
+    on_split = f" on the {split} split" if split else ""
     curves, absent_curves = _curves(record, task, run / "plots")
     evaluated = f"{evaluation.num_samples:,} images evaluated{on_split}"
     content = page.render(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from meshuffle.config import TrainConfig
 from meshuffle.data import Data
 from meshuffle.errors import ConfigError, PlanError
+from meshuffle.models import create_model
 from meshuffle.planner.plan import Plan
 from meshuffle.tasks.card import Card
 
@@ -101,6 +102,11 @@ class Task:
         """C, the classes, or of a regression the targets."""
         return len(self.card.classes)
 
+    def title(self, index: int) -> str:
+        """Return the readable name of a class, where one is known."""
+        name = self.card.classes[index]
+        return self.card.titles.get(name, name)
+
     @classmethod
     def settings(cls, config: TrainConfig, data: Data, load: LoadNetwork) -> dict[str, Any]:
         """Return what the task must remember beside the weights, as plain JSON data."""
@@ -127,8 +133,12 @@ class Task:
         return ", ".join(metric.text(metrics[metric.key]) for metric in shown)
 
     def network(self, seed: int) -> nn.Module:
-        """Return the module with random weights: images (N, 3, h, w) → outputs (N, …)."""
-        raise NotImplementedError
+        """Return the module with random weights: images (N, 3, h, w) → outputs (N, …).
+
+        Here it is the card's model with an output per class or target.
+        """
+        card = self.card
+        return create_model(card.model, num_classes=self.num_classes, seed=seed, **card.knobs)
 
     def deployed(self, network: nn.Module) -> nn.Module:
         """Return what an exported file computes: the network, and what users need behind it."""

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from meshuffle.config import TrainConfig
 from meshuffle.data import Data
-from meshuffle.models import create_model
 from meshuffle.tasks.base import LoadNetwork, Metric, Rows, Task
 
 TOP = 5
@@ -43,11 +42,6 @@ class Classify(Task):
             weights = counts.sum() / (len(counts) * np.maximum(counts, 1))
             kept["class_weights"] = dict(zip(data.classes, weights.round(6).tolist(), strict=True))
         return kept
-
-    def network(self, seed: int) -> nn.Module:
-        """Return the card's model with an output per class."""
-        card = self.card
-        return create_model(card.model, num_classes=self.num_classes, seed=seed, **card.knobs)
 
     def loss_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the cross-entropy summed over samples.

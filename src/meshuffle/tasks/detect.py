@@ -123,7 +123,7 @@ class Detect(Task):
         boxes = found[:, :4].astype(np.float64) * (*size, *size)
         return {
             "boxes": [
-                {"label": self._title(int(row[5])), "score": float(row[4]), "box": box}
+                {"label": self.title(int(row[5])), "score": float(row[4]), "box": box}
                 for row, box in zip(found, boxes.round(2).tolist(), strict=True)
             ]
         }
@@ -142,7 +142,7 @@ class Detect(Task):
     def truth(self, rows: Rows, i: int) -> str:
         """Return for example `3 RBC, 1 WBC`."""
         labels = rows["truth"][i, :, 0]
-        counts = Counter(self._title(c) for c in labels[labels >= 0].astype(int).tolist())
+        counts = Counter(self.title(c) for c in labels[labels >= 0].astype(int).tolist())
         return ", ".join(f"{count} {label}" for label, count in counts.most_common()) or "no object"
 
     def picture(
@@ -154,10 +154,6 @@ class Detect(Task):
         known = None if truth is None else truth.xyxy * (shown.width / image.width)
         draw_boxes(shown, found, _shown(rows, i)[:, 5].astype(int).tolist(), known)
         return shown
-
-    def _title(self, index: int) -> str:
-        name = self.card.classes[index]
-        return self.card.titles.get(name, name)
 
 
 def _shown(rows: Rows, i: int) -> NDArray[np.float32]:

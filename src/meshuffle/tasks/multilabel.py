@@ -9,12 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.exceptions import UndefinedMetricWarning
-from sklearn.metrics import average_precision_score
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from meshuffle.models import create_model
 from meshuffle.tasks.base import Metric, Rows, Task
 
 _LIKELY = 0.5  # a label from this probability on
@@ -32,11 +29,6 @@ class MultiLabel(Task):
     metrics = (Metric("map", "mAP"), Metric("f1", "F1"))
     running = Metric("accuracy", "accuracy")
     mixes = smooths = True
-
-    def network(self, seed: int) -> nn.Module:
-        """Return the card's model with an output per class."""
-        card = self.card
-        return create_model(card.model, num_classes=self.num_classes, seed=seed, **card.knobs)
 
     def loss_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss summed over samples; `targets`: float (N, C), 0 … 1."""
@@ -69,6 +61,9 @@ class MultiLabel(Task):
 
     def conclude(self, rows: Rows) -> dict[str, float]:
         """Return `map` and `f1` in percent."""
+        from sklearn.exceptions import UndefinedMetricWarning  # 0.9 s and 137 MB
+        from sklearn.metrics import average_precision_score
+
         truth, predicted = rows["targets"], rows["probabilities"] > _LIKELY
         present = truth.any(0)
         with warnings.catch_warnings():
@@ -93,19 +88,14 @@ class MultiLabel(Task):
         probabilities = rows["probabilities"][i]
         order = np.argsort(-probabilities, kind="stable")
         every: list[dict[str, Any]] = [
-            {"label": self._title(c), "probability": float(probabilities[c])}
-            for c in order.tolist()
+            {"label": self.title(c), "probability": float(probabilities[c])} for c in order.tolist()
         ]
         likely = [entry for entry in every if entry["probability"] > _LIKELY]
         return {**every[0], "labels": likely}
 
     def truth(self, rows: Rows, i: int) -> str:
         """Return the labels of sample i."""
-        return ", ".join(self._title(int(c)) for c in np.flatnonzero(rows["targets"][i])) or "none"
-
-    def _title(self, index: int) -> str:
-        name = self.card.classes[index]
-        return self.card.titles.get(name, name)
+        return ", ".join(self.title(int(c)) for c in np.flatnonzero(rows["targets"][i])) or "none"
 
     def sentence(self, prediction: Mapping[str, Any]) -> str:
         """Return for example `person (97 %), dog (61 %)`."""

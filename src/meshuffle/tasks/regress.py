@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from meshuffle.config import TrainConfig
 from meshuffle.data import Data
-from meshuffle.models import create_model
 from meshuffle.tasks.base import LoadNetwork, Metric, Rows, Task
 
 
@@ -46,11 +45,6 @@ class Regress(Task):
             kept["mean"] = values.mean(0).tolist()
             kept["std"] = np.where(deviation > 0, deviation, 1.0).tolist()
         return kept
-
-    def network(self, seed: int) -> nn.Module:
-        """Return the card's model with an output per target."""
-        card = self.card
-        return create_model(card.model, num_classes=self.num_classes, seed=seed, **card.knobs)
 
     def deployed(self, network: nn.Module) -> nn.Module:
         """Return the network with its outputs in the targets' units."""

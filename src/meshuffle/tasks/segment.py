@@ -20,7 +20,7 @@ from meshuffle.tasks.mask_picture import draw_masks, mask_image
 
 KEPT_SIDE = 96
 """Pixels of the long side of a mask that evaluation keeps for pictures."""
-_TOLD = 5  # classes in a line of text
+_NAMED = 5  # classes in a line of text
 
 
 class Segment(Task):
@@ -125,13 +125,13 @@ class Segment(Task):
 
     def _told(self, shares: NDArray[Any]) -> dict[str, float]:
         order = np.argsort(-shares, kind="stable").tolist()
-        return {self._title(c): round(100 * float(shares[c]), 4) for c in order if shares[c] > 0}
+        return {self.title(c): round(100 * float(shares[c]), 4) for c in order if shares[c] > 0}
 
     def sentence(self, prediction: Mapping[str, Any]) -> str:
         """Return for example `road 61.2 %, sky 20.1 %, car 3.0 % and 2 more`."""
         shares = list(prediction["shares"].items())
-        more = f" and {len(shares) - _TOLD} more" if len(shares) > _TOLD else ""
-        return ", ".join(f"{name} {share:.1f} %" for name, share in shares[:_TOLD]) + more
+        more = f" and {len(shares) - _NAMED} more" if len(shares) > _NAMED else ""
+        return ", ".join(f"{name} {share:.1f} %" for name, share in shares[:_NAMED]) + more
 
     def truth(self, rows: Rows, i: int) -> str:
         """Return the same of the truth, in percent of the pixels that count."""
@@ -156,11 +156,7 @@ class Segment(Task):
         masks = [("predicted", rows["mask"][i])]
         if truth is not None:
             masks.append(("true", truth))
-        return draw_masks(image, masks, [self._title(c) for c in range(self.num_classes)])
-
-    def _title(self, index: int) -> str:
-        name = self.card.classes[index]
-        return self.card.titles.get(name, name)
+        return draw_masks(image, masks, [self.title(c) for c in range(self.num_classes)])
 
 
 class Classes(nn.Module):

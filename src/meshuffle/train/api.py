@@ -1,4 +1,4 @@
-"""What the verbs do, as functions: train and resume; `inference` has the others."""
+"""What the verb `train` does, as functions: train and resume; `infer/predict.py` has others."""
 
 from __future__ import annotations
 

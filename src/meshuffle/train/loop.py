@@ -46,7 +46,7 @@ from meshuffle.train.watch import Watch
 class Loop:
     """One rank's walk through a run.
 
-    `control` is a CPU group of all ranks, for words; `exchange` is for a few numbers per step.
+    `control` is a CPU group of all ranks, for objects; `exchange` is for a few numbers per step.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class Loop:
             raise Interrupted(f"stopped in {where}; saved", self.stop.number or 15)
 
     def _save(self, *, finish: bool = False) -> None:
-        """Let a checkpoint be written; with `finish`, until it is: a rank that ends, ends all."""
+        """Let a checkpoint be written; with `finish`, wait for it: a rank that ends stops all."""
         self._collect_skipped()
         self.state.save(self.run, self.saver, write=self.env.is_main)
         if finish:

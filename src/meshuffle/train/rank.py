@@ -22,7 +22,7 @@ from meshuffle.comm.launch import end_with_parent, report_failure
 from meshuffle.comm.lost_ranks import record_lost_ranks
 from meshuffle.config import TrainConfig, read_config
 from meshuffle.data import Data, auto_workers, open_data, prepare_workers, relabel
-from meshuffle.errors import Interrupted, RunError
+from meshuffle.errors import Interrupted
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.place import threads_per_rank
 from meshuffle.planner.plan import read_plan
@@ -31,11 +31,11 @@ from meshuffle.tasks.card import Card
 from meshuffle.train.checkpoint.checkpoint import locked
 from meshuffle.train.checkpoint.intact import agree_on_checkpoint
 from meshuffle.train.finish import finish
-from meshuffle.train.initial_weights import START
+from meshuffle.train.initial_weights import START, open_initial_weights
 from meshuffle.train.loop import Loop
 from meshuffle.train.signals import stop_requests
 from meshuffle.train.split import describe_split
-from meshuffle.train.state import TrainState, build_state, make_card
+from meshuffle.train.state import TrainState, build_model, build_state, make_card
 from meshuffle.train.timeline import traced
 from meshuffle.train.watch import SilentWatch, Watch, watch_run
 from meshuffle.weights import read_weights
@@ -69,10 +69,10 @@ def train_rank(run: Path) -> dict[str, Any]:
             workers = auto_workers(data.splits["train"], env.local_world, threads)
         if workers:
             prepare_workers()
-        tensors, card, lines = _start(run, config)
-        card = card or make_card(config, data)
+        tensors, card, lines = _start(run, config, data)
         data = relabel(data, card.classes)
         state = build_state(config, plan, card, env, device, group, tensors)
+        del tensors
         lines += _ignored(data)
         if found.folder is not None:
             state.restore(found.folder)
@@ -102,19 +102,19 @@ def _ignored(data: Data) -> list[str]:
 
 
 def _start(
-    run: Path, config: TrainConfig
-) -> tuple[dict[str, Tensor] | None, Card | None, list[str]]:
-    """Return the weights that a run began from with their card, and lines about what fitted.
-
-    Raises:
-        RunError: the run's own copy of them is gone.
-    """
+    run: Path, config: TrainConfig, data: Data
+) -> tuple[dict[str, Tensor] | None, Card, list[str]]:
+    """Return the weights that a run began from, its card, and lines about what fitted."""
     if not config.from_:
-        return None, None, []
-    if not (run / START).is_file():
-        raise RunError(f"{run / START} is missing: the weights that this run began with")
-    tensors, card = read_weights(run / START)
-    return tensors, card, list(read_record(run).env.get("from", ()))
+        return None, make_card(config, data), []
+    if (run / START).is_file():
+        tensors, card = read_weights(run / START)
+        assert card is not None, f"{run / START} has no card"
+        return tensors, card, list(read_record(run).env.get("from", ()))
+    start = open_initial_weights(config, config.model)  # the run's own copy is gone
+    card = make_card(config, data, start)
+    model, _, lines = build_model(config, card, start)
+    return model.state_dict(), card, lines
 
 
 def _watch(run: Path, state: TrainState, env: RankEnv) -> contextlib.AbstractContextManager[Watch]:

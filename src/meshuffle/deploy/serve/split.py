@@ -98,9 +98,8 @@ class SplitNetwork:
             self._ends.append(end)
             others.append(other)
         leaving = threading.Event()
-        multiprocessing.util.Finalize(
-            None, leaving.set, exitpriority=0
-        )  # multiprocessing then ends the others
+        # multiprocessing then ends the others
+        multiprocessing.util.Finalize(None, leaving.set, exitpriority=0)
         threading.Thread(target=_end_with, args=(others, leaving), daemon=True).start()
         self._joined = contextlib.ExitStack()
         try:
