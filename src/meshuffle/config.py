@@ -160,8 +160,12 @@ class TrainConfig:
         Literal["float32", "bf16"], _option("Precision; bf16 uses autocast.", "Machine")
     ] = "float32"
     channels_last: Annotated[
-        bool, Parameter(help="Keep images and weights in channels-last format.", group="Machine")
-    ] = True
+        bool | None,
+        Parameter(
+            help="Channels-last memory; default: where the model computes the same.",
+            group="Machine",
+        ),
+    ] = None
     compile: Annotated[
         Literal["auto", "on", "off"],
         _option("Use torch.compile; auto: where it saves time.", "Machine"),

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+from meshuffle.comm import launch
 from meshuffle.comm.group import RankEnv
 from meshuffle.data import Batch, Preprocess, decode_image
-from meshuffle.errors import PlanError
+from meshuffle.errors import DataError, PlanError
 from meshuffle.infer.evaluation import Evaluation
 from meshuffle.infer.predict import evaluate, predict
 from meshuffle.infer.rank import Question, judge_rank
@@ -199,3 +200,27 @@ def test_a_rank_keeps_its_part_and_no_hold_of_the_file(weights: Path, tmp_path: 
     whole = sum(parameter.numel() for parameter in load_model(path)[0].parameters())
     for kept in run_ranks(own_parameters, 2, str(path)):
         assert kept < 0.7 * whole
+
+
+def test_a_plan_that_fills_the_memory_is_refused(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "free_memory_bytes", lambda: 3 * 400_000_000)
+    with pytest.raises(PlanError, match=r"4 ranks need 1\.6 GB .* 1\.2 GB are free .* at most 3"):
+        evaluate(weights, batch=8, plan="dp=4")
+    launch.require_memory(3)
+    monkeypatch.setenv(launch.FORCE, "1")
+    launch.require_memory(99)
+
+
+def test_no_readable_image_is_an_error(weights: Path, photos: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("blue", "red"):
+            folder = tmp_path / "torn" / split / name
+            folder.mkdir(parents=True)
+            whole = (photos / split / name / "0.png").read_bytes()
+            (folder / "0.png").write_bytes(whole[:100])
+    with pytest.raises(
+        DataError, match=r"val: none of its images could be read; the first: .*0\.png"
+    ):
+        evaluate(weights, data=str(tmp_path / "torn"))

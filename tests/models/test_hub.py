@@ -112,12 +112,14 @@ def test_a_factory_that_takes_anything(factories):
 
 def test_a_factory_without_num_classes_keeps_its_own(factories):
     assert isinstance(create_model(f"{factories}:fixed"), nn.Linear)
+    assert isinstance(create_model(f"{factories}:fixed", num_classes=5), nn.Linear)
+    with pytest.raises(ModelError, match=r"does not take `colour` \(='red'\); add it"):
+        create_model(f"{factories}:fixed", num_classes=5, colour="red")
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("fixed", r"does not take `num_classes` \(=5\); add it"),
         ("number", "returned a int; it must return an nn.Module"),
         ("picky", "cannot be made with num_classes=5: I never work"),
         ("tinny", "has no function tinny; did you mean 'tiny'"),

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 
 from cyclopts import App, CycloptsError
@@ -63,6 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in tokens
     if debug:
         os.environ["MESHUFFLE_DEBUG"] = "1"  # for the ranks
+    if "--force" in tokens:
+        os.environ["MESHUFFLE_FORCE"] = "1"
+    if (
+        not debug and arguments is None and not sys.warnoptions
+    ):  # of other libraries, to their developers
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")
     let_threads_sleep()
     try:
         with _stopped_by_sigterm():

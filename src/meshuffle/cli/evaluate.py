@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import App
 
 from meshuffle.cli import Answer, from_main
-from meshuffle.cli.options import Debug, Json, Model, Spread, doc
+from meshuffle.cli.options import Debug, Force, Json, Model, Spread, doc
 
 
 def register(app: App) -> None:
@@ -28,6 +28,7 @@ def evaluate(
     batch: Annotated[int, doc("Images per batch.")] = 64,
     plan: Spread = "dp=1",
     model: Model = None,
+    force: Force = False,
     json: Json = False,
     debug: Debug = False,
 ) -> Answer | None:

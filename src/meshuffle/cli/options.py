@@ -37,6 +37,14 @@ def doc(text: str) -> Parameter:
     return Parameter(help=text)
 
 
+Force = Annotated[
+    bool,
+    Parameter(
+        name="--force", negative=(), help="Start the plan's ranks even if memory may not suffice."
+    ),
+]
+
+
 DATA_FORMATS = {
     "imagenet": "PATH",
     "cifar10": "PATH",

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from meshuffle.cli import Answer, from_main
-from meshuffle.cli.options import Debug, Json, Model, doc, say
+from meshuffle.cli.options import Debug, Force, Json, Model, doc, say
 from meshuffle.errors import ConfigError
 
 
@@ -40,6 +40,7 @@ def predict(
         ),
     ] = "auto",
     model: Model = None,
+    force: Force = False,
     json: Json = False,
     debug: Debug = False,
 ) -> Answer | None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from cyclopts import App
 
-from meshuffle.cli.options import Debug, Json, Model, doc, say
+from meshuffle.cli.options import Debug, Force, Json, Model, doc, say
 
 
 def register(app: App) -> None:
@@ -44,6 +44,7 @@ def serve(
     max_requests: Annotated[int, doc("Most requests at the same time.")] = 128,
     time_limit: Annotated[float, doc("Longest time of a request, seconds.")] = 10.0,
     model: Model = None,
+    force: Force = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:

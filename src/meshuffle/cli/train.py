@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from cyclopts import App, ArgumentCollection, Parameter
 
 from meshuffle.cli import Answer, from_main
-from meshuffle.cli.options import DATA_HELP, Debug, Json, doc
+from meshuffle.cli.options import DATA_HELP, Debug, Force, Json, doc
 from meshuffle.config import FIELDS, Origin, TrainConfig, check, config_key, read_config
 from meshuffle.errors import ConfigError
 
@@ -44,6 +44,7 @@ def train(
     show_config: Annotated[
         bool, Parameter(negative=(), help="Print each setting and its origin, without training.")
     ] = False,
+    force: Force = False,
     json: Json = False,
     debug: Debug = False,
 ) -> Answer | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, Parameter
 
 from meshuffle.cli import Answer
-from meshuffle.cli.options import Debug, Json, doc
+from meshuffle.cli.options import Debug, Force, Json, doc
 from meshuffle.errors import MeshuffleError
 from meshuffle.planner.plan import parse_plan
 
@@ -42,6 +42,7 @@ def verify(
     batch: Annotated[int, doc("Global batch size, over all ranks.")] = 8,
     dtype: Annotated[Literal["float64", "float32"], doc("Precision of both runs.")] = "float64",
     seed: Annotated[int, doc("Seed of weights, inputs and random masks.")] = 0,
+    force: Force = False,
     json: Json = False,
     debug: Debug = False,
 ) -> Answer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from pathlib import Path
 
 # The numbers of mallopt(3)'s parameters, from <malloc.h>.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
@@ -66,3 +67,12 @@ def set_room_apart() -> bool:
     for block in room:
         libc.free(block)
     return True
+
+
+def free_memory_bytes() -> int | None:
+    """Return the memory that new processes can have on this host; None where Linux does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None

@@ -18,9 +18,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from meshuffle.errors import Interrupted, MeshuffleError, RankFailed, in_words
+from meshuffle.comm.heap import free_memory_bytes
+from meshuffle.errors import Interrupted, MeshuffleError, PlanError, RankFailed, in_words
 
 _SAVE_TIMEOUT_S = 600
+_RANK_BYTES = 400_000_000  # of a process that has loaded torch, before it has a model
+FORCE = "MESHUFFLE_FORCE"
+"""Variable that lets ranks start although they may not fit in memory; `--force` sets it."""
 
 
 def let_threads_sleep() -> None:
@@ -31,6 +35,23 @@ def let_threads_sleep() -> None:
     the noise would show).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def require_memory(num_ranks: int) -> None:
+    """Refuse to start more processes than fit in the memory that is free on this host.
+
+    Raises:
+        PlanError: says what they need, and what is free. Not under `--force`.
+    """
+    free = free_memory_bytes()
+    if os.environ.get(FORCE) == "1" or free is None or num_ranks * _RANK_BYTES <= free:
+        return
+    needed_gb, each_gb, free_gb = (n / 1e9 for n in (num_ranks * _RANK_BYTES, _RANK_BYTES, free))
+    raise PlanError(
+        f"{num_ranks} ranks need {needed_gb:.1f} GB of memory before they have a model "
+        f"({each_gb:.1f} GB each), and {free_gb:.1f} GB are free on this host; use at most "
+        f"{int(free // _RANK_BYTES)} ranks, or --force"
+    )
 
 
 def torchrun(
@@ -53,6 +74,7 @@ def torchrun(
         Interrupted: a signal stopped the ranks after they had saved.
         RankFailed: a rank failed; carries the first failure's message and exit code.
     """
+    require_memory(num_ranks)
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

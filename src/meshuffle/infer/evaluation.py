@@ -105,8 +105,8 @@ def _outputs(
     x_NCHW = images.to(device, non_blocking=True)
     if preprocess is not None:
         x_NCHW = preprocess.normalise(x_NCHW)
-    if channels_last:
-        x_NCHW = x_NCHW.contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x_NCHW = x_NCHW.contiguous(memory_format=layout)
     outputs: Tensor = model(x_NCHW)
     return (outputs.float() if outputs.is_floating_point() else outputs).cpu()
 

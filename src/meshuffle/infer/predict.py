@@ -8,6 +8,7 @@ from typing import Any
 
 from meshuffle.data import decode_image
 from meshuffle.data.scan import image_files
+from meshuffle.errors import DataError
 from meshuffle.infer.evaluation import Evaluation
 from meshuffle.infer.rank import Question, answer
 from meshuffle.planner.plan import parse_plan
@@ -36,9 +37,14 @@ def evaluate(
         plan: how to spread the work; where a launcher has started ranks, those of the plan.
 
     Raises:
-        DataError: no such split; RunError: no such weights; PlanError: nothing can be split so.
+        DataError: no such split, or none of its images can be read; RunError: no such weights;
+            PlanError: nothing can be split so.
     """
-    return answer(Question(str(target), model, batch, data, split), parse_plan(plan))
+    found, what = answer(Question(str(target), model, batch, data, split), parse_plan(plan))
+    if not found.num_samples:
+        reason = f"; the first: {found.skipped[0]}" if found.skipped else ""
+        raise DataError(f"{what}: none of its images could be read{reason}")
+    return found, what
 
 
 def predict(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from meshuffle.comm.device import check_device, pick_device
 from meshuffle.comm.group import RankEnv, new_group, process_group, rank_env
-from meshuffle.comm.launch import end_with_parent, report_failure, torchrun
+from meshuffle.comm.launch import end_with_parent, report_failure, require_memory, torchrun
 from meshuffle.data import EvalTransform, ImageSource, auto_workers, eval_loader
 from meshuffle.data.annotated import unlabelled
 from meshuffle.errors import ConfigError, PlanError
@@ -102,6 +102,8 @@ def _check_plan(plan: Plan, question: Question, env: RankEnv | None) -> None:
             f"plan {plan}: {plan.dp} replicas share a batch of {question.batch}; "
             f"use --batch {plan.dp} or more, or a smaller dp"
         )
+    if env is None:
+        require_memory(plan.num_ranks)
     make_schedule(plan.pp_kind, plan.pp, plan.num_micro_batches)
     check_device("auto", env.local_world if env else plan.num_ranks)
 
@@ -152,6 +154,7 @@ def judge_rank(question: Question, plan: Plan, env: RankEnv) -> tuple[Evaluation
             labelled=not question.files,
             group=control,
             is_output_rank=place.is_output_rank,
+            channels_last=card.channels_last,
         )
     return found, what
 

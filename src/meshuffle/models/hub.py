@@ -108,7 +108,7 @@ def create_from_factory(name: str, num_classes: int | None, knobs: Mapping[str, 
 
     Args:
         name: `package.module:function`.
-        num_classes: passed on, so the function must take it, unless it is None.
+        num_classes: passed on where the function takes it.
         knobs: passed on.
 
     Raises:
@@ -119,6 +119,9 @@ def create_from_factory(name: str, num_classes: int | None, knobs: Mapping[str, 
     factory = _import_factory(module_name, function_name)
     arguments = {**_without_none(num_classes), **knobs}
     unknown = sorted(set(arguments) - _accepted(factory, arguments))
+    if "num_classes" in unknown and "num_classes" not in knobs:  # its outputs are checked later
+        unknown.remove("num_classes")
+        del arguments["num_classes"]
     if unknown:
         given = ", ".join(f"`{knob}` (={arguments[knob]!r})" for knob in unknown)
         raise ModelError(f"{name} does not take {given}; add it to the function's parameters")

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 
 from meshuffle.config import TrainConfig
 from meshuffle.data import Data
-from meshuffle.errors import ConfigError, PlanError
+from meshuffle.data.base import shortened
+from meshuffle.errors import ConfigError, ModelError, PlanError
 from meshuffle.models import create_model
+from meshuffle.models.outputs import with_main_output
 from meshuffle.planner.plan import Plan
 from meshuffle.tasks.card import Card
 
@@ -138,7 +140,28 @@ class Task:
         Here it is the card's model with an output per class or target.
         """
         card = self.card
-        return create_model(card.model, num_classes=self.num_classes, seed=seed, **card.knobs)
+        model = create_model(card.model, num_classes=self.num_classes, seed=seed, **card.knobs)
+        return with_main_output(model) if ":" in card.model else model
+
+    def check_outputs(self, outputs: Tensor, name: str) -> None:
+        """Refuse a model whose outputs for two images are not (2, C) with C classes or targets.
+
+        Args:
+            name: of the model, as the user gave it.
+
+        Raises:
+            ModelError: says how many there are, and how to change that.
+        """
+        num, kind = self.num_classes, self.answers
+        if outputs.shape == (2, num):
+            return
+        shape = "×".join(map(str, outputs.shape))
+        if outputs.ndim != 2:
+            raise ModelError(f"{name} returns {shape} for 2 images; {self.name} needs 2×{num}")
+        raise ModelError(
+            f"{name} has {outputs.shape[1]} outputs for {num} {kind} "
+            f"({shortened(self.card.classes)}); let the function take num_classes and use it"
+        )
 
     def deployed(self, network: nn.Module) -> nn.Module:
         """Return what an exported file computes: the network, and what users need behind it."""

@@ -24,6 +24,7 @@ class Card:
         learned: the DATA of the weights that it began from.
         source: who published the weights, or the ones that training began with.
         named: False where `classes` are numbers or ImageNet's: the file has no class list.
+        channels_last: the memory format of images and weights in which it trained.
         epoch: finished epochs; `metrics`: those of the validation split at that point.
     """
 
@@ -38,6 +39,7 @@ class Card:
     learned: str = ""
     source: str = ""
     named: bool = True
+    channels_last: bool = True
     epoch: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
 

@@ -304,7 +304,7 @@ class Loop:
             state.step.device,
             group=self.control,
             is_output_rank=state.place.is_output_rank,
-            channels_last=state.config.channels_last,
+            channels_last=state.card.channels_last,
         )
         if sum_over_ranks([float(num_lost)], self.exchange)[0]:
             how = f"stopped; continue with: {resume_command(self.run)}"

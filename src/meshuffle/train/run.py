@@ -12,20 +12,23 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from meshuffle.comm.device import check_device, num_accelerators, num_cores
 from meshuffle.comm.group import RankEnv
+from meshuffle.comm.launch import require_memory
 from meshuffle.config import Origin, TrainConfig, read_config, to_toml
 from meshuffle.data import EpochSampler, build_train_transform
 from meshuffle.data.source import absolute_data
-from meshuffle.errors import PlanError, RunError
+from meshuffle.errors import ModelError, PlanError, RunError
 from meshuffle.files import write_json, write_text
 from meshuffle.planner.plan import Plan, parse_plan, read_plan
-from meshuffle.tasks import find_task
+from meshuffle.tasks import find_task, make_task
 from meshuffle.tasks.card import Card
 from meshuffle.train.candidates import fastest_plan
 from meshuffle.train.compiling import CompileChoice
 from meshuffle.train.initial_weights import START
+from meshuffle.train.model_trial import try_model
 from meshuffle.train.resolve import resolve_run
 from meshuffle.train.split import schedule_of, split_model
 from meshuffle.train.state import augment_config, build_model, make_card
@@ -60,6 +63,7 @@ def prepare(
     card = make_card(config, resolved.data, start)
     _try_settings(config, card, len(resolved.data.splits["train"]))
     model, frozen, start_lines = build_model(config, card, start)
+    config, card, model_lines = _fit_model(config, card, model)
     plan, lines = _choose_plan(config, card, env)
     if plan.tp > 1 or plan.pp > 1:
         split = split_model(model, frozen, config, plan, torch.device("cpu"))
@@ -72,7 +76,33 @@ def prepare(
     write_json(run / "env.json", environment() | ({"from": start_lines} if start_lines else {}))
     if start is not None:
         save_weights(run / START, model.state_dict(), card)
-    return Prepared(run, plan, tuple(lines))
+    return Prepared(run, plan, (*model_lines, *lines))
+
+
+def _fit_model(
+    config: TrainConfig, card: Card, model: nn.Module
+) -> tuple[TrainConfig, Card, list[str]]:
+    """Try a model of other people's; return settings and card with its memory format, and lines."""
+    if ":" not in config.model:
+        return (
+            dataclasses.replace(config, channels_last=config.channels_last is not False),
+            card,
+            [],
+        )
+    trial = try_model(model, make_task(card), config.model)
+    if config.channels_last and not trial.channels_last:
+        raise ModelError(
+            f"--channels-last: {config.model} does not compute the same in this memory format; "
+            "leave the option out"
+        )
+    chosen = trial.channels_last if config.channels_last is None else config.channels_last
+    lines = []
+    if not trial.channels_last:
+        lines.append(f"{config.model} needs contiguous memory: it trains without channels-last")
+    if trial.unused:
+        lines.append(f"the loss uses the main output alone; unused: {', '.join(trial.unused)}")
+    config = dataclasses.replace(config, channels_last=chosen)
+    return config, dataclasses.replace(card, channels_last=chosen), lines
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -133,6 +163,8 @@ def _check_plan(plan: Plan, config: TrainConfig, env: RankEnv | None) -> None:
             f"plan {plan}: {plan.dp} ranks share a batch of {config.batch}; "
             f"use --batch {plan.dp} or more, or a smaller dp"
         )
+    if env is None:
+        require_memory(plan.num_ranks)
     check_device(config.device, env.local_world if env else plan.num_ranks)
     if env is not None and plan.num_ranks != env.world:
         raise PlanError(

@@ -256,6 +256,7 @@ def make_card(config: TrainConfig, data: Data, start: InitialWeights | None = No
         knobs=model_knobs(config),
         titles=dict(data.titles),
         data=config.data,
+        channels_last=config.channels_last is not False,
     )
     return card if start is None else start.inherit(card)
 
@@ -301,7 +302,7 @@ def build_state(
         model.load_state_dict(start)
     frozen = _freeze(model, config)
     model.to(device)
-    if config.channels_last:
+    if card.channels_last:
         _to_channels_last(model)
     broadcast_from_main(model, group)
     factors = optimiser.rate_factors(model, config)
@@ -326,7 +327,7 @@ def build_state(
         augment=augment_config(config),
         device=device,
         precision=config.precision,
-        channels_last=config.channels_last,
+        channels_last=card.channels_last,
         num_micro_batches=num_micro_batches(config, plan),
         clip_norm=config.clip_norm or 0.0,
         ranks=ranks,
@@ -347,7 +348,7 @@ def _own_part(
 ) -> Parallel:
     """Return this rank's part of a whole model."""
     split = split_model(model, frozen, config, plan, device, ranks)
-    if config.channels_last:
+    if config.channels_last is not False:
         _to_channels_last(split)
     return split
 

@@ -17,6 +17,7 @@ import torch
 
 from meshuffle.comm.device import check_device, num_cores
 from meshuffle.comm.forking import fork_server
+from meshuffle.comm.launch import require_memory
 from meshuffle.deploy.serve import REPLICA
 from meshuffle.deploy.serve.backends import TORCH, Backend, candidates, prepare
 from meshuffle.deploy.serve.limits import Limits
@@ -148,6 +149,7 @@ def _possible_backends(options: Options, card: Card, num_gpus: int) -> list[str]
         raise ConfigError(f"--backend {options.backend} computes on one device; leave out --plan")
     make_task(card).check_plan(plan)
     make_schedule(plan.pp_kind, plan.pp, plan.num_micro_batches)
+    require_memory(plan.num_ranks)
     check_device("auto", plan.num_ranks)
     return [TORCH]
 

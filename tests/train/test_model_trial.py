@@ -1,0 +1,87 @@
+"""Models of other people train as they are, or one line says why not."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from meshuffle.config import TrainConfig, read_config
+from meshuffle.deploy.api import export
+from meshuffle.errors import ModelError
+from meshuffle.infer.predict import evaluate, predict
+from meshuffle.train.api import train
+from meshuffle.weights import build_model, load_model
+
+MODELS = "tests.train.foreign"
+
+
+def of(small: TrainConfig, name: str, **changes: object) -> TrainConfig:
+    values = {"model": f"{MODELS}:{name}", "knobs": {}, "epochs": 1, **changes}
+    return dataclasses.replace(small, **values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["lenet", "order"])
+def test_a_network_that_needs_contiguous_memory_trains(small: TrainConfig, name: str) -> None:
+    run = Path(train(of(small, name))["run"])
+    assert read_config(run / "config.toml")["channels_last"] is False
+    _, card = load_model(run, f"{MODELS}:{name}")
+    assert card.channels_last is False
+    found, _ = evaluate(run, model=f"{MODELS}:{name}")
+    rows = predict(run, [Path(small.data) / "val"], model=f"{MODELS}:{name}")
+    assert len(rows) == found.num_samples == 12
+    assert 100 * sum(r["label"] in r["file"] for r in rows) / 12 == pytest.approx(
+        found.metrics["top1"], abs=1e-4
+    )
+
+
+def test_a_view_is_exported_and_split_too(small: TrainConfig) -> None:
+    run = Path(train(of(small, "lenet", plan="tp=2:channel,threads=1"))["run"])
+    _, parity = export(run, model=f"{MODELS}:lenet")["onnx"]
+    assert parity.max_relative_error < 1e-4
+
+
+def test_what_others_take_stays_channels_last(small: TrainConfig) -> None:
+    run = Path(train(of(small, "pair"))["run"])
+    assert read_config(run / "config.toml")["channels_last"] is True
+
+
+@pytest.mark.parametrize(("name", "unused"), [("pair", "output 1"), ("named", "aux")])
+def test_the_main_output_is_learned_and_the_others_are_named(
+    small: TrainConfig, capsys: pytest.CaptureFixture[str], name: str, unused: str
+) -> None:
+    run = Path(train(of(small, name))["run"])
+    assert f"the loss uses the main output alone; unused: {unused}" in capsys.readouterr().out
+    found, _ = evaluate(run, model=f"{MODELS}:{name}")
+    assert found.num_samples == 12
+    trained = load_model(run, f"{MODELS}:{name}")[0].state_dict()
+    first = build_model(load_model(run, f"{MODELS}:{name}")[1], f"{MODELS}:{name}").state_dict()
+    assert torch.equal(trained["aux.weight"], first["aux.weight"])
+    assert not torch.equal(trained["fc.weight"], first["fc.weight"])
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("five", r"five has 5 outputs for 2 classes \(blue, red\); let the function take num_clas"),
+        ("odd", "the model returns left, right, and none is the main output"),
+        ("broken", r"broken on images of 3×32×32: mat1 and mat2 shapes cannot be multiplied"),
+    ],
+)
+def test_what_cannot_train_is_refused_before_a_run_folder(
+    small: TrainConfig, name: str, line: str
+) -> None:
+    with pytest.raises(ModelError, match=line):
+        train(of(small, name))
+    assert not Path(str(small.out)).exists()
+
+
+def test_a_function_without_num_classes_trains_where_its_outputs_fit(small: TrainConfig) -> None:
+    assert train(of(small, "two"))["metrics"]["val"]["top1"] >= 0
+
+
+def test_channels_last_that_was_asked_for_is_refused_where_it_differs(small: TrainConfig) -> None:
+    with pytest.raises(ModelError, match=r"--channels-last: tests\.train\.foreign:order does not"):
+        train(of(small, "order", channels_last=True))
