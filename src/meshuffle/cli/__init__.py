@@ -66,9 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["MESHUFFLE_DEBUG"] = "1"  # for the ranks
     if "--force" in tokens:
         os.environ["MESHUFFLE_FORCE"] = "1"
-    if (
-        not debug and arguments is None and not sys.warnoptions
-    ):  # of other libraries, to their developers
+    # Warnings of other libraries are for their developers.
+    if not debug and arguments is None and not sys.warnoptions:
         warnings.simplefilter("ignore")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
     let_threads_sleep()
