@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from meshuffle.errors import ConfigError, ModelError, RunError, did_you_mean
 from meshuffle.files import disk_errors, replaced
+from meshuffle.models.given import PREFIX
 from meshuffle.models.published import recognise
 from meshuffle.models.unfilled import Unfilled
 from meshuffle.tasks import make_task
@@ -218,7 +219,7 @@ def load_or_build(target: Path, card: Card | None) -> tuple[nn.Module, Card]:
 def require_repeated(stored: str, model: str | None) -> None:
     """Refuse to import the code of a model that a file names, unless `model` repeats the name."""
     prefix, colon, _ = stored.partition(":")
-    if colon and prefix not in ("torchvision", "timm", "transformers") and model != stored:
+    if colon and prefix not in ("torchvision", "timm", "transformers", PREFIX) and model != stored:
         raise ModelError(
             f"the model is {stored}, which is code outside Meshuffle; "
             f"to run it, repeat its name: --model {stored}"

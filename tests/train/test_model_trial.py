@@ -10,10 +10,11 @@ import torch
 
 from meshuffle.config import TrainConfig, read_config
 from meshuffle.deploy.api import export
-from meshuffle.errors import ModelError
+from meshuffle.errors import ModelError, PlanError
 from meshuffle.infer.predict import evaluate, predict
 from meshuffle.train.api import train
 from meshuffle.weights import build_model, load_model
+from tests.train import foreign
 
 MODELS = "tests.train.foreign"
 
@@ -85,3 +86,18 @@ def test_a_function_without_num_classes_trains_where_its_outputs_fit(small: Trai
 def test_channels_last_that_was_asked_for_is_refused_where_it_differs(small: TrainConfig) -> None:
     with pytest.raises(ModelError, match=r"--channels-last: tests\.train\.foreign:order does not"):
         train(of(small, "order", channels_last=True))
+
+
+def test_a_module_object_trains_and_has_the_best_weights(small: TrainConfig) -> None:
+    network = foreign.LeNet(2)
+    first = network.fc.weight.detach().clone()
+    run = Path(train(dataclasses.replace(small, knobs={}, plan="auto"), model=network)["run"])
+    assert not torch.equal(network.fc.weight, first)
+    found, _ = evaluate(run, model=network)
+    rows = predict(run, [Path(small.data) / "val"], model=network)
+    hits = sum(row["label"] in row["file"] for row in rows)
+    assert found.metrics["top1"] == pytest.approx(100 * hits / len(rows))
+    with pytest.raises(ModelError, match="a LeNet object of a program; pass model=OBJECT"):
+        evaluate(run)
+    with pytest.raises(PlanError, match="dp=2: a module object trains on one rank"):
+        train(dataclasses.replace(small, plan="dp=2"), model=network)

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from meshuffle.data import decode_image
 from meshuffle.data.scan import image_files
 from meshuffle.errors import DataError
 from meshuffle.infer.evaluation import Evaluation
 from meshuffle.infer.rank import Question, answer
+from meshuffle.models.given import given
 from meshuffle.planner.plan import parse_plan
 from meshuffle.tasks import make_task
 from meshuffle.tasks.base import Task
@@ -23,7 +26,7 @@ def evaluate(
     data: str | None = None,
     split: str | None = None,
     batch: int = 64,
-    model: str | None = None,
+    model: nn.Module | str | None = None,
     plan: str = "dp=1",
 ) -> tuple[Evaluation, str]:
     """Evaluate the weights of `target`; returns the evaluation and `DATA split`.
@@ -34,13 +37,15 @@ def evaluate(
             has no splits is evaluated, as its train split.
         split: None is test where the data has one, else val.
         batch: images at a time, over all ranks.
+        model: a name, or the module object that was trained.
         plan: how to spread the work; where a launcher has started ranks, those of the plan.
 
     Raises:
         DataError: no such split, or none of its images can be read; RunError: no such weights;
             PlanError: nothing can be split so.
     """
-    found, what = answer(Question(str(target), model, batch, data, split), parse_plan(plan))
+    with given(model) as name:
+        found, what = answer(Question(str(target), name, batch, data, split), parse_plan(plan))
     if not found.num_samples:
         reason = f"; the first: {found.skipped[0]}" if found.skipped else ""
         raise DataError(f"{what}: none of its images could be read{reason}")
@@ -52,7 +57,7 @@ def predict(
     images: Sequence[Path],
     *,
     batch: int = 64,
-    model: str | None = None,
+    model: nn.Module | str | None = None,
     plan: str = "dp=1",
     pictures: Path | None = None,
 ) -> list[dict[str, Any]]:
@@ -72,9 +77,9 @@ def predict(
     """
     find_weights(target)  # the run first, if both are wrong
     paths = [str(path) for path in image_files(images)]
-    question = Question(str(target), model, batch, files=paths)
-    found, _ = answer(question, parse_plan(plan))
-    task = make_task(open_weights(target, model)[1])
+    with given(model) as name:
+        found, _ = answer(Question(str(target), name, batch, files=paths), parse_plan(plan))
+        task = make_task(open_weights(target, name)[1])
     rows = {int(index): row for row, index in enumerate(found.indices)}
     return [_prediction(task, path, rows.get(i), found, pictures) for i, path in enumerate(paths)]
 

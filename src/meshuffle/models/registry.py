@@ -15,6 +15,7 @@ from torch import nn
 
 from meshuffle.errors import ModelError, did_you_mean
 from meshuffle.models.counting import count_macs, count_parameters
+from meshuffle.models.given import PREFIX, copy_given
 from meshuffle.models.hub import (
     FACTORY,
     build_with,
@@ -168,6 +169,8 @@ def _builder(name: str) -> Build:
         "timm": create_timm,
         "transformers": create_transformers,
     }
+    if source == PREFIX and colon:
+        return lambda num_classes, knobs: copy_given(name)
     if source in hubs and colon:
         return partial(hubs[source], rest)
     if FACTORY.fullmatch(name):

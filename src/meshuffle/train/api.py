@@ -11,27 +11,60 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 
 from meshuffle.comm.device import pick_device
 from meshuffle.comm.group import RankEnv, process_group, rank_env
 from meshuffle.config import Origin, TrainConfig, to_toml
-from meshuffle.errors import MeshuffleError
+from meshuffle.errors import MeshuffleError, PlanError
+from meshuffle.models.given import given
+from meshuffle.planner.plan import parse_plan
 from meshuffle.tasks import find_task
 from meshuffle.train.launch import launch
 from meshuffle.train.rank import train_rank
 from meshuffle.train.resolve import resolve_run
 from meshuffle.train.run import Prepared, prepare, reopen
+from meshuffle.weights import load_model
 
 
-def train(config: TrainConfig, origins: Mapping[str, Origin] | None = None) -> dict[str, Any]:
+def train(
+    config: TrainConfig,
+    origins: Mapping[str, Origin] | None = None,
+    *,
+    model: nn.Module | None = None,
+) -> dict[str, Any]:
     """Train as `config` says, in as many ranks as its plan has; returns what `--json` prints.
 
     Under torchrun or SLURM every rank calls this; the main one prepares the run folder.
+
+    Args:
+        origins: where each setting came from.
+        model: a module object to train in place of `config.model`, from its own weights, on one
+            rank; it has the best weights afterwards. Pass it again to `resume`, `evaluate` and
+            `predict`.
     """
     env = rank_env()
+    if model is not None:
+        return _train_object(config, origins or {}, model, env)
     if env is not None:
         return _train_launched(config, origins or {}, env)
     return _run(prepare(config, origins or {}))
+
+
+def _train_object(
+    config: TrainConfig, origins: Mapping[str, Origin], model: nn.Module, env: RankEnv | None
+) -> dict[str, Any]:
+    plan = "dp=1" if config.plan == "auto" else config.plan
+    if env is not None or parse_plan(plan).num_ranks > 1:
+        raise PlanError(
+            f"plan {plan}: a module object trains on one rank; for more, put it in a function and "
+            "give --model package.module:function"
+        )
+    with given(model) as name:
+        config = dataclasses.replace(config, model=str(name), plan=plan)
+        result = _run(prepare(config, {**origins, "model": "flag"}))
+        model.load_state_dict(load_model(Path(result["run"]))[0].state_dict())
+    return result
 
 
 def resume(run: Path, *, model: str | None = None) -> dict[str, Any]:
