@@ -12,6 +12,7 @@ from meshuffle.config import TrainConfig, read_config
 from meshuffle.deploy.api import export
 from meshuffle.errors import ModelError, PlanError
 from meshuffle.infer.predict import evaluate, predict
+from meshuffle.report.record import read_record
 from meshuffle.train.api import train
 from meshuffle.weights import build_model, load_model
 from tests.train import foreign
@@ -101,3 +102,14 @@ def test_a_module_object_trains_and_has_the_best_weights(small: TrainConfig) -> 
         evaluate(run)
     with pytest.raises(PlanError, match="dp=2: a module object trains on one rank"):
         train(dataclasses.replace(small, plan="dp=2"), model=network)
+
+
+@pytest.mark.parametrize("name", ["lenet", "pair"])
+def test_two_replicas_learn_what_one_learns(small: TrainConfig, name: str, tmp_path: Path) -> None:
+    """LeNet needs contiguous memory; of the pair, the unused head has no gradient anywhere."""
+    losses = []
+    for plan in ("dp=1,threads=1", "dp=2,threads=1"):
+        out = str(tmp_path / plan.partition(",")[0])
+        run = Path(train(of(small, name, plan=plan, out=out))["run"])
+        losses.append(float(read_record(run).epochs[0]["train_loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

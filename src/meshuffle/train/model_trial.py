@@ -16,9 +16,6 @@ from meshuffle.errors import ModelError
 from meshuffle.models.outputs import unused_outputs
 from meshuffle.tasks.base import Task
 
-_CLOSE = {torch.float64: 1e-6, torch.float32: 2e-2}
-"""Largest difference between two memory formats, as a share of the largest value."""
-
 
 @dataclass(frozen=True)
 class Trial:
@@ -44,20 +41,36 @@ def try_model(model: nn.Module, task: Task, name: str) -> Trial:
     """
     height, width = task.card.preprocess.size
     x_NCHW = torch.randn((2, 3, height, width), generator=torch.Generator().manual_seed(0))
-    what = f"{name} on images of 3×{height}×{width}"
-    dtype, plain = torch.float64, _run(model, x_NCHW.double())
-    if isinstance(plain, Exception):  # it casts to float32 inside
-        dtype, plain = torch.float32, _run(model, x_NCHW)
+    plain = _run(model, x_NCHW)
     if isinstance(plain, Exception):
         reason = str(plain).partition("\n")[0] or type(plain).__name__
-        raise ModelError(f"{what}: {reason}") from plain
-    outputs, *_ = plain
-    task.check_outputs(outputs, name)
-    other = _run(model, x_NCHW.to(dtype, memory_format=torch.channels_last))
-    same = not isinstance(other, Exception) and all(
-        _is_close(a, b, _CLOSE[dtype]) for a, b in zip(plain, other, strict=True)
+        raise ModelError(f"{name} on images of 3×{height}×{width}: {reason}") from plain
+    task.check_outputs(plain[0], name)
+    # float32 is quick, and tells nearly always; where rounding is amplified, float64 decides.
+    same = _agree(plain, _run(model, _last(x_NCHW)), 0.05)
+    if same is False and not isinstance(exact := _run(model, x_NCHW.double()), Exception):
+        same = _agree(exact, _run(model, _last(x_NCHW.double())), 1e-6)
+    return Trial(bool(same), _unused(model, x_NCHW))
+
+
+def _last(x_NCHW: Tensor) -> Tensor:
+    return x_NCHW.contiguous(memory_format=torch.channels_last)
+
+
+def _agree(plain: list[Tensor], other: list[Tensor] | Exception, share: float) -> bool | None:
+    """Tell whether the outputs, and the gradients together, differ by no more than a share.
+
+    A network that reads memory in another order differs by about 1. None after an error.
+    """
+    if isinstance(other, Exception):
+        return None
+    kinds = ((plain[:1], other[:1]), (plain[1:], other[1:]))
+    return all(
+        torch.stack([(a - b).norm() for a, b in zip(ours, theirs, strict=True)]).norm()
+        <= share * torch.stack([a.norm() for a in ours]).norm() + 1e-12
+        for ours, theirs in kinds
+        if ours
     )
-    return Trial(same, _unused(model, x_NCHW))
 
 
 def _run(model: nn.Module, x_NCHW: Tensor) -> list[Tensor] | Exception:
@@ -79,10 +92,6 @@ def _run(model: nn.Module, x_NCHW: Tensor) -> list[Tensor] | Exception:
         return error
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
     return [outputs.detach(), *gradients]
-
-
-def _is_close(a: Tensor, b: Tensor, share: float) -> bool:
-    return a.shape == b.shape and bool((a - b).abs().max() <= share * a.abs().max() + 1e-12)
 
 
 def _unused(model: nn.Module, x_NCHW: Tensor) -> list[str]:
