@@ -143,7 +143,16 @@ BAD = {
 @pytest.mark.parametrize("expected", BAD)
 def test_bad_annotations(pets, expected):
     write(pets, "a", BAD[expected])
-    assert f"{pets}: Annotations/a.xml: {expected}" in error_of(pets)
+    assert f"{pets}: Annotations/a.xml: {expected}" in error_of(pets, strict=True)
+
+
+def test_a_box_without_area_is_left_out_and_named(pets):
+    write(pets, "a", xml(thing("dog", (1, 1, 2, 2)), thing("cat", (8, 2, 5, 4))))
+    data = open_voc(str(pets), task="detect")
+    assert "Annotations/a.xml: object 2 (cat): box [7, 1, 5, 4] has no area: left out" in (
+        data.ignored
+    )
+    assert len(data.splits["train"].target(0)) == 1
 
 
 def test_a_bomb_in_another_encoding(pets):

@@ -133,8 +133,12 @@ def test_a_box_that_reaches_out_is_cut(pets):
 )
 def test_bad_lines(pets, line, expected):
     write(pets, "train/a.png", f"1 0.5 0.5 0.2 0.4\n{line}\n")
-    found = error_of(pets)
+    found = error_of(pets, strict=True)
     assert f"{pets / 'data.yaml'}: labels/train/a.txt, line 2: " in found and expected in found
+    if "has no area" in expected:
+        data = open_yolo(str(pets), task="detect")
+        assert expected in data.ignored[1] and data.ignored[1].endswith(": left out")
+        assert len(data.splits["train"].target(0)) == 1
 
 
 @pytest.mark.parametrize(

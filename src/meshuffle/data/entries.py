@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from meshuffle.data.base import Data, ImageSource, shortened, split_off_val
+from meshuffle.data.base import Data, ImageSource, View, shortened, split_off_val
 from meshuffle.data.image import EXTENSIONS
 from meshuffle.errors import DataError, did_you_mean
 
@@ -23,17 +23,18 @@ SPLITS = {
     "test": "test",
 }
 _SHOWN = 3
-_HARMLESS_SHARE = 1000
 
 
 class Problems:
     """Collects bad entries, for one error that shows the first few.
 
-    `notes` are harmless corrections and omissions, for `Data.ignored`.
+    `notes` are harmless corrections and omissions, for `Data.ignored`. `strict`: an object
+    without area is an error as well.
     """
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, *, strict: bool = False) -> None:
         self.where = where
+        self.strict = strict
         self.notes: list[str] = []
         self._wrong: list[str] = []
         self._empty: list[str] = []
@@ -46,16 +47,15 @@ class Problems:
         """Remember an object without any area; see `raise_any`."""
         self._empty.append(entry)
 
-    def raise_any(self, num_objects: int = 0) -> None:
-        """Raise `DataError` if there are bad entries.
+    def raise_any(self) -> None:
+        """Raise `DataError` if there are bad entries; note each object without area.
 
-        Objects without area are only noted if they are at most one in 1,000 of `num_objects`:
-        COCO's own train2017 has two among 860,001.
+        COCO's own train2017 has two of them among 860,001.
         """
-        if len(self._empty) * _HARMLESS_SHARE <= num_objects:
-            self.notes += [f"{entry}: left out" for entry in self._empty]
-        else:
+        if self.strict:
             self._wrong += self._empty
+        else:
+            self.notes += [f"{entry}: left out" for entry in self._empty]
         self._empty = []
         if self._wrong:
             shown = "; ".join(self._wrong[:_SHOWN])
@@ -216,10 +216,13 @@ def assemble(
     seed: int,
     need: Sequence[str],
     ignored: Sequence[str] = (),
+    shown: NDArray[np.bool_] | None = None,
 ) -> Data:
     """Return the data set; if val is missing, 20 % of train, chosen by `seed`, become val.
 
-    With `need=()` nothing is split. Raises `DataError` if a needed split has no image.
+    With `need=()` nothing is split. `shown`: which classes train's images show, bool [N, C], of a
+    task that needs each in train. Raises `DataError` if a needed split has no image, or train
+    lacks a class.
     """
     found = {key: source for key, source in splits.items() if len(source)}
     if need and "val" not in found and "train" in found:
@@ -228,6 +231,10 @@ def assemble(
         if split not in found or not len(found[split]):
             has = ", ".join(f"{key} ({len(source)})" for key, source in found.items())
             raise DataError(f"{path} has no {split} images; it has {has or 'no image'}")
+    if "train" in need and shown is not None:
+        train = found["train"]
+        kept = shown[train.indices] if isinstance(train, View) else shown
+        check_filled(path, kept.nonzero()[1], classes, "pixel")
     if not found:
         raise DataError(f"{path} holds no image")
     return Data(spec=path, classes=tuple(classes), splits=found, ignored=tuple(ignored), task=task)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from meshuffle.data.base import Data, ImageSource
 from meshuffle.data.formats.digits import open_digits
@@ -56,7 +57,12 @@ _ONE_LABEL = Format("folder", "open_folder")
 
 
 def open_data(
-    spec: str, *, task: str = "classify", seed: int = 0, need: Sequence[str] = ("train", "val")
+    spec: str,
+    *,
+    task: str = "classify",
+    seed: int = 0,
+    need: Sequence[str] = ("train", "val"),
+    strict: bool = False,
 ) -> Data:
     """Open the data set that `spec` names; read no image yet.
 
@@ -64,7 +70,7 @@ def open_data(
     the targets are for; some formats know several. `seed` chooses the val part where there is
     none. `need`: the splits that must exist, of train, val and test; others are there if the data
     set has them. `need=()` requires nothing and joins the classes of all splits: for looking at a
-    data set that may be wrong.
+    data set that may be wrong. `strict`: an annotation that would be left out is an error.
 
     Raises `DataError`, one line: what is wrong, where, and what to do.
     """
@@ -86,7 +92,9 @@ def open_data(
         raise DataError(f"{spec!r} lacks its path: {prefix}:PATH")
     form = FORMATS[prefix]
     _check_task(spec, form, task)
-    chosen = {"task": task} if len(form.tasks) > 1 else {}
+    chosen: dict[str, Any] = {"task": task} if len(form.tasks) > 1 else {}
+    if "detect" in form.tasks:
+        chosen["strict"] = strict
     return _finished(form.load()(path, seed=seed, need=need, **chosen), spec, task)
 
 

@@ -45,7 +45,7 @@ def resolve_run(given: TrainConfig, origins: Mapping[str, Origin]) -> Resolved:
     asked = given.model if is_asked else None
     start = open_initial_weights(given, asked)
     config = given if start is None else start.adopt(given, asked)
-    data = open_data(config.data, task=config.task, need=("train", "val"))
+    data = open_data(config.data, task=config.task, strict=config.strict)
     config = fill_in(config, data, start)
     full: dict[str, Origin] = {
         name: origins.get(name, "chosen" if getattr(given, name) != value else "default")

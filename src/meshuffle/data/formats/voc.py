@@ -61,7 +61,12 @@ class _Split:
 
 
 def open_voc(
-    path: str, *, task: str = "classify", seed: int = 0, need: Sequence[str] = ("train", "val")
+    path: str,
+    *,
+    task: str = "classify",
+    seed: int = 0,
+    need: Sequence[str] = ("train", "val"),
+    strict: bool = False,
 ) -> Data:
     """Open a folder with Annotations/, JPEGImages/ and, where there are any, ImageSets/.
 
@@ -74,11 +79,12 @@ def open_voc(
     the class of the largest object, multilabel all of them. segment reads
     SegmentationClass/*.png: palette index k is class k (class_names.txt where it is there,
     else VOC's own 20, else the sorted names), 0 the background, 255 counts nothing. Boxes
-    are VOC's: pixels count from 1, and the last one belongs to the box. Raises `DataError`.
+    are VOC's: pixels count from 1, and the last one belongs to the box. One without area is
+    left out and named in `Data.ignored`; with `strict` it is an error. Raises `DataError`.
     """
     root = existing_folder(path)
     _check_layout(root, task)
-    problems = Problems(str(root))
+    problems = Problems(str(root), strict=strict)
     lists = _lists(root, task, need, problems)
     _check_disjoint(lists, problems)
     splits = {split: _read_split(root, stems, task, problems) for split, stems in lists.items()}
@@ -220,7 +226,7 @@ def _box_sources(
     classes = tuple(_names(splits))
     label_of = {name: label for label, name in enumerate(classes)}
     objects = {key: _objects(root, split, label_of, problems) for key, split in splits.items()}
-    problems.raise_any(sum(len(one.labels) for one in objects.values()))
+    problems.raise_any()
     if not classes:
         raise DataError(f"{root}: its annotations hold no object")
     check_classes(str(root), task, objects.get("train"), classes, problems.notes)

@@ -29,7 +29,12 @@ _SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": (
 
 
 def open_yolo(
-    path: str, *, task: str = "classify", seed: int = 0, need: Sequence[str] = ("train", "val")
+    path: str,
+    *,
+    task: str = "classify",
+    seed: int = 0,
+    need: Sequence[str] = ("train", "val"),
+    strict: bool = False,
 ) -> Data:
     """Open a data.yaml, or the folder that it lies in.
 
@@ -41,12 +46,13 @@ def open_yolo(
     train chosen by `seed` become val.
 
     classify takes the class of the largest object, multilabel all of them. Boxes that reach
-    out of the image are cut, and noted in `Data.ignored`. Raises `DataError`.
+    out of the image are cut, and those without area are left out; `Data.ignored` names each.
+    With `strict` the latter are errors. Raises `DataError`.
     """
     file = _yaml_file(Path(path).expanduser())
     tree = _parse(file)
     classes = _classes(file, tree)
-    problems = Problems(str(file))
+    problems = Problems(str(file), strict=strict)
     folders = {split: _value(file, tree, names) for split, names in _SPLITS.items()}
     if folders["val"] and folders["val"] == folders["train"]:
         problems.notes.append("val is the same folder as train: part of train is set aside instead")
@@ -59,7 +65,7 @@ def open_yolo(
         if places
     }
     _check_disjoint(objects, problems)
-    problems.raise_any(sum(len(one.labels) for one in objects.values()))
+    problems.raise_any()
     check_classes(str(file), task, objects.get("train"), classes, problems.notes)
     splits = {
         split: object_source(task, one, classes, split, problems.notes)
