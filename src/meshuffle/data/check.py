@@ -34,7 +34,7 @@ class CheckReport:
         unreadable: (name, reason) of each broken image.
         leaks: exact duplicates (name, name) between two splits.
         repeated: exact duplicates within one split.
-        ignored: see `Data`.
+        ignored, layout, notices: see `Data`.
         smallest, largest: (width, height) of the images with smallest and largest area.
         imbalance: images of the largest class / those of the smallest, in train (or in the only
             split); None if a class is empty.
@@ -54,6 +54,8 @@ class CheckReport:
     imbalance: float | None
     grid: str | None = None
     task: str = "classify"
+    layout: str = ""
+    notices: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -77,7 +79,10 @@ class CheckReport:
     def render(self) -> str:
         """Return the report as text of several lines."""
         kinds = "targets" if self.task == "regress" else "classes"
-        lines = [f"{self.spec}: {len(self.classes)} {kinds}", *self._table()]
+        lines = [f"{self.spec}: {len(self.classes)} {kinds}"]
+        lines += [f"layout  {self.layout}"] if self.layout else []
+        lines += [f"note: {notice}" for notice in self.notices]
+        lines += self._table()
         lines += [f"sizes: {_size(self.smallest)} … {_size(self.largest)} (width×height)"]
         if self.imbalance is not None and self.task != "regress":
             lines.append(f"largest class / smallest class: {self.imbalance:.2f}")
@@ -199,6 +204,8 @@ def _report(
         imbalance=max(main) / min(main) if min(main) else None,
         grid=None if grid_path is None else str(grid_path),
         task=data.task,
+        layout=data.layout,
+        notices=data.notices,
     )
 
 

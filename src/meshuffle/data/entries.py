@@ -28,14 +28,15 @@ _SHOWN = 3
 class Problems:
     """Collects bad entries, for one error that shows the first few.
 
-    `notes` are harmless corrections and omissions, for `Data.ignored`. `strict`: an object
-    without area is an error as well.
+    `notes` are harmless corrections and omissions, for `Data.ignored`; `notices` are for
+    `Data.notices`. `strict`: an object without area is an error as well.
     """
 
     def __init__(self, where: str, *, strict: bool = False) -> None:
         self.where = where
         self.strict = strict
         self.notes: list[str] = []
+        self.notices: list[str] = []
         self._wrong: list[str] = []
         self._empty: list[str] = []
 
@@ -216,6 +217,8 @@ def assemble(
     seed: int,
     need: Sequence[str],
     ignored: Sequence[str] = (),
+    notices: Sequence[str] = (),
+    layout: str = "",
     shown: NDArray[np.bool_] | None = None,
 ) -> Data:
     """Return the data set; if val is missing, 20 % of train, chosen by `seed`, become val.
@@ -237,4 +240,12 @@ def assemble(
         check_filled(path, kept.nonzero()[1], classes, "pixel")
     if not found:
         raise DataError(f"{path} holds no image")
-    return Data(spec=path, classes=tuple(classes), splits=found, ignored=tuple(ignored), task=task)
+    return Data(
+        spec=path,
+        classes=tuple(classes),
+        splits=found,
+        ignored=tuple(ignored),
+        task=task,
+        layout=layout,
+        notices=tuple(notices),
+    )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from meshuffle.data.base import shortened
 from meshuffle.data.image import EXTENSIONS
 from meshuffle.errors import DataError, did_you_mean
 
@@ -71,6 +72,19 @@ def existing_folder(path: str | Path) -> Path:
 def subfolders(folder: Path) -> list[str]:
     """Return the names of the folders in `folder` that are not hidden, sorted."""
     return [entry.name for entry in _entries(folder) if entry.is_dir() and not _hidden(entry)]
+
+
+def find_folder(root: Path, names: Sequence[str]) -> str | None:
+    """Return the folder in `root` that has one of `names`, in any case; the first one wins."""
+    there = {name.lower(): name for name in subfolders(root)} if root.is_dir() else {}
+    exact = (name for name in names if name in there.values())
+    return next(iter([*exact, *(there[n.lower()] for n in names if n.lower() in there)]), None)
+
+
+def contents(folder: Path) -> str:
+    """Return what is in `folder` for a message: `a/, b/, c.txt and 3 more`, or `nothing`."""
+    names = [entry.name + "/" * entry.is_dir() for entry in _entries(folder) if not _hidden(entry)]
+    return shortened(sorted(names, key=lambda name: not name.endswith("/")), 8) or "nothing"
 
 
 def scan_classes(root: Path, relative: str = "") -> ClassFolders:

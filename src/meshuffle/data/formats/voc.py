@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from meshuffle.data.annotated import AnnotatedSource, MaskTargets, image_size
+from meshuffle.data.annotated import NUM_IDS, AnnotatedSource, MaskTargets, image_size
 from meshuffle.data.base import Data, shortened
 from meshuffle.data.entries import (
     Problems,
@@ -247,7 +247,7 @@ def _mask_sources(
         problems.add(f"{path} is missing")
     problems.raise_any()
     classes = _mask_classes(root, _names(splits))
-    table = np.full(256, -1, dtype=np.int16)
+    table = np.full(NUM_IDS + 1, -1, dtype=np.int16)
     table[: len(classes)] = np.arange(len(classes))
     table[VOID] = VOID
     label_of = {name: label for label, name in enumerate(classes)}
