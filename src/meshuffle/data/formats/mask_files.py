@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from meshuffle.data.annotated import NUM_IDS, bounded, path_below, read_ids
 from meshuffle.data.entries import SPLITS, Problems, image_names, only_split, repeated, stem, suffix
-from meshuffle.data.scan import contents, find_folder, subfolders
+from meshuffle.data.paired import IMAGES, Folders, in_words, paired_folders, split_folders
+from meshuffle.data.scan import contents, find_folder
 from meshuffle.errors import DataError, ImageError
 
-_IMAGES = ("images", "image", "imgs", "img")
 _MASKS = ("masks", "mask", "labels", "label", "annotations", "segmentations")
 _FOLDER_ENDS = ("annot", "_annot", "_masks", "_mask", "_labels", "_label", "masks", "labels")
 _ENDS = ("_mask", "_label", "-mask", "-label", "_seg", "_gt")
@@ -44,51 +44,32 @@ def find_pairs(root: Path, need: Sequence[str], problems: Problems) -> tuple[str
     for an unknown layout; an image without a mask is added to `problems`.
     """
     layout, folders = _layout(root)
-    for split in repeated(SPLITS[name.lower()] for name in folders if name):
-        raise DataError(f"{root} has two folders for {split}: keep one of them")
     found: dict[str, Pairs] = {}
-    for name, (images, masks) in folders.items():
-        split = SPLITS[name.lower()] if name else only_split(need)
-        if split not in need and split == "test" and not _mask_names(root / masks):
+    for split, (images, masks) in folders.items():
+        if split == "test" and split not in need and not _mask_names(root / masks):
             problems.notes.append(f"{images}/: no masks: left out")
         else:
-            found[split] = _pairs(root, images, masks, problems)
+            found[split or only_split(need)] = _pairs(root, images, masks, problems)
     return layout, found
 
 
-def _layout(root: Path) -> tuple[str, Mapping[str, tuple[str, str]]]:
-    """Return the layout in words, and {split's folder, or "": (folder of images, of masks)}."""
-    splits = [name for name in subfolders(root) if name.lower() in SPLITS]
-    if inner := _both(root, ""):
-        names = [name for name in subfolders(root / inner[0]) if name.lower() in SPLITS]
-        split_folders = {name: _inside(root, inner, name) for name in names}
-        return f"{inner[0]}/ with {inner[1]}/", split_folders or {"": inner}
-    if both := {name: pair for name in splits if (pair := _both(root, name))}:
-        images, masks = next(iter(both.values()))
-        return f"{images}/ with {masks}/", both
-    wanted = {name: find_folder(root, [name + end for end in _FOLDER_ENDS]) for name in splits}
-    if beside := {name: (name, other) for name, other in wanted.items() if other}:
-        images, masks = next(iter(beside.values()))
-        return f"{images}/ with {masks}/", beside
-    for name in (*splits, ""):
-        if found := [key for key in _mask_names(root / name) if _image_stem(key) != key]:
-            mixed = {key: (key, key) for key in (splits if name else ("",))}
-            return f"x.jpg with x{found[0].removeprefix(_image_stem(found[0]))}.png", mixed
-    raise DataError(f"{root}: images with masks are not recognised: {_LOOKED_FOR}; saw "
-                    f"{contents(root)}")  # fmt: skip
-
-
-def _both(root: Path, folder: str) -> tuple[str, str] | None:
-    """Return the folders of images and masks in `root/folder`, relative to `root`."""
-    images, masks = (find_folder(root / folder, names) for names in (_IMAGES, _MASKS))
-    if not images or not masks:
-        return None
-    return path_below(folder, images), path_below(folder, masks)
-
-
-def _inside(root: Path, pair: tuple[str, str], split: str) -> tuple[str, str]:
-    images, masks = pair
-    return f"{images}/{split}", f"{masks}/{find_folder(root / masks, [split]) or split}"
+def _layout(root: Path) -> tuple[str, Mapping[str, Folders]]:
+    """Return the layout in words, and the folders by split, "" if there is only one."""
+    layout, found = paired_folders(root, IMAGES, _MASKS)
+    if found:
+        return layout, found
+    names = split_folders(root)
+    others = {name: find_folder(root, [name + end for end in _FOLDER_ENDS]) for name in names}
+    if beside := {SPLITS[name.lower()]: (name, other) for name, other in others.items() if other}:
+        return in_words(next(iter(beside.values()))), beside
+    for folder in (*names, ""):
+        if keys := [key for key in _mask_names(root / folder) if _image_stem(key) != key]:
+            end = keys[0].removeprefix(_image_stem(keys[0]))
+            same = {SPLITS[name.lower()]: (name, name) for name in names if folder}
+            return f"x.jpg with x{end}.png", same or {"": ("", "")}
+    raise DataError(
+        f"{root}: images with masks are not recognised: {_LOOKED_FOR}; saw {contents(root)}"
+    )
 
 
 def _image_stem(key: str) -> str:
