@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -97,13 +98,28 @@ def existing_file(path: str | Path) -> Path:
 
 
 def read_text(file: Path) -> str:
-    """Return the content of a UTF-8 file, with or without a byte order mark."""
+    """Return the content of a file of UTF-8, or of UTF-16 with its byte order mark."""
+    return decoded(file)[0]
+
+
+def decoded(file: Path, fallback: str | None = None) -> tuple[str, str]:
+    """Return the content of a file and its encoding, which is `fallback` if it is not Unicode."""
     try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: byte {error.start} is not UTF-8 text") from error
+        content = file.read_bytes()
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        if wide:
+            return content.decode("utf-16"), "UTF-16"
+        return content.decode("utf-8-sig"), "UTF-8"
+    except UnicodeDecodeError as error:
+        if fallback is None or wide:
+            name = "UTF-16" if wide else "UTF-8"
+            raise DataError(
+                f"{file}: byte {error.start} is not {name} text; save it as UTF-8"
+            ) from error
+        return content.decode(fallback, "backslashreplace"), fallback
 
 
 def absent(root: Path, paths: Iterable[str]) -> list[str]:
