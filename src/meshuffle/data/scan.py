@@ -17,8 +17,6 @@ from meshuffle.data.base import shortened
 from meshuffle.data.image import EXTENSIONS
 from meshuffle.errors import DataError, did_you_mean
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")  # that `image_files` looks for
-
 
 @dataclass
 class ClassFolders:
@@ -107,6 +105,11 @@ def count_images(folder: Path) -> int:
     return sum(_is_image(os.fsencode(entry.name)) for entry in _entries(folder))
 
 
+def image_paths(folder: Path) -> list[str]:
+    """Return the image files below `folder`, relative to it, as every reader lists them."""
+    return [os.fsdecode(file) for file in _walk(folder, b"", frozenset()) if _is_image(file)]
+
+
 def image_files(paths: Sequence[Path]) -> list[Path]:
     """Return the files among `paths`, and the images below the folders among them.
 
@@ -115,10 +118,11 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
+            inside = image_paths(path)
             if not inside:
-                raise DataError(f"{path}: no image in this folder ({', '.join(_SUFFIXES)})")
-            found += inside
+                known = ", ".join(sorted(EXTENSIONS))
+                raise DataError(f"{path}: no image in this folder ({known}); saw {contents(path)}")
+            found += [path / name for name in inside]
         elif path.exists():
             found.append(path)
         else:
@@ -132,7 +136,7 @@ def _walk(root: Path, relative: bytes, above: frozenset[tuple[int, int]]) -> Ite
     if (identity := (here.st_dev, here.st_ino)) in above:
         return
     for entry in _entries(folder):
-        path = relative + b"/" + os.fsencode(entry.name)
+        path = os.path.join(relative, os.fsencode(entry.name))  # noqa: PTH118
         if not entry.is_dir():
             yield path
         elif not _hidden(entry):
@@ -140,13 +144,14 @@ def _walk(root: Path, relative: bytes, above: frozenset[tuple[int, int]]) -> Ite
 
 
 def _sort_in(file: bytes, images: list[bytes], ignored: list[str]) -> None:
-    if _is_image(os.path.basename(file)):  # noqa: PTH119
+    if _is_image(file):
         images.append(file)
     else:
         ignored.append(os.fsdecode(file))
 
 
-def _is_image(name: bytes) -> bool:
+def _is_image(file: bytes) -> bool:
+    name = os.path.basename(file)  # noqa: PTH119
     extension = os.path.splitext(name)[1].lower()  # noqa: PTH122
     return not name.startswith(b".") and os.fsdecode(extension) in EXTENSIONS
 

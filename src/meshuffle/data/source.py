@@ -119,7 +119,8 @@ def _check_task(spec: str, form: Format, task: str) -> None:
 
 def _finished(data: Data, spec: str, task: str) -> Data:
     size = _INPUT_SIZE.get(task, data.input_size)
-    return replace(data, spec=spec, task=task, input_size=size)
+    layout = data.layout or data.spec.partition(":")[0]
+    return replace(data, spec=spec, task=task, input_size=size, layout=layout)
 
 
 def _check_exists(spec: str) -> None:

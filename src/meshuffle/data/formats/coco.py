@@ -23,7 +23,7 @@ from meshuffle.data.objects import (
     object_source,
     path_table,
 )
-from meshuffle.data.scan import existing_folder, subfolders
+from meshuffle.data.scan import contents, existing_folder, subfolders
 from meshuffle.data.shapes import Part, ShapeList, area_of, check_runs, decode_runs
 from meshuffle.data.target import VOID
 from meshuffle.errors import DataError
@@ -67,7 +67,18 @@ def open_coco(
             continue
         splits[split], shown_NC = _mask_source(split, one, classes, notes)
         shown = shown_NC if split == "train" else shown
-    return assemble(path, task, classes, splits, seed=seed, need=need, ignored=notes, shown=shown)
+    names = ", ".join(f"{one.file.name} with images in {one.root}" for one in read.values())
+    return assemble(
+        path,
+        task,
+        classes,
+        splits,
+        seed=seed,
+        need=need,
+        ignored=notes,
+        layout=f"COCO: {names}",
+        shown=shown,
+    )
 
 
 def _files(path: Path, need: Sequence[str]) -> dict[str, Path]:
@@ -88,7 +99,9 @@ def _files(path: Path, need: Sequence[str]) -> dict[str, Path]:
     lonely = sorted([*root.glob("*.json"), *root.glob("annotations/*.json")])
     if len(lonely) != 1:
         names = shortened([file.name for file in lonely]) or "none"
-        raise DataError(f"{root} holds {len(lonely)} JSON files ({names}); {WANTED}")
+        raise DataError(
+            f"{root} holds {len(lonely)} JSON files ({names}); {WANTED}; saw {contents(root)}"
+        )
     return {only_split(need): lonely[0]}
 
 
