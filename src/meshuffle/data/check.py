@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from meshuffle.data.base import Data, ImageSource, shortened
 from meshuffle.data.grid import draw_grid
 from meshuffle.data.source import open_data
 from meshuffle.data.target import VOID, Boxes
-from meshuffle.errors import ImageError
+from meshuffle.errors import DataError, ImageError
 
 Progress = Callable[[int, int], None]
 _SHOWN = 10
@@ -143,6 +143,28 @@ def check_data(
     if grid_path is not None:
         draw_grid(data, Path(grid_path))
     return _report(data, samples, grid_path)
+
+
+def require_usable(data: Data, splits: Sequence[str] = ("train", "val")) -> None:
+    """Raise `DataError` if no image of a split can be used; read no more than the first that can.
+
+    An image that is broken, or of another size than its annotation, is left out in training: where
+    that is all of them, nothing would be learned.
+    """
+    for split in splits:
+        source, reasons = data.splits[split], []
+        for index in range(len(source)):
+            try:
+                source.image(index), source.target(index)
+            except ImageError as error:
+                reasons.append(str(error))
+            else:
+                break
+        if len(reasons) == len(source):
+            raise DataError(
+                f"{data.spec}: none of the {len(source)} images of {split} can be used; the first: "
+                f"{reasons[0] if reasons else 'there is none'}; `meshuffle data check` lists them"
+            )
 
 
 def _look_at_all(source: ImageSource) -> Iterator[_Sample]:

@@ -199,6 +199,10 @@ def check_names(where: str, classes: Sequence[str]) -> None:
 def check_train(where: str, labels: NDArray[np.int64], classes: Sequence[str], entry: str) -> None:
     """Raise `DataError` if a class has no `entry` in train, or if there is only one class."""
     check_filled(where, labels, classes, entry)
+    _check_two(where, classes)
+
+
+def _check_two(where: str, classes: Sequence[str]) -> None:
     if len(classes) == 1:
         raise DataError(
             f"{where}: only one class, {classes[0]!r}; a classifier needs two or more: "
@@ -250,6 +254,8 @@ def assemble(
         if split not in found or not len(found[split]):
             has = ", ".join(f"{key} ({len(source)})" for key, source in found.items())
             raise DataError(f"{path} has no {split} images; it has {has or 'no image'}")
+    if "train" in need and task == "classify":
+        _check_two(path, classes)
     if "train" in need and shown is not None:
         train = found["train"]
         kept = shown[train.indices] if isinstance(train, View) else shown
