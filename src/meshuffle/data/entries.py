@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from meshuffle.data.base import Data, ImageSource, View, shortened, split_off_val
 from meshuffle.data.image import EXTENSIONS
 from meshuffle.errors import DataError, did_you_mean
+from meshuffle.files import expanded
 
 VAL_FRACTION = 0.2
 SPLITS = {
@@ -66,17 +67,23 @@ class Problems:
             raise DataError(" ".join(text.split()))
 
 
+def split_place(path: str) -> tuple[str, str]:
+    """Return the path and `?` with what follows; all is the path where that exists."""
+    head, mark, tail = path.rpartition("?")
+    return (head, mark + tail) if mark and not expanded(path).exists() else (path, "")
+
+
 def split_options(path: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:
     """Return the path and the options of `PATH?name=value&name=value`.
 
     >>> split_options("camvid?void=11", ["void"])
     ('camvid', {'void': '11'})
     """
-    head, mark, tail = path.rpartition("?")
-    if not mark or Path(path).expanduser().exists():
+    head, tail = split_place(path)
+    if not tail:
         return path, {}
     options: dict[str, str] = {}
-    for part in tail.split("&"):
+    for part in tail[1:].split("&"):
         name, equals, value = part.partition("=")
         if name not in known or not equals or not value:
             hint = did_you_mean(name, known)
@@ -88,7 +95,7 @@ def split_options(path: str, known: Sequence[str]) -> tuple[str, dict[str, str]]
 
 def existing_file(path: str | Path) -> Path:
     """Return `path` with `~` expanded; raise `DataError` with a suggestion if it is no file."""
-    file = Path(path).expanduser()
+    file = expanded(path)
     if file.is_file():
         return file
     if file.is_dir():

@@ -16,6 +16,7 @@ import numpy as np
 from meshuffle.data.base import shortened
 from meshuffle.data.image import EXTENSIONS
 from meshuffle.errors import DataError, did_you_mean
+from meshuffle.files import expanded
 
 
 @dataclass
@@ -55,7 +56,7 @@ class PathTable:
 
 def existing_folder(path: str | Path) -> Path:
     """Return `path` with `~` expanded; raise `DataError` with a suggestion if it is no folder."""
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     try:
         if folder.is_dir():
             return folder

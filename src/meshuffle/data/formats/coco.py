@@ -27,6 +27,7 @@ from meshuffle.data.scan import contents, existing_folder, subfolders
 from meshuffle.data.shapes import Part, ShapeList, area_of, check_runs, decode_runs
 from meshuffle.data.target import VOID
 from meshuffle.errors import DataError
+from meshuffle.files import expanded
 
 BACKGROUND = "background"
 
@@ -52,7 +53,7 @@ def open_coco(
     without area are left out; `Data.ignored` names each. With `strict` the latter are errors.
     Raises `DataError`.
     """
-    files = _files(Path(path).expanduser(), need)
+    files = _files(expanded(path), need)
     segment = task == "segment"
     read = {
         split: read_instances(file, split, outlines=segment, strict=strict)

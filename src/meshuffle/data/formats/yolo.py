@@ -26,6 +26,7 @@ from meshuffle.data.objects import BoxList, Objects, check_classes, object_sourc
 from meshuffle.data.paired import split_folders
 from meshuffle.data.scan import contents, image_paths
 from meshuffle.errors import DataError, did_you_mean
+from meshuffle.files import expanded
 
 _NAMES = "classes.txt"
 _SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -53,7 +54,7 @@ def open_yolo(
     out of the image are cut, and those without area are left out; `Data.ignored` names each.
     With `strict` the latter are errors. Raises `DataError`.
     """
-    file = _main_file(Path(path).expanduser())
+    file = _main_file(expanded(path))
     tree = _parse(file) if file.name != _NAMES else _plain(file)
     classes = _classes(file, tree)
     problems = Problems(str(file), strict=strict)
