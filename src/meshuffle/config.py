@@ -174,7 +174,9 @@ class TrainConfig:
     timeout: Annotated[float, _option("Seconds that ranks wait for a silent rank.", "Machine")] = (
         1800.0
     )
-    strict: Annotated[bool, _option("Stop at the first unreadable image.", "Machine")] = False
+    strict: Annotated[bool, _option("Stop at the first bad image or annotation.", "Machine")] = (
+        False
+    )
     save_every: Annotated[
         str, _option("Checkpoint interval: 10m (minutes) or 500 (steps).", "Machine")
     ] = "10m"

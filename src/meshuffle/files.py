@@ -11,7 +11,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from meshuffle.errors import MeshuffleError
+from meshuffle.errors import InputError, MeshuffleError
+
+
+def expanded(path: str | Path) -> Path:
+    """Return `path` with the home folder in place of `~` or `~user`.
+
+    Raises `InputError` for a user that this machine does not know.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        user = str(path).partition("/")[0]
+        raise InputError(
+            f"{path}: no home folder is known for {user}; write the whole path, or ./{path} for a "
+            "folder of that name here"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -1,12 +1,18 @@
+import dataclasses
 import json
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
+from pictures import noise
 from PIL import Image
 
-from meshuffle.data import check_data
+from meshuffle.config import TrainConfig
+from meshuffle.data import ArraySource, check, check_data, open_data
+from meshuffle.data.check import require_usable
 from meshuffle.errors import DataError
+from meshuffle.train.resolve import resolve_run
 
 
 @pytest.fixture
@@ -52,6 +58,68 @@ def test_report_as_text_and_json(troubled):
     stored = json.loads(json.dumps(report.to_dict()))
     assert stored["counts"]["train"]["a"] == 4
     assert len(stored["problems"]) == 3
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_of_which_every_image_is_left_out(make_folder, split):
+    """A run would go on with a loss of 0 and say that it is done."""
+    root = make_folder({"train/a": 2, "train/b": 2, "val/a": 1, "val/b": 1})
+    require_usable(open_data(str(root)))
+    files = sorted((root / split).rglob("*.png"))
+    for file in files[1:]:
+        file.write_bytes(b"")
+    require_usable(open_data(str(root)))
+    files[0].write_bytes(b"")
+    config = TrainConfig(data=str(root), model="shufflenet_v2_x0_5")
+    expected = (
+        rf"none of the {len(files)} images of {split} can be used; the first: .*000\.png: empty"
+    )
+    with pytest.raises(DataError, match=expected):
+        resolve_run(config, {})
+
+
+def test_annotations_of_turned_images(tmp_path):
+    """Old labelImg writes width and height of the image before it is turned."""
+    for name in "abcde":
+        for folder in ("images", "annotations"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+        noise(1, (12, 10)).save(tmp_path / f"images/{name}.png")
+        box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>5</xmax><ymax>5</ymax></bndbox>"
+        (tmp_path / f"annotations/{name}.xml").write_text(
+            "<a><size><width>10</width><height>12</height></size>"
+            f"<object><name>cat</name>{box}</object></a>"
+        )
+    data = open_data(f"voc:{tmp_path}", task="detect")
+    with pytest.raises(DataError, match=r"none of the 4 images of train .* annotated as 10×12"):
+        require_usable(data)
+    with pytest.raises(DataError, match="only one class, 'cat'; a classifier needs two or more"):
+        open_data(f"voc:{tmp_path}")
+    assert check_data(f"voc:{tmp_path}").problems()[0].startswith("only 1 class;")
+
+
+def test_nothing_as_long_as_the_classes_is_kept_for_each_image():
+    """int64[C] for each of ImageNet's images took 10 GB."""
+    pixels = np.zeros((2000, 1, 1, 3), dtype=np.uint8)
+    labels = np.arange(2000) % 1000
+    source = ArraySource("many", tuple(map(str, range(1000))), pixels, labels)
+    samples = check._look_at_all(source)
+    next(samples)
+    tracemalloc.start()
+    kept = list(samples)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(kept) == 1999 and size < 2000 * 1500, "1000 classes are 8,000 bytes"
+
+
+def test_layout_and_notices_are_shown(make_folder):
+    report = check_data(str(make_folder({"train/a": 1, "valid/a": 1})))
+    assert report.render().splitlines()[1] == (
+        "layout  folder: train/, valid/ with one folder per class"
+    )
+    report = dataclasses.replace(report, notices=("read as cp1252",))
+    assert report.render().splitlines()[2] == "note: read as cp1252"
+    assert report.to_dict()["layout"].startswith("folder: ")
+    assert check_data("digits").layout == "digits"
 
 
 def test_classes_that_only_val_has(make_folder):

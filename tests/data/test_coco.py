@@ -10,6 +10,7 @@ from test_shapes import compressed, runs_of, square
 from meshuffle.data.base import relabel
 from meshuffle.data.formats.coco import open_coco
 from meshuffle.data.shapes import fill_polygon
+from meshuffle.data.source import open_data
 from meshuffle.errors import DataError, ImageError
 
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]
@@ -193,8 +194,6 @@ def test_boxes_that_reach_out_are_cut_and_noted(tmp_path):
 
 BAD_ANNOTATIONS = {
     "lies outside its image (12×10)": {"bbox": [20, 2, 3, 3]},
-    "box [2, 2, 2, 5] has no area": {"bbox": [2, 2, 0, 3]},
-    "box [2, 2, 5, 1] has no area": {"bbox": [2, 2, 3, -1]},
     "annotation 5: unknown image_id 44": {"image_id": 44},
     "annotation 5 (1.png): unknown category_id 2": {"category_id": 2},
     "annotation 5 (1.png): unknown category_id None": {"category_id": None},
@@ -233,7 +232,7 @@ BAD_SEGMENTATIONS = {
 def test_bad_segmentations(tmp_path, expected):
     bad = thing(5, 1, 3, [0, 0, 1, 1], segmentation=BAD_SEGMENTATIONS[expected])
     write(tmp_path, "a.json", tree([image(1)], [bad]))
-    assert expected in error_of(tmp_path, "segment", need=("train",))
+    assert expected in error_of(tmp_path, "segment", need=("train",), strict=True)
 
 
 def test_a_mask_as_text(tmp_path):
@@ -241,20 +240,76 @@ def test_a_mask_as_text(tmp_path):
     mask[3:7, 2:9] = 1
     runs = {"counts": compressed(runs_of(mask)), "size": [HEIGHT, WIDTH]}
     write(tmp_path, "a.json", tree([image(1)], [thing(5, 1, 7, [0, 0, 1, 1], segmentation=runs)]))
-    source = open_coco(str(tmp_path), task="segment", need=("train",)).splits["train"]
+    source = open_coco(str(tmp_path), task="segment", need=()).splits["train"]
     np.testing.assert_array_equal(source.target(0), mask * 2)
 
 
-def test_few_objects_without_area_among_many_are_left_out(tmp_path):
+@pytest.mark.parametrize("task", ["detect", "classify", "multilabel", "segment"])
+@pytest.mark.parametrize(
+    ("bbox", "shown"), [([2, 2, 3, 0], "[2, 2, 5, 2]"), ([2, 2, 3, -1], "[2, 2, 5, 1]")]
+)
+def test_objects_without_area_are_left_out_and_named(tmp_path, task, bbox, shown):
     """COCO's train2017 has two boxes of height 0."""
-    annotations = [thing(i, 1, (3, 7)[i % 2], [0, 0, 4, 4]) for i in range(1000)]
-    annotations.insert(500, thing(5000, 1, 3, [2, 2, 3, 0]))
-    write(tmp_path, "a.json", tree([image(1)], annotations))
-    data = open_coco(str(tmp_path), task="detect", need=("train",))
-    assert len(data.splits["train"].target(0)) == 1000
-    assert data.ignored == (
-        "a.json: annotation 5000 (1.png): box [2, 2, 5, 2] has no area: left out",
-    )
+    outline = {"segmentation": [square(0, 0, 4).tolist()]}
+    things = [thing(i, i, (3, 7)[i % 2], [0, 0, 4, 4], **outline) for i in range(4)]
+    things.append(thing(50, 1, 7, bbox, segmentation=[[2, 2, 2, 2, 5, 2, 5, 2]]))
+    write(tmp_path, "a.json", tree([image(i) for i in range(4)], things))
+    data = open_coco(str(tmp_path), task=task, need=("train",))
+    what = "its segmentation has no area" if task == "segment" else f"box {shown} has no area"
+    assert data.ignored == (f"a.json: annotation 50 (1.png): {what}: left out",)
+    with pytest.raises(DataError, match=r"annotation 50 \(1\.png\): .* has no area"):
+        open_data(f"coco:{tmp_path}", task=task, strict=True)
+
+
+@pytest.mark.parametrize("task", ["detect", "multilabel", "segment"])
+def test_train_without_any_object(tmp_path, task):
+    things = [thing(5, 1, 7, [2, 2, 3, 0], segmentation=[])]
+    write(tmp_path, "a.json", tree([image(1), image(2)], things))
+    expected = f"a.json: train has no object; {task} needs annotated images"
+    if task == "segment":
+        expected = "2 classes without any pixel in train: dog, cat"
+    assert expected in error_of(tmp_path, task)
+
+
+def test_a_class_without_a_pixel_in_train(pair):
+    outline = {"segmentation": [square(1, 1, 8).tolist()]}
+    content = tree([image(i) for i in (1, 2, 3)], [thing(1, 1, 7, [1, 1, 8, 8], **outline)])
+    write(pair, "annotations/instances_train2017.json", content, "train2017")
+    assert "1 classes without any pixel in train: dog; remove them" in error_of(pair, "segment")
+    assert open_coco(str(pair), task="segment", need=()).classes == ("background", "dog", "cat")
+
+
+def test_a_class_whose_pixels_are_all_set_aside(tmp_path):
+    """A dog in one image of ten: the seed decides on which side it is."""
+    outline = {"segmentation": [square(0, 0, 4).tolist()]}
+    things = [thing(i, i, 7, [0, 0, 4, 4], area=16, **outline) for i in range(10)]
+    things.append(thing(99, 4, 3, [0, 0, 4, 4], area=4, **outline))
+    write(tmp_path, "a.json", tree([image(i) for i in range(10)], things))
+    refused = 0
+    for seed in range(12):
+        try:
+            train = open_coco(str(tmp_path), task="segment", seed=seed).splits["train"]
+            assert any((train.target(i) == 1).any() for i in range(len(train)))
+        except DataError as error:
+            assert "1 classes without any pixel in train: dog" in str(error)
+            refused += 1
+    assert 0 < refused < 12
+
+
+def test_a_category_that_is_only_a_supercategory(tmp_path):
+    """As Roboflow exports it: the project is category 0."""
+    own = [{"id": 0, "name": "pets", "supercategory": "none"}]
+    own += [{**entry, "supercategory": "pets"} for entry in CATEGORIES]
+    outline = {"segmentation": [square(0, 0, 4).tolist()]}
+    things = [thing(i, i, (3, 7)[i % 2], [0, 0, 4, 4], **outline) for i in range(10)]
+    write(tmp_path, "a.json", tree([image(i) for i in range(10)], things, own))
+    for task, first in (("classify", ()), ("detect", ()), ("segment", ("background",))):
+        data = open_coco(str(tmp_path), task=task)
+        assert data.classes == (*first, "dog", "cat")
+        assert data.ignored == ("category pets: only a supercategory, left out",)
+    things.append(thing(99, 1, 0, [0, 0, 4, 4]))
+    write(tmp_path, "a.json", tree([image(i) for i in range(10)], things, own))
+    assert open_coco(str(tmp_path), task="detect").classes == ("pets", "dog", "cat")
 
 
 BAD_IMAGES = {

@@ -38,7 +38,7 @@ def test_train_and_val(make_folder):
     assert not train.in_memory and data.style == "photos" and data.input_size == 224
 
 
-@pytest.mark.parametrize("folder", ["val", "validation"])
+@pytest.mark.parametrize("folder", ["val", "validation", "valid", "Val"])
 def test_names_of_val(make_folder, folder):
     root = make_folder({"train/a": 2, "train/b": 2, f"{folder}/a": 1, "test/b": 3})
     data = open_data(str(root))
@@ -109,7 +109,7 @@ def test_one_class(make_folder):
 
 def test_no_class_folders(make_folder):
     root = make_folder({"": 3})
-    assert "holds 3 images but no class folders; wanted: one folder per class" in error_of(root)
+    assert "holds 3 images but no class folders; looked for one folder per class" in error_of(root)
     (root / "a").mkdir()
     (root / "b").mkdir()
     assert "no image file in 2 class folders" in error_of(root)
@@ -258,6 +258,23 @@ def test_real_photographs(hymenoptera):
     assert (len(train), len(data.splits["val"])) == (245, 153)
     odd = [i for i in range(len(train)) if not train.name(i).endswith(".jpg")]
     assert odd and all(train.image(i).mode == "RGB" for i in odd)
+
+
+def test_image_files_are_those_that_training_reads(make_folder):
+    """Of hidden files, links, .jfif and a folder with the name of an image."""
+    root = make_folder({"x/a": 1, "x/b": 1, "y": 1})
+    (root / "x" / "link").symlink_to(root / "y", target_is_directory=True)
+    (root / "y" / "loop").symlink_to(root / "y", target_is_directory=True)
+    (root / "x" / "a" / "shot.png").mkdir()
+    noise(5).save(root / "x" / "a" / "old.jfif", "JPEG")
+    (root / "x" / "a" / "._000.png").touch()
+    (root / "x" / ".cache").mkdir()
+    noise(6).save(root / "x" / ".cache" / "c.png")
+    found = image_files([root / "x"])
+    trained = open_data(str(root / "x"), need=()).splits["train"]
+    assert [str(path) for path in found] == [trained.name(i) for i in range(len(trained))]
+    names = [str(path.relative_to(root / "x")) for path in found]
+    assert names == ["a/000.png", "a/old.jfif", "b/000.png", "link/000.png"]
 
 
 def test_image_files(make_folder):

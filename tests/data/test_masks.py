@@ -8,6 +8,7 @@ from PIL import Image
 
 from meshuffle.data.annotated import image_size, read_ids
 from meshuffle.data.check import check_data
+from meshuffle.data.formats import mask_files
 from meshuffle.data.formats.masks import open_masks
 from meshuffle.errors import DataError, ImageError
 
@@ -67,13 +68,23 @@ def test_the_void_id_of_the_caller(street):
 
 def test_names_and_void_from_a_file(street):
     (street / "classes.txt").write_text("# by id\nsky\nroad  # grey\n\ntree\ncar\nvoid: 7\n")
-    data = open_masks(str(street))
+    data = open_masks(str(street), need=())
     assert data.classes == ("sky", "road", "tree", "car")
     assert data.splits["train"].target(1)[0].tolist() == [0, 0, 0, 255, 0, 0]
-    assert data.splits["train"].labels.tolist() == [0, 0], "no mask is read"
-    assert open_masks(str(street), need=()).splits["train"].labels.tolist() == [1, 0]
-    assert "train has no object of tree" in open_masks(str(street), need=()).ignored
-    assert open_masks(f"{street}?void=0").classes == ("road", "tree", "car")
+    assert data.splits["train"].labels.tolist() == [1, 0]
+    assert "train has no object of tree" in data.ignored
+    assert "1 classes without any pixel in train: tree; remove them" in error_of(street)
+    assert open_masks(f"{street}?void=2").classes == ("sky", "road", "car")
+
+
+def test_no_more_masks_are_read_than_show_every_class(street, monkeypatch):
+    (street / "classes.txt").write_text("sky\nroad\n")
+    for i in range(200):
+        write(street, f"m{i}", [0, 1], "train")
+    read: list[str] = []
+    monkeypatch.setattr(mask_files, "read_ids", lambda path: read.append(path) or read_ids(path))
+    data = open_masks(str(street))
+    assert 0 < len(read) <= 64 and not data.splits["train"].labels.any()
 
 
 @pytest.mark.parametrize(
@@ -94,14 +105,113 @@ def test_black_and_white(tmp_path):
     for name in "abcdefghij":
         write(tmp_path, name, [0, 255, 255])
     data = open_masks(str(tmp_path), seed=1)
-    assert data.classes == ("class 0", "class 255")
+    assert data.classes == ("background", "thing")
+    assert data.notices == ("masks hold 0 and 255 only: 0 is background, and 255 is thing",)
     assert len(data.splits["train"]) == 8 and len(data.splits["val"]) == 2
     assert data.splits["train"].target(0)[0].tolist() == [0, 1, 1] * 2
     assert "1 classes (ids 0)" in error_of(f"{tmp_path}?void=255")
     assert list(open_masks(str(tmp_path), need=("test",)).splits) == ["test"]
 
 
+@pytest.mark.parametrize("splits", [(), ("train", "val")])
+def test_two_names_for_black_and_white(tmp_path, splits):
+    """As most tools write binary masks: 255 was void, and the thing was never learned."""
+    for name in "abcdefghij":
+        write(tmp_path, name, [0, 255, 255], "train" if splits else "")
+    if splits:
+        write(tmp_path, "k", [255], "val")
+    (tmp_path / "classes.txt").write_text("road\ncrack\n")
+    for need in ((), ("train", "val")):
+        data = open_masks(str(tmp_path), need=need)
+        assert data.classes == ("road", "crack")
+        assert data.notices == ("masks hold 0 and 255 only: 0 is road, and 255 is crack",)
+        assert data.splits["train"].target(0)[0].tolist() == [0, 1, 1] * 2
+    assert "1 classes without any pixel in train: crack" in error_of(f"{tmp_path}?void=255")
+    (tmp_path / "classes.txt").write_text("road\ncrack\nhole\n")
+    assert "2 classes without any pixel in train: crack, hole" in error_of(tmp_path)
+
+
+def test_255_beside_both_classes_is_void(street):
+    (street / "classes.txt").write_text("sky\nroad\n")
+    data = open_masks(str(street))
+    assert not data.notices and data.splits["val"].target(0)[0].tolist() == [0, 1, 255] * 2
+
+
+def test_instances(tmp_path):
+    """Each value but 0 is an object: ids of 16 bits, and 255, are objects too."""
+    for i, name in enumerate("abcdefghij"):
+        write(tmp_path, name, [0, 7 + i, 255])
+    wide = np.resize(np.array([0, 1, 300, 256, 65535, 0], np.uint16), (4, 6))
+    Image.fromarray(wide).save(tmp_path / "masks" / "a.png")
+    data = open_masks(f"{tmp_path}?instances=1", need=())
+    assert data.classes == ("background", "thing") and not data.notices
+    assert data.splits["train"].target(0)[0].tolist() == [0, 1, 1, 1, 1, 0]
+    assert data.splits["train"].target(1)[0].tolist() == [0, 1, 1] * 2
+    without = open_masks(f"{tmp_path}?instances=1&void=255", need=()).splits["train"]
+    assert without.target(1)[0].tolist() == [0, 1, 255] * 2
+    assert "?instances=2: write ?instances=1" in error_of(f"{tmp_path}?instances=2")
+    (tmp_path / "classes.txt").write_text("soil\nleaf\n")
+    assert open_masks(f"{tmp_path}?instances=1").classes == ("soil", "leaf")
+    (tmp_path / "classes.txt").write_text("a\nb\nc\n")
+    assert "3 classes; ?instances=1 makes two: background and thing" in (
+        error_of(f"{tmp_path}?instances=1")
+    )
+
+
+def pairs_in(root: Path, *names: str) -> None:
+    """Write images ….jpg and masks ….png of ids 0 and 1."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        image = noise(len(name), SIZE)
+        mask = Image.fromarray(np.resize(np.array([0, 1], np.uint8), (4, 6)))
+        (image if name.endswith(".jpg") else mask).save(root / name)
+
+
+LAYOUTS = {
+    "masks: Images/ with Masks/": ["Images/{s}/a.jpg", "Masks/{s}/a.png"],
+    "masks: images/ with labels/": ["images/{s}/a.jpg", "labels/{s}/a_label.png"],
+    "masks: train/images/ with train/masks/": ["{s}/images/a.jpg", "{s}/masks/a.png"],
+    "masks: train/ with trainannot/": ["{s}/a.jpg", "{s}annot/a.png"],
+    "masks: train/ with train_masks/": ["{s}/a.jpg", "{s}_masks/a_mask.gif"],
+    "masks: x.jpg with x_mask.png": ["{s}/a.jpg", "{s}/a_mask.png"],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_with_splits(tmp_path, layout):
+    pairs_in(tmp_path, *(name.format(s=s) for s in ("train", "val") for name in LAYOUTS[layout]))
+    data = open_masks(str(tmp_path))
+    assert data.layout == layout and not data.ignored
+    assert {key: len(source) for key, source in data.splits.items()} == {"train": 1, "val": 1}
+    for source in data.splits.values():
+        assert source.target(0)[0].tolist() == [0, 1] * 3 and source.name(0).endswith("a.jpg")
+
+
+def test_masks_beside_their_images(tmp_path):
+    for name in "abcde":
+        pairs_in(tmp_path, f"{name}.jpg", f"{name}_label.png")
+    pairs_in(tmp_path, "old_label.png")
+    data = open_masks(str(tmp_path), need=())
+    assert data.layout == "masks: x.jpg with x_label.png" and len(data.splits["train"]) == 5
+    (tmp_path / "c_label.png").unlink()
+    assert "c.jpg has no mask c.png" in error_of(tmp_path)
+
+
+def test_a_test_split_without_masks(tmp_path):
+    pairs_in(tmp_path, "train/a.jpg", "trainannot/a.png", "val/b.jpg", "valannot/b.png")
+    pairs_in(tmp_path, "test/c.jpg")
+    (tmp_path / "testannot").mkdir()
+    assert open_masks(str(tmp_path)).ignored == ("test/: no masks: left out",)
+    assert "test/c.jpg has no mask testannot/c.png" in error_of(tmp_path, need=("test",))
+
+
+def test_masks_that_are_jpegs(tmp_path):
+    pairs_in(tmp_path, "images/a.jpg", "masks/a.jpg")
+    assert "masks/a.jpg is a JPEG, which changes label ids; save it as PNG" in error_of(tmp_path)
+
+
 def test_an_id_without_a_name_is_found_by_check(street):
+    write(street, "d", [2], "train")
     (street / "classes.txt").write_text("sky\nroad\ntree\ncar\n")
     source = open_masks(str(street)).splits["train"]
     with pytest.raises(ImageError, match=r"b\.png: unknown label ids 7 in 25\.0% of it"):
@@ -186,9 +296,11 @@ def test_pairs(street):
 
 def test_folders(tmp_path):
     assert "no such folder" in error_of(tmp_path / "x")
-    assert "has no images/; wanted: images/ and masks/" in error_of(tmp_path)
+    assert "looked for images/ with masks/, train/images/ with" in error_of(tmp_path)
+    assert error_of(tmp_path).endswith("; saw nothing")
     (tmp_path / "images").mkdir()
-    assert "has no masks/" in error_of(tmp_path)
+    (tmp_path / "b.txt").touch()
+    assert error_of(tmp_path).endswith("; saw images/, b.txt")
     write(tmp_path, "a", [0, 1], "val")
     write(tmp_path, "b", [0, 1], "valid")
     assert "has two folders for val" in error_of(tmp_path)

@@ -2,7 +2,8 @@ import pytest
 
 import meshuffle.data
 from meshuffle.data import FORMATS, open_data
-from meshuffle.errors import DataError
+from meshuffle.data.source import absolute_data
+from meshuffle.errors import DataError, InputError
 
 
 def error_of(spec: str) -> str:
@@ -73,6 +74,46 @@ def test_a_folder_called_like_a_data_set(make_folder, monkeypatch):
     monkeypatch.chdir(root.parent)
     assert open_data("mnist").classes == ("a", "b")
     assert open_data("folder:mnist").spec == "folder:mnist"
+
+
+def test_a_folder_called_digits(make_folder, monkeypatch):
+    """train digits took the folder, data check digits the embedded set."""
+    root = make_folder({"a": 2, "b": 2})
+    root.rename(root.with_name("digits"))
+    monkeypatch.chdir(root.parent)
+    data = open_data(absolute_data("digits"))
+    assert len(data.classes) == 10 and absolute_data("digits") == "digits"
+    assert data.notices == ("digits is the embedded data set; the folder of that name is ./digits",)
+    assert open_data(absolute_data("./digits")).classes == ("a", "b")
+    monkeypatch.chdir(root.parent.parent)
+    assert open_data("digits").notices == ()
+
+
+@pytest.mark.parametrize("spec", ["", "imagenet:", "csv: ", "cifar:x", "~nosuchuser/x",
+                                  "csv:~nosuchuser/x"])  # fmt: skip
+def test_every_verb_refuses_the_same(spec, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as opened:
+        open_data(spec)
+    with pytest.raises(InputError) as resolved:
+        absolute_data(spec)
+    assert str(opened.value) == str(resolved.value) and "\n" not in str(opened.value)
+    if "~" in spec:
+        assert str(opened.value) == (
+            "~nosuchuser/x: no home folder is known for ~nosuchuser; write the whole path, or "
+            "./~nosuchuser/x for a folder of that name here"
+        )
+
+
+def test_absolute_paths(make_folder, monkeypatch):
+    root = make_folder({"a": 2, "b?c=d": 2})
+    (root / "t.csv").touch()
+    monkeypatch.chdir(root)
+    assert absolute_data(".") == str(root)
+    assert absolute_data("folder:b?c=d") == f"folder:{root}/b?c=d"
+    assert absolute_data("csv:t.csv?targets=x,y") == f"csv:{root}/t.csv?targets=x,y"
+    for spec in ("digits", "hf:mnist?label=x", "./nothing", "csv:nothing.csv"):
+        assert absolute_data(spec) == spec
 
 
 def test_home_folder(make_folder, monkeypatch):

@@ -237,8 +237,85 @@ def test_what_is_not_there(photos):
     assert "lacks the column 'z'" in error_of(open_csv, f"{path}?targets=z", task="regress")
     found = error_of(open_csv, f"{path}?target=y", task="regress")
     assert "'target=y' is no option; did you mean 'targets'?; known: ?targets=…" in found
-    (photos / "t.csv").write_bytes(b"image\n\xff")
-    assert "byte 6 is not UTF-8 text" in error_of(open_csv, path)
+    (photos / "t.json").write_bytes(b"[\xff]")
+    assert "byte 1 is not UTF-8 text; save it" in error_of(open_json, str(photos / "t.json"))
+    (photos / "t.csv").write_bytes(b"\xff\xfei\x00m")
+    assert "is not UTF-16 text" in error_of(open_csv, path)
+
+
+@pytest.mark.parametrize(("mark", "words"), [(",", "commas"), (";", "semicolons"), ("\t", "tabs")])
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv"])
+def test_separators(photos, mark, words, name):
+    rows = [mark.join((f"a/{i}.png", ("x|y", "y")[i % 2], "")) for i in range(10)]
+    path = table(photos, mark.join(("Image", "Labels", "")), *rows, name=name)
+    data = open_csv(path, task="multilabel")
+    assert data.classes == ("x", "y") and not data.ignored
+    assert data.layout == f"CSV: {words} between columns, UTF-8"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name", "notices"),
+    [
+        ("utf-8-sig", "UTF-8", ()),
+        ("utf-16", "UTF-16", ()),
+        ("latin-1", "cp1252", ("t.csv is not UTF-8; it is read as cp1252 (latin-1)",)),
+        ("cp1252", "cp1252", ("t.csv is not UTF-8; it is read as cp1252 (latin-1)",)),
+    ],
+)
+def test_encodings(photos, encoding, name, notices):
+    rows = [f"a/{i}.png,{('Bär', 'Maïs')[i % 2]}" for i in range(10)]
+    text = "\n".join(["Image,Label", *rows]) + "\n"
+    (photos / "t.csv").write_bytes(text.encode(encoding))
+    data = open_csv(str(photos / "t.csv"))
+    assert data.classes == ("Bär", "Maïs") and data.notices == notices
+    assert data.layout == f"CSV: commas between columns, {name}"
+
+
+@pytest.mark.parametrize(
+    ("header", "note"),
+    [
+        ("", ()),
+        ("index", ("column index numbers the rows: left out",)),
+        ("ID", ("column ID numbers the rows: left out",)),
+        ("Unnamed: 0", ("column Unnamed: 0 numbers the rows: left out",)),
+    ],
+)
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("place", [0, 2])
+def test_an_index_is_no_target(photos, header, note, first, place):
+    rows = [[f"a/{i}.png", str(i / 2)] for i in range(10)]
+    order = np.random.default_rng(0).permutation(10) + first
+    rows.insert(0, ["image", "x"])
+    for row, number in zip(rows, [header, *order], strict=True):
+        row.insert(place, str(number))
+    path = table(photos, *map(",".join, rows))
+    data = open_csv(path, task="regress", need=())
+    assert data.classes == ("x",) and data.ignored == note
+    if header:
+        chosen = open_csv(f"{path}?targets={header}", task="regress", need=())
+        assert chosen.classes == (header,)
+
+
+def test_numbers_that_are_no_index_are_targets(photos):
+    rows = [f"a/{i}.png,{i + 5},{2 * i}" for i in range(10)]
+    data = open_csv(table(photos, "image,id,y", *rows), task="regress")
+    assert data.classes == ("id", "y")
+    rows = [f"{7 * i},a/{i}.png,{2 * i}" for i in range(10)]
+    data = open_csv(table(photos, ",image,y", *rows), task="regress")
+    assert data.classes == ("y",), "pandas' index of the rows that were chosen"
+    rows = [f"a/{i}.png,{2 * i}" for i in range(10)]
+    data = open_csv(table(photos, ",y", *rows), task="regress")
+    assert data.classes == ("y",), "a column without a name that holds the images"
+    entries = [{"index": i, "image": f"a/{i}.png", "y": 3 * i} for i in range(10)]
+    assert open_json(objects(photos, *entries), task="regress").classes == ("y",)
+
+
+@pytest.mark.parametrize("header", ["Image,Label,Split", "FILE NAME,CLASS,SPLIT"])
+def test_headings_in_any_case(photos, header):
+    rows = [f"{i % 2},a/{i}.png,{('train', 'val')[i // 8]}" for i in range(10)]
+    first, second, third = header.split(",")
+    data = open_csv(table(photos, f"{second},{first},{third}", *rows))
+    assert data.classes == ("0", "1") and len(data.splits["val"]) == 2
 
 
 @given(st.lists(st.text("ab", max_size=2)))

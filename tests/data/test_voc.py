@@ -5,7 +5,7 @@ import pytest
 from pictures import noise
 from PIL import Image
 
-from meshuffle.data.formats.voc import OFFICIAL, open_voc
+from meshuffle.data.formats.voc import open_voc
 from meshuffle.errors import DataError, ImageError
 
 WIDTH, HEIGHT = 12, 10
@@ -143,7 +143,16 @@ BAD = {
 @pytest.mark.parametrize("expected", BAD)
 def test_bad_annotations(pets, expected):
     write(pets, "a", BAD[expected])
-    assert f"{pets}: Annotations/a.xml: {expected}" in error_of(pets)
+    assert f"{pets}: Annotations/a.xml: {expected}" in error_of(pets, strict=True)
+
+
+def test_a_box_without_area_is_left_out_and_named(pets):
+    write(pets, "a", xml(thing("dog", (1, 1, 2, 2)), thing("cat", (8, 2, 5, 4))))
+    data = open_voc(str(pets), task="detect")
+    assert "Annotations/a.xml: object 2 (cat): box [7, 1, 5, 4] has no area: left out" in (
+        data.ignored
+    )
+    assert len(data.splits["train"].target(0)) == 1
 
 
 def test_a_bomb_in_another_encoding(pets):
@@ -161,10 +170,63 @@ def test_bad_lists(pets):
 
 def test_what_is_no_voc(tmp_path):
     assert "no such folder" in error_of(tmp_path / "x")
-    assert "has no JPEGImages and no Annotations folder" in error_of(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    found = error_of(tmp_path)
+    assert "looked for JPEGImages/ or images/ with Annotations/, the same in train/" in found
+    assert found.endswith("and x.jpg with x.xml; saw pictures/")
+    assert "images/ with SegmentationClass/" in error_of(tmp_path, "segment")
     write(tmp_path / "VOC2012", "a", xml())
     assert f"did you mean {tmp_path / 'VOC2012'}?" in error_of(tmp_path)
     assert "its annotations hold no object" in error_of(tmp_path / "VOC2012")
+
+
+@pytest.mark.parametrize(
+    ("images", "annotations"),
+    [("images", "annotations"), ("Images", "ANNOTATIONS"), ("JPEGImages", "annotation")],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_folders_as_tools_name_them(tmp_path, images, annotations, nested):
+    for split in ("train", "valid"):
+        below = f"/{split}" if nested else ""
+        for folder in (f"{images}{below}", f"{annotations}{below}"):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        noise(1, (WIDTH, HEIGHT)).save(tmp_path / f"{images}{below}/{split}.jpg")
+        content = xml(thing("cat", (2, 2, 3, 3)))
+        (tmp_path / f"{annotations}{below}/{split}.xml").write_text(content)
+    data = open_voc(str(tmp_path), task="detect")
+    assert data.layout == f"VOC: {images}/ with {annotations}/"
+    assert {key: len(source) for key, source in data.splits.items()} == {"train": 1, "val": 1}
+    assert data.splits["train"].target(0).xyxy.tolist() == [[1, 1, 3, 3]]
+    assert data.splits["val"].image(0).size == (WIDTH, HEIGHT)
+
+
+@pytest.mark.parametrize("splits", [("train", "valid", "test"), ("",)])
+def test_an_xml_beside_each_image(tmp_path, splits):
+    """As Roboflow exports it, and labelImg by default; the splits may hold equal names."""
+    for split in splits:
+        (tmp_path / split).mkdir(exist_ok=True)
+        for name in "abcde":
+            noise(1, (WIDTH, HEIGHT)).save(tmp_path / split / f"{name}.jpg")
+            (tmp_path / split / f"{name}.xml").write_text(xml(thing("cat", (2, 2, 3, 3))))
+    data = open_voc(str(tmp_path), task="detect", need=())
+    assert data.layout == "VOC: x.jpg with x.xml"
+    assert {key: len(source) for key, source in data.splits.items()} == (
+        {"train": 5, "val": 5, "test": 5} if len(splits) > 1 else {"train": 5}
+    )
+    (tmp_path / splits[0] / "b.jpg").unlink()
+    assert f"{splits[0] or tmp_path} has no image b" in error_of(tmp_path)
+
+
+def test_lists_in_lower_case(pets):
+    (pets / "ImageSets" / "Main").rename(pets / "ImageSets" / "main")
+    (pets / "ImageSets").rename(pets / "imagesets")
+    assert len(open_voc(str(pets), task="detect").splits["test"]) == 1
+
+
+def test_two_folders_of_one_split(tmp_path):
+    for split in ("val", "Validation"):
+        (tmp_path / split).mkdir()
+    assert "has two folders for val, Validation/ and val/: keep one" in error_of(tmp_path)
 
 
 def test_an_image_of_another_size_than_annotated(pets):
@@ -181,21 +243,28 @@ def test_segment_by_the_official_classes(tmp_path):
     mask(tmp_path, "b", ids[:, ::-1].copy())
     lists(tmp_path, train="a")
     lists(tmp_path, "Segmentation", train="b", val="a")
-    data = open_voc(str(tmp_path), task="segment")
-    assert data.classes == ("background", *OFFICIAL) and len(data.classes) == 21
-    np.testing.assert_array_equal(data.splits["val"].target(0), ids)
-    assert data.splits["train"].labels.tolist() == [8], "cat"
-    assert data.splits["val"].labels.tolist() == [12], "dog"
+    for need in ((), ("train", "val")):
+        data = open_voc(str(tmp_path), task="segment", need=need)
+        assert data.classes == ("background", "cat", "dog", "tvmonitor"), "those that occur"
+        expected = np.where(ids == 255, 255, np.searchsorted([0, 8, 12, 20], ids))
+        np.testing.assert_array_equal(
+            data.splits["val"].target(0), np.where(ids == 255, 255, expected)
+        )
+        assert data.splits["train"].labels.tolist() == [1], "cat"
+        assert data.splits["val"].labels.tolist() == [2], "dog"
+    mask(tmp_path, "b", np.where(ids == 12, 0, ids))
+    assert "1 classes without any pixel in train: dog" in error_of(tmp_path, "segment")
 
 
 def test_segment_by_names_of_its_own(tmp_path):
     for name in "ab":
         write(tmp_path, name, xml(thing("oak", (1, 1, 2, 2)), thing("ash", (1, 1, 2, 2))))
         mask(tmp_path, name, np.full((HEIGHT, WIDTH), 2, np.uint8))
-    source = open_voc(str(tmp_path), task="segment").splits["train"]
+    source = open_voc(str(tmp_path), task="segment", need=()).splits["train"]
     assert source.classes == ("background", "ash", "oak") and (source.target(0) == 2).all()
+    assert "1 classes without any pixel in train: ash" in error_of(tmp_path, "segment")
     (tmp_path / "class_names.txt").write_text("__ignore__\n_background_\ntree\n")
-    source = open_voc(str(tmp_path), task="segment").splits["train"]
+    source = open_voc(str(tmp_path), task="segment", need=()).splits["train"]
     assert source.classes == ("_background_", "tree")
     with pytest.raises(ImageError, match=r"png: unknown label ids 2 in 100\.0% of it"):
         source.target(0)

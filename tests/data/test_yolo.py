@@ -133,8 +133,12 @@ def test_a_box_that_reaches_out_is_cut(pets):
 )
 def test_bad_lines(pets, line, expected):
     write(pets, "train/a.png", f"1 0.5 0.5 0.2 0.4\n{line}\n")
-    found = error_of(pets)
+    found = error_of(pets, strict=True)
     assert f"{pets / 'data.yaml'}: labels/train/a.txt, line 2: " in found and expected in found
+    if "has no area" in expected:
+        data = open_yolo(str(pets), task="detect")
+        assert expected in data.ignored[1] and data.ignored[1].endswith(": left out")
+        assert len(data.splits["train"].target(0)) == 1
 
 
 @pytest.mark.parametrize(
@@ -149,7 +153,7 @@ def test_bad_lines(pets, line, expected):
         ("names: [a, b]\nnc: 3", "nc is 3, but there are 2 names"),
         ("names: [a, b]", "names no folder of images"),
         ("names: [a, b]\ntrain: 3", "train is 3; wanted: a folder"),
-        ("names: [a, b]\ntrain: nowhere", "no such folder: "),
+        ("names: [a, b]\ntrain: nowhere", "nowhere, which does not exist"),
         ("names: [a, b]\ntrain: data.yaml", "is neither a folder of images nor a text"),
     ],
 )
@@ -178,7 +182,53 @@ def test_no_texts_at_all(tmp_path):
 
 def test_which_yaml(tmp_path):
     assert "no such file" in error_of(tmp_path / "x")
-    assert "holds 0 YAML files (none); wanted: data.yaml" in error_of(tmp_path)
+    assert error_of(tmp_path).endswith(
+        "is not recognised as YOLO: looked for one data.yaml, or classes.txt with images/; it "
+        "holds 0 YAML files (none); saw nothing"
+    )
+
+
+ROBOFLOW = """train: ../train/images
+val: ../valid/images
+test: ../test/images
+
+nc: 2
+names: ['cat', 'dog']
+"""
+
+
+def test_an_export_that_names_a_test_folder_it_lacks(tmp_path):
+    """As Roboflow writes it when the project has no test split."""
+    for split, label in (("train", 0), ("train", 1), ("valid", 1)):
+        for kind in ("images", "labels"):
+            (tmp_path / split / kind).mkdir(parents=True, exist_ok=True)
+        noise(label).save(tmp_path / split / "images" / f"{label}.jpg")
+        (tmp_path / split / "labels" / f"{label}.txt").write_text(f"{label} 0.5 0.5 0.2 0.2\n")
+    for text in (ROBOFLOW, ROBOFLOW.replace("/", "\\")):
+        (tmp_path / "data.yaml").write_text(text)
+        data = open_yolo(str(tmp_path), task="detect")
+        assert {key: len(source) for key, source in data.splits.items()} == {"train": 2, "val": 1}
+        assert data.ignored == (
+            f"test names {tmp_path}/test/images, which does not exist: left out",
+        )
+        assert data.layout.startswith("YOLO: data.yaml with ..")
+    assert "test names" in error_of(tmp_path, need=("test",))
+    (tmp_path / "valid").rename(tmp_path / "dev")
+    assert f"val names {tmp_path}/valid/images, which does not exist" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize("split", ["", "/train"])
+def test_names_without_a_yaml(tmp_path, split):
+    """As Label Studio writes it."""
+    for i in range(10):
+        for kind in ("images", "labels"):
+            (tmp_path / f"{kind}{split}").mkdir(parents=True, exist_ok=True)
+        noise(i).save(tmp_path / f"images{split}" / f"{i}.jpg")
+        (tmp_path / f"labels{split}" / f"{i}.txt").write_text(f"{i % 2} 0.5 0.5 0.2 0.2\n")
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    data = open_yolo(str(tmp_path), task="detect")
+    assert data.classes == ("cat", "dog") and len(data.splits["val"]) == 2
+    assert data.layout == f"YOLO: classes.txt with images{split}"
 
 
 def test_a_class_that_train_lacks(pets):

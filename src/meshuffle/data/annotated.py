@@ -23,6 +23,8 @@ from meshuffle.errors import ImageError
 
 _ROTATIONS = (5, 6, 7, 8)
 _SHOWN_IDS = 8
+NUM_IDS = 256
+"""The label ids that a mask of bytes can hold."""
 
 
 class Targets(Protocol):
@@ -130,8 +132,8 @@ class MaskTargets:
     """Mask files below `root`, one for each of `images`.
 
     Attributes:
-        table: the class of each label id, int16 [256]; 255 for ids that do not count, −1 for ids
-            that are not declared.
+        table: the class of each label id, int16 [257], the last one of all ids beyond 255; 255
+            for ids that do not count, −1 for ids that are not declared.
     """
 
     root: Path
@@ -148,9 +150,8 @@ class MaskTargets:
                 f"{name}: {_size_text(ids.shape[::-1])}, but its image {self.images[index]} is "
                 f"{_size_text(size)}"
             )
-        known = ids < len(self.table)
-        classes = self.table[np.where(known, ids, 0)]
-        unknown = ~known | (classes < 0)
+        classes = self.table[bounded(ids)]
+        unknown = classes < 0
         if unknown.any():
             found = ", ".join(map(str, np.unique(ids[unknown])[:_SHOWN_IDS].tolist()))
             raise ImageError(f"{name}: unknown label ids {found} in {unknown.mean():.1%} of it")
@@ -186,14 +187,19 @@ def _is_rotated(image: Image.Image) -> bool:
     return image.getexif().get(EXIF_ORIENTATION) in _ROTATIONS
 
 
+def bounded(ids: NDArray[Any]) -> NDArray[Any]:
+    """Return `ids` with 256 in place of every id that is no byte."""
+    return np.where((ids < 0) | (ids >= NUM_IDS), NUM_IDS, ids)
+
+
 def read_ids(path: str) -> NDArray[Any]:
     """Return the label ids of a mask, uint8, uint16 or int32 [H, W]; raises `ImageError`.
 
-    The ids of a PNG with a palette are its indices; those of a grey one are its values, also if
-    grey is stored as three equal channels.
+    The ids of a PNG (or GIF or BMP) with a palette are its indices; those of a grey one are its
+    values, also if grey is stored as three equal channels.
     """
     try:
-        with Image.open(path, formats=("PNG",)) as image:
+        with Image.open(path, formats=("PNG", "GIF", "BMP")) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(
                     f"{path}: {_size_text(image.size)} is more than {MAX_PIXELS:,} pixels"

@@ -63,6 +63,8 @@ class Data:
         titles: readable names of classes, if known.
         ignored: files that were left out, and corrections of annotations.
         task: the task that the targets are for.
+        layout: how the files lie, in words.
+        notices: decisions about the content that a person should know.
     """
 
     spec: str
@@ -75,6 +77,8 @@ class Data:
     titles: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     task: str = "classify"
+    layout: str = ""
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +17,10 @@ from meshuffle.data.base import Data, ImageSource, shortened
 from meshuffle.data.grid import draw_grid
 from meshuffle.data.source import open_data
 from meshuffle.data.target import VOID, Boxes
-from meshuffle.errors import ImageError
+from meshuffle.errors import DataError, ImageError
 
 Progress = Callable[[int, int], None]
+_Shown = tuple[NDArray[np.int64], NDArray[np.int64] | int]
 _SHOWN = 10
 
 
@@ -34,7 +35,7 @@ class CheckReport:
         unreadable: (name, reason) of each broken image.
         leaks: exact duplicates (name, name) between two splits.
         repeated: exact duplicates within one split.
-        ignored: see `Data`.
+        ignored, layout, notices: see `Data`.
         smallest, largest: (width, height) of the images with smallest and largest area.
         imbalance: images of the largest class / those of the smallest, in train (or in the only
             split); None if a class is empty.
@@ -54,6 +55,8 @@ class CheckReport:
     imbalance: float | None
     grid: str | None = None
     task: str = "classify"
+    layout: str = ""
+    notices: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -77,7 +80,10 @@ class CheckReport:
     def render(self) -> str:
         """Return the report as text of several lines."""
         kinds = "targets" if self.task == "regress" else "classes"
-        lines = [f"{self.spec}: {len(self.classes)} {kinds}", *self._table()]
+        lines = [f"{self.spec}: {len(self.classes)} {kinds}"]
+        lines += [f"layout  {self.layout}"] if self.layout else []
+        lines += [f"note: {notice}" for notice in self.notices]
+        lines += self._table()
         lines += [f"sizes: {_size(self.smallest)} … {_size(self.largest)} (width×height)"]
         if self.imbalance is not None and self.task != "regress":
             lines.append(f"largest class / smallest class: {self.imbalance:.2f}")
@@ -105,13 +111,12 @@ class CheckReport:
 
 @dataclass(frozen=True)
 class _Sample:
-    """The facts about one image; `error` is None for a readable one."""
+    """The facts about one image that are kept; `error` is None for a readable one."""
 
     name: str
     digest: bytes
     size: tuple[int, int] | None
     error: str | None
-    counts: NDArray[np.int64] | None = None
 
 
 def check_data(
@@ -128,20 +133,47 @@ def check_data(
     data = open_data(spec, task=task, need=())
     total = sum(len(source) for source in data.splits.values())
     samples: dict[str, list[_Sample]] = {split: [] for split in data.splits}
+    sums = {split: np.zeros(len(data.classes), dtype=np.int64) for split in data.splits}
     done = 0
     for split, source in data.splits.items():
-        for sample in _look_at_all(source):
+        for sample, shown in _look_at_all(source):
             samples[split].append(sample)
+            sums[split][shown[0]] += shown[1]
             done += 1
             if progress is not None:
                 progress(done, total)
     if grid_path is not None:
         draw_grid(data, Path(grid_path))
-    return _report(data, samples, grid_path)
+    return _report(data, samples, sums, grid_path)
 
 
-def _look_at_all(source: ImageSource) -> Iterator[_Sample]:
-    """Yield a sample per image, in order; it uses threads, because decoding releases the GIL."""
+def require_usable(data: Data, splits: Sequence[str] = ("train", "val")) -> None:
+    """Raise `DataError` if no image of a split can be used; read no more than the first that can.
+
+    An image that is broken, or of another size than its annotation, is left out in training: where
+    that is all of them, nothing would be learned.
+    """
+    for split in splits:
+        source, reasons = data.splits[split], []
+        for index in range(len(source)):
+            try:
+                source.image(index), source.target(index)
+            except ImageError as error:
+                reasons.append(str(error))
+            else:
+                break
+        if len(reasons) == len(source):
+            raise DataError(
+                f"{data.spec}: none of the {len(source)} images of {split} can be used; the first: "
+                f"{reasons[0] if reasons else 'there is none'}; `meshuffle data check` lists them"
+            )
+
+
+def _look_at_all(source: ImageSource) -> Iterator[tuple[_Sample, _Shown]]:
+    """Yield a sample per image and the classes that it shows, in order.
+
+    It uses threads, because decoding releases the GIL.
+    """
     chunk = 256
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         for start in range(0, len(source), chunk):
@@ -149,33 +181,37 @@ def _look_at_all(source: ImageSource) -> Iterator[_Sample]:
             yield from pool.map(lambda index: _look_at(source, index), indices)
 
 
-def _look_at(source: ImageSource, index: int) -> _Sample:
+def _look_at(source: ImageSource, index: int) -> tuple[_Sample, _Shown]:
     name = source.name(index)
     try:
         content = source.content(index)
         digest = hashlib.blake2b(content, digest_size=16).digest()
         image = source.image(index)
-        counts = _classes_in(source.target(index), len(source.classes))
+        shown = _classes_in(source.target(index))
     except ImageError as error:
-        return _Sample(name, b"", None, str(error))
-    return _Sample(name, digest, image.size, None, counts)
+        return _Sample(name, b"", None, str(error)), (np.zeros(0, np.int64), 0)
+    return _Sample(name, digest, image.size, None), shown
 
 
-def _classes_in(target: Any, num_classes: int) -> NDArray[np.int64]:
-    """Return how often each class is in a target: the number of its boxes, otherwise 0 or 1."""
+def _classes_in(target: Any) -> _Shown:
+    """Return the classes of a target, and how often each is there: its boxes, otherwise once."""
     if isinstance(target, Boxes):
-        return np.bincount(target.labels, minlength=num_classes)
+        return np.unique(target.labels, return_counts=True)
     if isinstance(target, np.ndarray) and target.ndim == 1:
-        return (target != 0).astype(np.int64)
+        return target.nonzero()[0], 1
     present = np.unique(target)
-    return np.isin(np.arange(num_classes), present[present != VOID]).astype(np.int64)
+    return present[present != VOID] if isinstance(target, np.ndarray) else present, 1
 
 
 def _report(
-    data: Data, samples: Mapping[str, list[_Sample]], grid_path: Path | str | None
+    data: Data,
+    samples: Mapping[str, list[_Sample]],
+    sums: Mapping[str, NDArray[np.int64]],
+    grid_path: Path | str | None,
 ) -> CheckReport:
     counts = {
-        split: _counts(source, samples[split], data.task) for split, source in data.splits.items()
+        split: _counts(source, samples[split], sums[split], data.task)
+        for split, source in data.splits.items()
     }
     absent = {
         split: tuple(name for name, count in of_split.items() if count == 0)
@@ -199,17 +235,21 @@ def _report(
         imbalance=max(main) / min(main) if min(main) else None,
         grid=None if grid_path is None else str(grid_path),
         task=data.task,
+        layout=data.layout,
+        notices=data.notices,
     )
 
 
-def _counts(source: ImageSource, samples: list[_Sample], task: str) -> dict[str, int]:
+def _counts(
+    source: ImageSource, samples: list[_Sample], sums: NDArray[np.int64], task: str
+) -> dict[str, int]:
+    """Return {class: number}; `sums`: how often the targets show each class."""
     if task in ("classify", "generate"):
         found = np.bincount(source.labels, minlength=len(source.classes))
     elif task == "regress":
         found = np.full(len(source.classes), sum(sample.error is None for sample in samples))
     else:
-        known = [sample.counts for sample in samples if sample.counts is not None]
-        found = np.sum([np.zeros(len(source.classes), np.int64), *known], axis=0)
+        found = sums
     return dict(zip(source.classes, found.tolist(), strict=True))
 
 

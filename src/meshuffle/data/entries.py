@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,9 +11,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from meshuffle.data.base import Data, ImageSource, shortened, split_off_val
+from meshuffle.data.base import Data, ImageSource, View, shortened, split_off_val
 from meshuffle.data.image import EXTENSIONS
 from meshuffle.errors import DataError, did_you_mean
+from meshuffle.files import expanded
 
 VAL_FRACTION = 0.2
 SPLITS = {
@@ -23,18 +25,20 @@ SPLITS = {
     "test": "test",
 }
 _SHOWN = 3
-_HARMLESS_SHARE = 1000
 
 
 class Problems:
     """Collects bad entries, for one error that shows the first few.
 
-    `notes` are harmless corrections and omissions, for `Data.ignored`.
+    `notes` are harmless corrections and omissions, for `Data.ignored`; `notices` are for
+    `Data.notices`. `strict`: an object without area is an error as well.
     """
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, *, strict: bool = False) -> None:
         self.where = where
+        self.strict = strict
         self.notes: list[str] = []
+        self.notices: list[str] = []
         self._wrong: list[str] = []
         self._empty: list[str] = []
 
@@ -46,16 +50,15 @@ class Problems:
         """Remember an object without any area; see `raise_any`."""
         self._empty.append(entry)
 
-    def raise_any(self, num_objects: int = 0) -> None:
-        """Raise `DataError` if there are bad entries.
+    def raise_any(self) -> None:
+        """Raise `DataError` if there are bad entries; note each object without area.
 
-        Objects without area are only noted if they are at most one in 1,000 of `num_objects`:
-        COCO's own train2017 has two among 860,001.
+        COCO's own train2017 has two of them among 860,001.
         """
-        if len(self._empty) * _HARMLESS_SHARE <= num_objects:
-            self.notes += [f"{entry}: left out" for entry in self._empty]
-        else:
+        if self.strict:
             self._wrong += self._empty
+        else:
+            self.notes += [f"{entry}: left out" for entry in self._empty]
         self._empty = []
         if self._wrong:
             shown = "; ".join(self._wrong[:_SHOWN])
@@ -64,17 +67,23 @@ class Problems:
             raise DataError(" ".join(text.split()))
 
 
+def split_place(path: str) -> tuple[str, str]:
+    """Return the path and `?` with what follows; all is the path where that exists."""
+    head, mark, tail = path.rpartition("?")
+    return (head, mark + tail) if mark and not expanded(path).exists() else (path, "")
+
+
 def split_options(path: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:
     """Return the path and the options of `PATH?name=value&name=value`.
 
     >>> split_options("camvid?void=11", ["void"])
     ('camvid', {'void': '11'})
     """
-    head, mark, tail = path.rpartition("?")
-    if not mark or Path(path).expanduser().exists():
+    head, tail = split_place(path)
+    if not tail:
         return path, {}
     options: dict[str, str] = {}
-    for part in tail.split("&"):
+    for part in tail[1:].split("&"):
         name, equals, value = part.partition("=")
         if name not in known or not equals or not value:
             hint = did_you_mean(name, known)
@@ -86,7 +95,7 @@ def split_options(path: str, known: Sequence[str]) -> tuple[str, dict[str, str]]
 
 def existing_file(path: str | Path) -> Path:
     """Return `path` with `~` expanded; raise `DataError` with a suggestion if it is no file."""
-    file = Path(path).expanduser()
+    file = expanded(path)
     if file.is_file():
         return file
     if file.is_dir():
@@ -96,13 +105,28 @@ def existing_file(path: str | Path) -> Path:
 
 
 def read_text(file: Path) -> str:
-    """Return the content of a UTF-8 file, with or without a byte order mark."""
+    """Return the content of a file of UTF-8, or of UTF-16 with its byte order mark."""
+    return decoded(file)[0]
+
+
+def decoded(file: Path, fallback: str | None = None) -> tuple[str, str]:
+    """Return the content of a file and its encoding, which is `fallback` if it is not Unicode."""
     try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: byte {error.start} is not UTF-8 text") from error
+        content = file.read_bytes()
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        if wide:
+            return content.decode("utf-16"), "UTF-16"
+        return content.decode("utf-8-sig"), "UTF-8"
+    except UnicodeDecodeError as error:
+        if fallback is None or wide:
+            name = "UTF-16" if wide else "UTF-8"
+            raise DataError(
+                f"{file}: byte {error.start} is not {name} text; save it as UTF-8"
+            ) from error
+        return content.decode(fallback, "backslashreplace"), fallback
 
 
 def absent(root: Path, paths: Iterable[str]) -> list[str]:
@@ -182,6 +206,10 @@ def check_names(where: str, classes: Sequence[str]) -> None:
 def check_train(where: str, labels: NDArray[np.int64], classes: Sequence[str], entry: str) -> None:
     """Raise `DataError` if a class has no `entry` in train, or if there is only one class."""
     check_filled(where, labels, classes, entry)
+    _check_two(where, classes)
+
+
+def _check_two(where: str, classes: Sequence[str]) -> None:
     if len(classes) == 1:
         raise DataError(
             f"{where}: only one class, {classes[0]!r}; a classifier needs two or more: "
@@ -216,10 +244,15 @@ def assemble(
     seed: int,
     need: Sequence[str],
     ignored: Sequence[str] = (),
+    notices: Sequence[str] = (),
+    layout: str = "",
+    shown: NDArray[np.bool_] | None = None,
 ) -> Data:
     """Return the data set; if val is missing, 20 % of train, chosen by `seed`, become val.
 
-    With `need=()` nothing is split. Raises `DataError` if a needed split has no image.
+    With `need=()` nothing is split. `shown`: which classes train's images show, bool [N, C], of a
+    task that needs each in train. Raises `DataError` if a needed split has no image, or train
+    lacks a class.
     """
     found = {key: source for key, source in splits.items() if len(source)}
     if need and "val" not in found and "train" in found:
@@ -228,6 +261,20 @@ def assemble(
         if split not in found or not len(found[split]):
             has = ", ".join(f"{key} ({len(source)})" for key, source in found.items())
             raise DataError(f"{path} has no {split} images; it has {has or 'no image'}")
+    if "train" in need and task == "classify":
+        _check_two(path, classes)
+    if "train" in need and shown is not None:
+        train = found["train"]
+        kept = shown[train.indices] if isinstance(train, View) else shown
+        check_filled(path, kept.nonzero()[1], classes, "pixel")
     if not found:
         raise DataError(f"{path} holds no image")
-    return Data(spec=path, classes=tuple(classes), splits=found, ignored=tuple(ignored), task=task)
+    return Data(
+        spec=path,
+        classes=tuple(classes),
+        splits=found,
+        ignored=tuple(ignored),
+        task=task,
+        layout=layout,
+        notices=tuple(notices),
+    )

@@ -14,6 +14,7 @@ from meshuffle.data.annotated import AnnotatedSource, BoxTargets, LabelTargets, 
 from meshuffle.data.base import shortened
 from meshuffle.data.entries import Problems, check_filled, lacking
 from meshuffle.data.scan import PathTable
+from meshuffle.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,6 +211,8 @@ def check_classes(
     """
     if train is None or task == "generate":
         return
+    if not len(train.labels):
+        raise DataError(f"{where}: train has no object; {task} needs annotated images")
     if task == "classify":
         check_filled(where, train.labels, classes, "object")
         if small := lacking(largest(train), classes):

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from meshuffle.data.base import shortened
 from meshuffle.data.image import EXTENSIONS
 from meshuffle.errors import DataError, did_you_mean
-
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")  # that `image_files` looks for
+from meshuffle.files import expanded
 
 
 @dataclass
@@ -56,7 +56,7 @@ class PathTable:
 
 def existing_folder(path: str | Path) -> Path:
     """Return `path` with `~` expanded; raise `DataError` with a suggestion if it is no folder."""
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     try:
         if folder.is_dir():
             return folder
@@ -71,6 +71,19 @@ def existing_folder(path: str | Path) -> Path:
 def subfolders(folder: Path) -> list[str]:
     """Return the names of the folders in `folder` that are not hidden, sorted."""
     return [entry.name for entry in _entries(folder) if entry.is_dir() and not _hidden(entry)]
+
+
+def find_folder(root: Path, names: Sequence[str]) -> str | None:
+    """Return the folder in `root` that has one of `names`, in any case; the first one wins."""
+    there = {name.lower(): name for name in subfolders(root)} if root.is_dir() else {}
+    exact = (name for name in names if name in there.values())
+    return next(iter([*exact, *(there[n.lower()] for n in names if n.lower() in there)]), None)
+
+
+def contents(folder: Path) -> str:
+    """Return what is in `folder` for a message: `a/, b/, c.txt and 3 more`, or `nothing`."""
+    names = [entry.name + "/" * entry.is_dir() for entry in _entries(folder) if not _hidden(entry)]
+    return shortened(sorted(names, key=lambda name: not name.endswith("/")), 8) or "nothing"
 
 
 def scan_classes(root: Path, relative: str = "") -> ClassFolders:
@@ -93,6 +106,11 @@ def count_images(folder: Path) -> int:
     return sum(_is_image(os.fsencode(entry.name)) for entry in _entries(folder))
 
 
+def image_paths(folder: Path) -> list[str]:
+    """Return the image files below `folder`, relative to it, as every reader lists them."""
+    return [os.fsdecode(file) for file in _walk(folder, b"", frozenset()) if _is_image(file)]
+
+
 def image_files(paths: Sequence[Path]) -> list[Path]:
     """Return the files among `paths`, and the images below the folders among them.
 
@@ -101,10 +119,11 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
+            inside = image_paths(path)
             if not inside:
-                raise DataError(f"{path}: no image in this folder ({', '.join(_SUFFIXES)})")
-            found += inside
+                known = ", ".join(sorted(EXTENSIONS))
+                raise DataError(f"{path}: no image in this folder ({known}); saw {contents(path)}")
+            found += [path / name for name in inside]
         elif path.exists():
             found.append(path)
         else:
@@ -118,7 +137,7 @@ def _walk(root: Path, relative: bytes, above: frozenset[tuple[int, int]]) -> Ite
     if (identity := (here.st_dev, here.st_ino)) in above:
         return
     for entry in _entries(folder):
-        path = relative + b"/" + os.fsencode(entry.name)
+        path = os.path.join(relative, os.fsencode(entry.name))  # noqa: PTH118
         if not entry.is_dir():
             yield path
         elif not _hidden(entry):
@@ -126,13 +145,14 @@ def _walk(root: Path, relative: bytes, above: frozenset[tuple[int, int]]) -> Ite
 
 
 def _sort_in(file: bytes, images: list[bytes], ignored: list[str]) -> None:
-    if _is_image(os.path.basename(file)):  # noqa: PTH119
+    if _is_image(file):
         images.append(file)
     else:
         ignored.append(os.fsdecode(file))
 
 
-def _is_image(name: bytes) -> bool:
+def _is_image(file: bytes) -> bool:
+    name = os.path.basename(file)  # noqa: PTH119
     extension = os.path.splitext(name)[1].lower()  # noqa: PTH122
     return not name.startswith(b".") and os.fsdecode(extension) in EXTENSIONS
 

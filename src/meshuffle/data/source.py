@@ -9,15 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from meshuffle.data.base import Data, ImageSource
+from meshuffle.data.entries import split_place
 from meshuffle.data.formats.digits import open_digits
-from meshuffle.data.formats.folder import open_folder
 from meshuffle.data.scan import existing_folder
 from meshuffle.errors import DataError, did_you_mean
+from meshuffle.files import expanded
 
 __all__ = ["FORMATS", "Data", "ImageSource", "open_data"]
 
+DIGITS = "digits"
 _LABELS = ("classify", "multilabel")
 _INPUT_SIZE = {"detect": 320, "segment": 320}  # pixels, where the format suggests none
 
@@ -56,7 +59,12 @@ _ONE_LABEL = Format("folder", "open_folder")
 
 
 def open_data(
-    spec: str, *, task: str = "classify", seed: int = 0, need: Sequence[str] = ("train", "val")
+    spec: str,
+    *,
+    task: str = "classify",
+    seed: int = 0,
+    need: Sequence[str] = ("train", "val"),
+    strict: bool = False,
 ) -> Data:
     """Open the data set that `spec` names; read no image yet.
 
@@ -64,41 +72,57 @@ def open_data(
     the targets are for; some formats know several. `seed` chooses the val part where there is
     none. `need`: the splits that must exist, of train, val and test; others are there if the data
     set has them. `need=()` requires nothing and joins the classes of all splits: for looking at a
-    data set that may be wrong.
+    data set that may be wrong. `strict`: an annotation that would be left out is an error.
 
     Raises `DataError`, one line: what is wrong, where, and what to do.
     """
-    if not spec:
-        raise DataError("the name of the data set is empty; for example digits, or a folder")
-    prefix, colon, path = spec.partition(":")
-    if spec == "digits":
+    prefix, path = parse_data(spec)
+    if not prefix:
         _check_task(spec, _ONE_LABEL, task)
         return _finished(open_digits("", seed=seed, need=need), spec, task)
-    if not colon or Path(spec).expanduser().exists():
+    form = FORMATS[prefix]
+    if path == spec:
         _check_exists(spec)
-        _check_task(spec, _ONE_LABEL, task)
-        return _finished(open_folder(spec, seed=seed, need=need), spec, task)
+    _check_task(spec, form, task)
+    chosen: dict[str, Any] = {"task": task} if len(form.tasks) > 1 else {}
+    if "detect" in form.tasks:
+        chosen["strict"] = strict
+    return _finished(form.load()(path, seed=seed, need=need, **chosen), spec, task)
+
+
+def parse_data(spec: str) -> tuple[str, str]:
+    """Return the format and the path, with its options, that DATA means, for every verb alike.
+
+    `digits` is ("", ""), also where a folder has that name, which is `./digits`. A path that
+    exists is a folder, also with a colon in its name. Raises `DataError`.
+
+    >>> parse_data("csv:table.csv?targets=x")
+    ('csv', 'table.csv?targets=x')
+    """
+    if not spec:
+        raise DataError("the name of the data set is empty; for example digits, or a folder")
+    if spec == DIGITS:
+        return "", ""
+    prefix, colon, path = spec.partition(":")
+    if not colon or expanded(spec).exists():
+        return "folder", spec
     if prefix not in FORMATS:
         known = ", ".join(f"{name}:" for name in FORMATS)
         hint = did_you_mean(prefix, FORMATS)
         raise DataError(f"unknown data format {prefix!r} in {spec!r}{hint}; known: {known}")
-    if not path:
+    if not path.strip():
         raise DataError(f"{spec!r} lacks its path: {prefix}:PATH")
-    form = FORMATS[prefix]
-    _check_task(spec, form, task)
-    chosen = {"task": task} if len(form.tasks) > 1 else {}
-    return _finished(form.load()(path, seed=seed, need=need, **chosen), spec, task)
+    return prefix, path
 
 
 def absolute_data(spec: str) -> str:
-    """Return DATA, or weights, with an absolute path, so that a run continues from anywhere."""
-    prefix, colon, path = spec.partition(":")
-    path, mark, options = (path, "", "") if Path(path).exists() else path.partition("?")
-    if Path(spec).expanduser().exists():
-        return str(Path(spec).expanduser().resolve())
-    if colon and Path(path).expanduser().exists():
-        return f"{prefix}:{Path(path).expanduser().resolve()}{mark}{options}"
-    return spec
+    """Return DATA with an absolute path, so that a run continues from anywhere."""
+    prefix, path = parse_data(spec)
+    place, options = split_place(path)
+    if not prefix or not expanded(place).exists():
+        return spec
+    before = "" if path == spec else f"{prefix}:"
+    return f"{before}{expanded(place).resolve()}{options}"
 
 
 def _check_task(spec: str, form: Format, task: str) -> None:
@@ -111,13 +135,17 @@ def _check_task(spec: str, form: Format, task: str) -> None:
 
 def _finished(data: Data, spec: str, task: str) -> Data:
     size = _INPUT_SIZE.get(task, data.input_size)
-    return replace(data, spec=spec, task=task, input_size=size)
+    layout = data.layout or data.spec.partition(":")[0]
+    notices = data.notices
+    if spec == DIGITS and Path(DIGITS).is_dir():
+        notices += ("digits is the embedded data set; the folder of that name is ./digits",)
+    return replace(data, spec=spec, task=task, input_size=size, layout=layout, notices=notices)
 
 
 def _check_exists(spec: str) -> None:
     """Raise `DataError` for a path that does not exist; a word may be a misspelt data set."""
-    known = ["digits", *FORMATS]
-    if not Path(spec).expanduser().exists() and "/" not in spec:
+    known = [DIGITS, *FORMATS]
+    if not expanded(spec).exists() and "/" not in spec:
         if spec in FORMATS:
             raise DataError(f"{spec!r} lacks its path: {spec}:PATH")
         if hint := did_you_mean(spec, known):

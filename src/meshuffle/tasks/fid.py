@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from meshuffle.data import Preprocess
 from meshuffle.errors import ConfigError
+from meshuffle.files import expanded
 from meshuffle.models import classifier_of, create_model
 from meshuffle.tasks.base import LoadNetwork
 from meshuffle.tasks.card import Card
@@ -138,7 +139,7 @@ def critic_settings(run: str, load: LoadNetwork) -> dict[str, str]:
         RunError, ModelError: the weights of the run cannot be opened.
         ConfigError: its model does not end in pooled features.
     """
-    path = Path(run).expanduser().resolve()
+    path = expanded(run).resolve()
     _, card = load(path, None)
     if card.task not in _TASKS:
         raise ConfigError(f"--knobs.features {run}: a {card.task} model; give {', '.join(_TASKS)}")

@@ -17,6 +17,7 @@ from meshuffle.comm.device import pick_device
 from meshuffle.comm.group import RankEnv, process_group, rank_env
 from meshuffle.config import Origin, TrainConfig, to_toml
 from meshuffle.errors import MeshuffleError, PlanError
+from meshuffle.files import expanded
 from meshuffle.models.given import given
 from meshuffle.planner.plan import parse_plan
 from meshuffle.tasks import find_task
@@ -74,7 +75,7 @@ def resume(run: Path, *, model: str | None = None) -> dict[str, Any]:
         model: repeats the name of a `package.module:function` model, to allow its import.
     """
     env = rank_env()
-    prepared = reopen(run.expanduser().resolve(), env, model)
+    prepared = reopen(expanded(run).resolve(), env, model)
     if env is not None:
         if env.is_main:
             _say(str(prepared.run))

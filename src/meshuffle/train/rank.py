@@ -94,11 +94,12 @@ def train_rank(run: Path) -> dict[str, Any]:
 
 
 def _ignored(data: Data) -> list[str]:
-    """Return a line about files of the data that are not used, or were repaired."""
+    """Return what the data's reader decided, and a line about files that are not used or cut."""
+    notices = [f"data: {notice}" for notice in data.notices]
     if not data.ignored:
-        return []
+        return notices
     more = f" and {len(data.ignored) - 1} more" if len(data.ignored) > 1 else ""
-    return [f"data: ignored {data.ignored[0]}{more}; `meshuffle data check` lists them"]
+    return [*notices, f"data: ignored {data.ignored[0]}{more}; `meshuffle data check` lists them"]
 
 
 def _start(

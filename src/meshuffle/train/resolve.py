@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from meshuffle.config import Origin, TrainConfig
 from meshuffle.data import Data, augmentation_for, open_data
+from meshuffle.data.check import require_usable
 from meshuffle.errors import ConfigError
 from meshuffle.tasks import find_task
 from meshuffle.train.defaults import resolve
@@ -45,7 +46,8 @@ def resolve_run(given: TrainConfig, origins: Mapping[str, Origin]) -> Resolved:
     asked = given.model if is_asked else None
     start = open_initial_weights(given, asked)
     config = given if start is None else start.adopt(given, asked)
-    data = open_data(config.data, task=config.task, need=("train", "val"))
+    data = open_data(config.data, task=config.task, strict=config.strict)
+    require_usable(data)
     config = fill_in(config, data, start)
     full: dict[str, Origin] = {
         name: origins.get(name, "chosen" if getattr(given, name) != value else "default")

@@ -21,7 +21,7 @@ from meshuffle.config import Origin, TrainConfig, read_config, to_toml
 from meshuffle.data import EpochSampler, build_train_transform
 from meshuffle.data.source import absolute_data
 from meshuffle.errors import ModelError, PlanError, RunError
-from meshuffle.files import write_json, write_text
+from meshuffle.files import expanded, write_json, write_text
 from meshuffle.planner.plan import Plan, parse_plan, read_plan
 from meshuffle.tasks import find_task, make_task
 from meshuffle.tasks.card import Card
@@ -106,7 +106,9 @@ def _fit_model(
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    start = config.from_ and absolute_data(config.from_)
+    start = config.from_
+    if start and expanded(start).exists():
+        start = str(expanded(start).resolve())
     return dataclasses.replace(config, data=absolute_data(config.data), from_=start)
 
 
@@ -202,7 +204,7 @@ def make_run_folder(config: TrainConfig) -> Path:
     """
     try:
         if config.out is not None:
-            return _make_given(Path(config.out).expanduser().resolve())
+            return _make_given(expanded(config.out).resolve())
         name = re.sub(r"[^\w.-]+", "_", f"{config.model}-{_data_name(config.data)}").strip("_")
         number = 1
         while True:
@@ -229,4 +231,4 @@ def _make_given(run: Path) -> Path:
 
 def _data_name(data: str) -> str:
     prefix, _, path = data.rpartition(":")
-    return Path(path).expanduser().resolve().name if "/" in path or path == "." else prefix or path
+    return expanded(path).resolve().name if "/" in path or path == "." else prefix or path

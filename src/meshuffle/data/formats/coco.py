@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from meshuffle.data.annotated import AnnotatedSource
 from meshuffle.data.base import Data, shortened
@@ -22,16 +23,22 @@ from meshuffle.data.objects import (
     object_source,
     path_table,
 )
-from meshuffle.data.scan import existing_folder, subfolders
+from meshuffle.data.scan import contents, existing_folder, subfolders
 from meshuffle.data.shapes import Part, ShapeList, area_of, check_runs, decode_runs
 from meshuffle.data.target import VOID
 from meshuffle.errors import DataError
+from meshuffle.files import expanded
 
 BACKGROUND = "background"
 
 
 def open_coco(
-    path: str, *, task: str = "classify", seed: int = 0, need: Sequence[str] = ("train", "val")
+    path: str,
+    *,
+    task: str = "classify",
+    seed: int = 0,
+    need: Sequence[str] = ("train", "val"),
+    strict: bool = False,
 ) -> Data:
     """Open COCO's layout, or one JSON of instances whose images lie beside it or in images/.
 
@@ -42,17 +49,37 @@ def open_coco(
     detect leaves out what is marked `iscrowd`; classify takes the class of the largest
     object and leaves out images without any; multilabel takes all classes that are there;
     segment draws polygons and run lengths, the smaller object on top, class 0 being the
-    background and 255 a crowd. Boxes that reach out of their image are cut, and noted in
-    `Data.ignored`. Raises `DataError`.
+    background and 255 a crowd. Boxes that reach out of their image are cut, and objects
+    without area are left out; `Data.ignored` names each. With `strict` the latter are errors.
+    Raises `DataError`.
     """
-    files = _files(Path(path).expanduser(), need)
+    files = _files(expanded(path), need)
     segment = task == "segment"
-    read = {split: read_instances(file, split, outlines=segment) for split, file in files.items()}
-    classes = _classes(read, task)
+    read = {
+        split: read_instances(file, split, outlines=segment, strict=strict)
+        for split, file in files.items()
+    }
     notes: list[str] = []
-    make = _mask_source if segment else _box_source
-    splits = {split: make(split, task, one, classes, notes) for split, one in read.items()}
-    return assemble(path, task, classes, splits, seed=seed, need=need, ignored=notes)
+    classes = _classes(read, task, notes)
+    splits, shown = {}, None
+    for split, one in read.items():
+        if not segment:
+            splits[split] = _box_source(split, task, one, classes, notes)
+            continue
+        splits[split], shown_NC = _mask_source(split, one, classes, notes)
+        shown = shown_NC if split == "train" else shown
+    names = ", ".join(f"{one.file.name} with images in {one.root}" for one in read.values())
+    return assemble(
+        path,
+        task,
+        classes,
+        splits,
+        seed=seed,
+        need=need,
+        ignored=notes,
+        layout=f"COCO: {names}",
+        shown=shown,
+    )
 
 
 def _files(path: Path, need: Sequence[str]) -> dict[str, Path]:
@@ -73,7 +100,9 @@ def _files(path: Path, need: Sequence[str]) -> dict[str, Path]:
     lonely = sorted([*root.glob("*.json"), *root.glob("annotations/*.json")])
     if len(lonely) != 1:
         names = shortened([file.name for file in lonely]) or "none"
-        raise DataError(f"{root} holds {len(lonely)} JSON files ({names}); {WANTED}")
+        raise DataError(
+            f"{root} holds {len(lonely)} JSON files ({names}); {WANTED}; saw {contents(root)}"
+        )
     return {only_split(need): lonely[0]}
 
 
@@ -91,14 +120,22 @@ def _instance_files(root: Path) -> list[Path]:
     return sorted(instances or [f for f in plain if "_" not in f.stem] or inner or plain)
 
 
-def _classes(read: Mapping[str, Instances], task: str) -> tuple[str, ...]:
-    """Return the names, train's in the order of their ids; the background first in segment."""
+def _classes(read: Mapping[str, Instances], task: str, notes: list[str]) -> tuple[str, ...]:
+    """Return the names, train's in the order of their ids; the background first in segment.
+
+    A category without objects that others name as their supercategory is none: Roboflow writes
+    the project's name that way.
+    """
     first = read.get("train") or next(iter(read.values()))
     order = sorted(first.categories, key=lambda key: (isinstance(key, str), key))
     names = [first.categories[key] for key in order]
     check_names(str(first.file), names)
+    if parents := first.parents & set(names):
+        parents = parents.difference(*(one.used() for one in read.values()))
+        names = [name for name in names if name not in parents]
+        notes += [f"category {name}: only a supercategory, left out" for name in sorted(parents)]
     for one in read.values():
-        if extra := sorted(set(one.categories.values()) - set(names)):
+        if extra := sorted(set(one.categories.values()) - set(names) - parents):
             raise DataError(
                 f"{one.file}: {len(extra)} categories that {first.file.name} lacks: "
                 f"{shortened(extra)}; it has {shortened(names)}"
@@ -143,7 +180,7 @@ def _objects(one: Instances, classes: Sequence[str], task: str, notes: list[str]
     objects = boxes.finish(
         one.root, one.paths, one.sizes, one.problems, lambda m: one.name_of(used[m])
     )
-    one.problems.raise_any(len(used))
+    one.problems.raise_any()
     notes += one.problems.notes
     if num_crowds:
         notes.append(f"{num_crowds} crowds (iscrowd) left out")
@@ -151,9 +188,9 @@ def _objects(one: Instances, classes: Sequence[str], task: str, notes: list[str]
 
 
 def _mask_source(
-    split: str, task: str, one: Instances, classes: tuple[str, ...], notes: list[str]
-) -> AnnotatedSource:
-    """Return the source of segment; `task` is that."""
+    split: str, one: Instances, classes: tuple[str, ...], notes: list[str]
+) -> tuple[AnnotatedSource, NDArray[np.bool_]]:
+    """Return the source of segment, and which classes each image shows, bool [N, C]."""
     shapes = ShapeList()
     owners, labels, areas = array("q"), array("q"), array("d")
     label_of = {name: label for label, name in enumerate(classes)}
@@ -163,13 +200,17 @@ def _mask_source(
         owner = one.owner_of[annotation["image_id"]]
         label = label_of[one.categories[annotation["category_id"]]]
         given = annotation.get("area")
-        area = given if is_number(given) and given > 0 else sum(map(area_of, parts))
+        drawn = sum(map(area_of, parts))
+        if not drawn:
+            one.problems.add_empty(f"{one.name_of(annotation)}: its segmentation has no area")
+            continue
+        area = given if is_number(given) and given > 0 else drawn
         value = VOID if annotation.get("iscrowd") else label
         shapes.add(owner, value, area, parts)
         owners.append(owner)
         labels.append(label)
         areas.append(area)
-    one.problems.raise_any(len(labels))
+    one.problems.raise_any()
     own = one.problems.notes
     if split == "train":
         note_unused(np.array([0, *labels]), classes, own)
@@ -178,7 +219,11 @@ def _mask_source(
         np.array(owners), np.array(labels), np.array(areas), len(one.paths), len(classes)
     )
     targets = shapes.finish(one.sizes)
-    return AnnotatedSource(one.root, path_table(one.paths), main, classes, targets, one.sizes)
+    shown_NC = np.zeros((len(one.paths), len(classes)), dtype=np.bool_)
+    shown_NC[:, 0] = True
+    shown_NC[np.array(owners, dtype=np.int64), np.array(labels, dtype=np.int64)] = True
+    paths = path_table(one.paths)
+    return AnnotatedSource(one.root, paths, main, classes, targets, one.sizes), shown_NC
 
 
 def _parts(one: Instances, annotation: Mapping[str, Any]) -> list[Part]:

@@ -25,7 +25,10 @@ WANTED = (
 
 @dataclass(frozen=True, eq=False)
 class Instances:
-    """One JSON with unchanged annotations; `paths` and `sizes` of the images are checked."""
+    """One JSON with unchanged annotations; `paths` and `sizes` of the images are checked.
+
+    `parents`: the categories that others name as their supercategory.
+    """
 
     file: Path
     root: Path
@@ -33,6 +36,7 @@ class Instances:
     sizes: NDArray[np.int32]
     owner_of: Mapping[Any, int]
     categories: Mapping[Any, str]
+    parents: frozenset[str]
     annotations: Sequence[dict[str, Any]]
     problems: Problems
 
@@ -54,11 +58,20 @@ class Instances:
             else:
                 yield annotation
 
+    def used(self) -> set[str]:
+        """Return the names of the categories that have an annotation."""
+        keys = (annotation.get("category_id") for annotation in self.annotations)
+        known = {key for key in keys if isinstance(key, int | str)}
+        return {name for key, name in self.categories.items() if key in known}
 
-def read_instances(file: Path, split: str, *, outlines: bool) -> Instances:
-    """Read a JSON, with or without the outlines, and check its images and categories."""
+
+def read_instances(file: Path, split: str, *, outlines: bool, strict: bool = False) -> Instances:
+    """Read a JSON, with or without the outlines, and check its images and categories.
+
+    `strict`: see `Problems`.
+    """
     tree = _parse(file, _compact if outlines else _without_outline)
-    problems = Problems(str(file))
+    problems = Problems(str(file), strict=strict)
     images = [entry for entry in tree["images"] if _is_image_entry(entry, problems)]
     paths = [str(entry["file_name"]) for entry in images]
     for name in repeated(paths):
@@ -76,6 +89,11 @@ def read_instances(file: Path, split: str, *, outlines: bool) -> Instances:
         sizes=np.array(sizes, dtype=np.int32).reshape(-1, 2),
         owner_of={entry["id"]: i for i, entry in enumerate(images)},
         categories=_categories(tree["categories"], problems),
+        parents=frozenset(
+            str(entry["supercategory"])
+            for entry in tree["categories"]
+            if entry.get("supercategory", entry.get("name")) != entry.get("name")
+        ),
         annotations=tree["annotations"],
         problems=problems,
     )

@@ -11,10 +11,11 @@ import numpy as np
 
 from meshuffle.data.annotated import AnnotatedSource, LabelTargets
 from meshuffle.data.base import Data, shortened
-from meshuffle.data.entries import assemble, check_train, only_split
+from meshuffle.data.entries import SPLITS, assemble, check_train, only_split
 from meshuffle.data.scan import (
     ClassFolders,
     PathTable,
+    contents,
     count_images,
     existing_folder,
     scan_classes,
@@ -22,12 +23,11 @@ from meshuffle.data.scan import (
 )
 from meshuffle.errors import DataError
 
-SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
-_WANTED = "wanted: one folder per class, or train/ and val/ with one folder per class in each"
+_WANTED = "looked for one folder per class, or train/ and val/ with one folder per class in each"
 
 
 def open_folder(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "val")) -> Data:
-    """Open a folder with train/, val|validation|test/, or one flat folder of classes.
+    """Open a folder with train/, val|valid|validation/, test/, or one flat folder of classes.
 
     Where val is missing, a stratified 20 % of train, chosen by `seed`, takes its place; test
     never does, so that it selects nothing. A flat folder is split likewise, except where
@@ -45,7 +45,17 @@ def open_folder(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "va
     if "train" in need and "train" in splits:
         check_train(str(root), splits["train"].labels, classes, "image")
     ignored = [name for scan in scans.values() for name in scan.ignored]
-    return assemble(str(root), "classify", classes, splits, seed=seed, need=need, ignored=ignored)
+    layout = f"folder: {'/, '.join(folders.values())}/ with" if folders else "folder:"
+    return assemble(
+        str(root),
+        "classify",
+        classes,
+        splits,
+        seed=seed,
+        need=need,
+        ignored=ignored,
+        layout=f"{layout} one folder per class",
+    )
 
 
 def open_imagenet(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "val")) -> Data:
@@ -75,7 +85,7 @@ def _split_folders(root: Path) -> dict[str, str]:
     """Return {split: folder}; a folder `train` that holds images itself is a class."""
     found: dict[str, str] = {}
     for name in subfolders(root):
-        split = SPLIT_FOLDERS.get(name)
+        split = SPLITS.get(name.lower())
         if split is None or (count_images(root / name) and not subfolders(root / name)):
             continue
         if split in found:
@@ -88,10 +98,12 @@ def _check_content(root: Path, scans: Mapping[str, ClassFolders]) -> None:
     if not any(scan.files for scan in scans.values()):
         loose = count_images(root)
         what = f"{loose} images but no class folders" if loose else "no class folders"
-        raise DataError(f"{root} holds {what}; {_WANTED}")
+        raise DataError(f"{root} holds {what}; {_WANTED}; saw {contents(root)}")
     if not any(any(scan.files.values()) for scan in scans.values()):
         count = sum(len(scan.files) for scan in scans.values())
-        raise DataError(f"{root}: no image file in {count} class folders; {_WANTED}")
+        raise DataError(
+            f"{root}: no image file in {count} class folders; {_WANTED}; saw {contents(root)}"
+        )
 
 
 def _classes(root: Path, scans: Mapping[str, ClassFolders], need: Sequence[str]) -> tuple[str, ...]:

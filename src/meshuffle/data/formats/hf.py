@@ -16,6 +16,7 @@ from meshuffle.data.base import Data, ImageSource, shortened
 from meshuffle.data.entries import SPLITS, assemble, check_train, only_split, split_options
 from meshuffle.data.image import decode_image
 from meshuffle.errors import DataError, ImageError, did_you_mean
+from meshuffle.files import expanded
 
 _OLDEST = 4  # the major version from which on data sets bring no code
 _UNLABELLED = -1
@@ -109,7 +110,7 @@ def _library(name: str) -> Any:
 
 
 def _load(library: Any, name: str, config: str | None) -> Any:
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     saved = [folder / "dataset_dict.json", folder / "dataset_info.json"]
     try:
         if any(file.is_file() for file in saved):

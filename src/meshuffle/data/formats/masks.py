@@ -2,123 +2,96 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from meshuffle.data.annotated import AnnotatedSource, MaskTargets, path_below, read_ids
+from meshuffle.data.annotated import NUM_IDS, AnnotatedSource, MaskTargets
 from meshuffle.data.base import Data, shortened
-from meshuffle.data.entries import (
-    SPLITS,
-    Problems,
-    assemble,
-    check_names,
-    image_names,
-    only_split,
-    read_text,
-    repeated,
-    split_options,
-    stem,
-    suffix,
-)
+from meshuffle.data.entries import Problems, assemble, check_names, read_text, split_options
+from meshuffle.data.formats.mask_files import count_ids, find_pairs
 from meshuffle.data.objects import note_unused, path_table
-from meshuffle.data.scan import existing_folder, subfolders
+from meshuffle.data.scan import existing_folder
 from meshuffle.data.target import VOID
-from meshuffle.errors import DataError, ImageError
+from meshuffle.errors import DataError
 
-_NUM_IDS = 256
 _NOT_A_CLASS = -1
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """The images of a split and their masks, in the same order; paths below the root."""
-
-    images: Sequence[str]
-    masks: Sequence[str]
+_OBJECTS = ("background", "thing")
 
 
 def open_masks(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "val")) -> Data:
-    """Open images/{train,val,test} and masks/{train,val,test}, or both flat.
+    """Open images/{train,val,test} and masks/{train,val,test}, both flat, or a similar layout.
+
+    Also: train/images/ with train/masks/, CamVid's train/ with trainannot/, and x.jpg with
+    x_mask.png or x_label.png beside it.
 
     The mask of images/train/a.jpg is masks/train/a.png: grey, or with a palette, whose index
     is the label id. Id 255 counts nothing, and so does the one of `PATH?void=ID`. Names come
     from classes.txt where it is there: one a line, from id 0 on, `#` comments, and perhaps
-    `void: ID`. Otherwise all masks are read, and the ids found are the classes: "class 0", …;
-    where these are 0 and 255 only, 255 is a class. Where val is missing, or there are no
-    splits, 20 % of train chosen by `seed` become val.
+    `void: ID`. Otherwise all masks are read, and the ids found are the classes: "class 0", …
+    Masks of 0 and 255 only have two classes, background and thing; with `PATH?instances=1` each
+    id but 0 is an object, a thing. Where val is missing, or there are no splits, 20 % of train
+    chosen by `seed` become val.
 
-    Raises `DataError`. A mask of another size than its image, or with an id that has no
-    name, is an `ImageError` when it is read.
+    Raises `DataError`, also for a class without a pixel in train. A mask of another size than its
+    image, or with an id that has no name, is an `ImageError` when it is read.
     """
-    path, options = split_options(path, ["void"])
+    path, options = split_options(path, ["void", "instances"])
+    if options.get("instances", "1") != "1":
+        raise DataError(f"{path}?instances={options['instances']}: write ?instances=1, or nothing")
     root = existing_folder(path)
     void = None if "void" not in options else _id(options["void"], f"{path}?void=")
     problems = Problems(str(root))
-    pairs = _pairs(root, need, problems)
+    layout, pairs = find_pairs(root, need, problems)
     problems.raise_any()
     names, void = _names(root, void)
-    scan = names is None or not need or "val" not in pairs
-    counts = {split: _count_ids(root, pair.masks) for split, pair in pairs.items() if scan}
-    table = _table(root, names, counts.values(), void)
-    classes = _classes(names, table)
+    enough = () if names is None or not need or "val" not in pairs else range(len(names))
+    main = "train" if "train" in pairs else next(iter(pairs))
+    counts = {
+        split: count_ids(root, pair.masks, [i for i in enough if i != void])
+        for split, pair in pairs.items()
+        if split == main or not enough
+    }
+    is_binary = _binary(counts[main], names, void) and "instances" not in options
+    if is_binary or "instances" in options:
+        table, classes = _table(None, void), _two(root, names)
+    else:
+        ids = _ids(root, names, counts.values(), void)
+        table = _table(ids, void)
+        classes = tuple(f"class {i}" if names is None else names[i] for i in ids)
+    if is_binary:
+        zero, other = classes
+        problems.notices.append(f"masks hold 0 and 255 only: 0 is {zero}, and 255 is {other}")
+    pixels = {split: _per_class(count, table, len(classes)) for split, count in counts.items()}
+    if "train" in pixels and not need:
+        note_unused(np.flatnonzero(pixels["train"].sum(axis=0)), classes, problems.notes)
     splits = {}
     for split, pair in pairs.items():
-        labels = np.zeros(len(pair.images), dtype=np.int64)
-        if split in counts:
-            pixels = _per_class(counts[split], table, len(classes))
-            labels = pixels.argmax(axis=1)
-            if split == "train":
-                note_unused(pixels.sum(axis=0).nonzero()[0], classes, problems.notes)
         images = path_table(pair.images)
+        labels = np.zeros(len(images), dtype=np.int64)
+        if not enough:
+            labels = pixels[split].argmax(axis=1)
         targets = MaskTargets(root, images, path_table(pair.masks), table)
         splits[split] = AnnotatedSource(root, images, labels, classes, targets)
-    return assemble(path, "segment", classes, splits, seed=seed, need=need, ignored=problems.notes)
-
-
-def _pairs(root: Path, need: Sequence[str], problems: Problems) -> dict[str, _Pairs]:
-    for name in ("images", "masks"):
-        if not (root / name).is_dir():
-            raise DataError(
-                f"{root} has no {name}/; wanted: images/ and masks/, with train/ and "
-                "val/ in both, or flat"
-            )
-    folders = [name for name in subfolders(root / "images") if name in SPLITS]
-    if not folders:
-        return {only_split(need): _pair(root, "", problems)}
-    for split in repeated(SPLITS[name] for name in folders):
-        raise DataError(f"{root / 'images'} has two folders for {split}: keep one of them")
-    return {SPLITS[name]: _pair(root, f"/{name}", problems) for name in folders}
-
-
-def _pair(root: Path, folder: str, problems: Problems) -> _Pairs:
-    images = image_names(root / f"images{folder}")
-    masks = {stem(name): name for name in image_names(root / f"masks{folder}")
-             if suffix(name) == ".png"}  # fmt: skip
-    for name in repeated(map(stem, images)):
-        problems.add(f"images{folder}/{name} comes twice, with two extensions")
-    for name in images:
-        if stem(name) not in masks:
-            problems.add(f"images{folder}/{name} has no mask masks{folder}/{stem(name)}.png")
-    stems = set(map(stem, images))
-    problems.notes += [
-        f"masks{folder}/{name}: no image" for key, name in masks.items() if key not in stems
-    ]
-    kept = [name for name in images if stem(name) in masks]
-    return _Pairs(
-        [f"images{folder}/{name}" for name in kept],
-        [f"masks{folder}/{masks[stem(name)]}" for name in kept],
+    return assemble(
+        path,
+        "segment",
+        classes,
+        splits,
+        seed=seed,
+        need=need,
+        ignored=problems.notes,
+        notices=problems.notices,
+        layout=f"masks: {layout}",
+        shown=pixels["train"] > 0 if "train" in pixels else None,
     )
 
 
 def _id(text: str, where: str) -> int:
-    if not text.strip().isdecimal() or int(text) >= _NUM_IDS:
-        raise DataError(f"{where}: {text.strip()!r} is no label id: 0 … {_NUM_IDS - 1}")
+    if not text.strip().isdecimal() or int(text) >= NUM_IDS:
+        raise DataError(f"{where}: {text.strip()!r} is no label id: 0 … {NUM_IDS - 1}")
     return int(text)
 
 
@@ -140,51 +113,52 @@ def _names(root: Path, void: int | None) -> tuple[list[str] | None, int | None]:
     return names, void
 
 
-def _count_ids(root: Path, masks: Sequence[str]) -> NDArray[np.int64]:
-    """Return how many pixels of each id every mask has, int64 [N, 256]; broken masks none."""
-    counts = np.zeros((len(masks), _NUM_IDS), dtype=np.int64)
-
-    def count(i: int) -> None:
-        try:
-            ids = read_ids(path_below(root, masks[i]))
-        except ImageError:  # it is reported when the mask is read
-            return
-        counts[i] = np.bincount(ids[ids < _NUM_IDS].ravel(), minlength=_NUM_IDS)
-
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        list(pool.map(count, range(len(masks))))
-    return counts
+def _binary(counts: NDArray[np.int64], names: Sequence[str] | None, void: int | None) -> bool:
+    """Return whether the masks hold 0 and 255 alone, and 255 may be a class."""
+    ids = np.flatnonzero(counts.any(axis=0)).tolist()
+    return ids == [0, VOID] and void is None and (names is None or len(names) == 2)
 
 
-def _table(
+def _ids(
     root: Path,
     names: Sequence[str] | None,
     counts: Iterable[NDArray[np.int64]],
     void: int | None,
-) -> NDArray[np.int16]:
-    """Return the class of each id, int16 [256]; see `MaskTargets.table`."""
-    if names is not None:
-        ids = list(range(len(names)))
-    else:
-        ids = np.flatnonzero(sum(count.sum(axis=0) for count in counts)).tolist()
-    if names is not None or void == VOID or ids != [0, VOID]:
-        ids = [i for i in ids if i not in (VOID, void)]
+) -> list[int]:
+    """Return the ids that are classes, in their order."""
+    ids = list(range(len(names or ())))
+    if names is None:
+        ids = np.flatnonzero(sum(count[:, :NUM_IDS].sum(axis=0) for count in counts)).tolist()
+    ids = [i for i in ids if i not in (VOID, void)]
     if len(ids) < 2:
         raise DataError(
             f"{root}: its masks have {len(ids)} classes (ids {shortened([str(i) for i in ids])}); "
             "segmentation needs two or more"
         )
-    table = np.full(_NUM_IDS, _NOT_A_CLASS, dtype=np.int16)
-    table[VOID] = VOID
+    return ids
+
+
+def _table(ids: Sequence[int] | None, void: int | None) -> NDArray[np.int16]:
+    """Return `MaskTargets.table`; without `ids`, every id but 0 is class 1."""
+    table = np.full(NUM_IDS + 1, _NOT_A_CLASS if ids is not None else 1, dtype=np.int16)
+    if ids is None:
+        table[0] = 0
+    else:
+        table[VOID] = VOID
+        table[ids] = np.arange(len(ids))
     if void is not None:
         table[void] = VOID
-    table[ids] = np.arange(len(ids))
     return table
 
 
-def _classes(names: Sequence[str] | None, table: NDArray[np.int16]) -> tuple[str, ...]:
-    ids = [i for i, label in enumerate(table.tolist()) if label not in (_NOT_A_CLASS, VOID)]
-    return tuple(f"class {i}" if names is None else names[i] for i in ids)
+def _two(root: Path, names: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the names of the classes of masks that tell objects from the rest."""
+    if names is not None and len(names) != len(_OBJECTS):
+        raise DataError(
+            f"{root / 'classes.txt'}: {len(names)} classes; ?instances=1 makes two: "
+            f"{' and '.join(_OBJECTS)}"
+        )
+    return tuple(names or _OBJECTS)
 
 
 def _per_class(

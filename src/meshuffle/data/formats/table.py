@@ -28,10 +28,10 @@ from meshuffle.data.formats.table_rows import TARGETS, Table, read_csv, read_jso
 from meshuffle.data.objects import note_unused, path_table
 from meshuffle.errors import DataError, did_you_mean
 
-_IMAGE = ("image", "file", "path", "filename")
-_SPLIT = "split"
+_IMAGE = ("image", "file", "path", "filename", "file_name", "image_path", "filepath")
+_SPLIT = ("split",)
 _LABEL = ("label", "class")
-_LABELS = "labels"
+_LABELS = ("labels",)
 _SEPARATORS = ("|", ";")
 
 
@@ -53,7 +53,8 @@ def open_csv(
     val, test) is optional: without it, 20 % chosen by `seed` become val. classify: a column
     `label` or `class`. multilabel: `labels`, names separated by `|` or `;`, or one column of
     0 and 1 per class. regress: every column of numbers. `PATH?targets=a,b` names the columns
-    of multilabel or regress. A tab separates the columns of a `.tsv`.
+    of multilabel or regress. Names of columns match in any case; one called index, id or nothing
+    that numbers the rows is left out. See `read_csv` for separators and encodings.
 
     Raises `DataError`: the file, and the first bad lines.
     """
@@ -100,7 +101,17 @@ def _open(
     if task == "multilabel":
         shown = np.nonzero(known.targets[split_of_row == "train"])[1]
         note_unused(shown, known.classes, problems.notes if len(splits["train"]) else [])
-    return assemble(path, task, known.classes, splits, seed=seed, need=need, ignored=problems.notes)
+    return assemble(
+        path,
+        task,
+        known.classes,
+        splits,
+        seed=seed,
+        need=need,
+        ignored=problems.notes,
+        notices=problems.notices,
+        layout=table.layout,
+    )
 
 
 def _source(
@@ -113,7 +124,7 @@ def _source(
 
 
 def _image_column(table: Table) -> str:
-    return next((name for name in _IMAGE if name in table.columns), next(iter(table.columns), ""))
+    return table.column(_IMAGE) or next(iter(table.columns), "")
 
 
 def _paths(table: Table) -> list[str]:
@@ -139,19 +150,20 @@ def _paths(table: Table) -> list[str]:
 
 def _splits(table: Table, need: Sequence[str]) -> NDArray[Any]:
     """Return train, val or test for each row."""
-    if _SPLIT not in table.columns:
+    column = table.column(_SPLIT)
+    if column is None:
         return np.full(len(table.rows), only_split(need))
     found = []
-    for row, cell in enumerate(table.columns[_SPLIT]):
+    for row, cell in enumerate(table.columns[column]):
         split = SPLITS.get(cell.lower()) if isinstance(cell, str) else None
         if split is None:
-            table.problems.add(f"{table.name_of(row, _SPLIT)}; wanted: train, val or test")
+            table.problems.add(f"{table.name_of(row, column)}; wanted: train, val or test")
         found.append(split or "train")
     return np.array(found)
 
 
 def _classify(table: Table) -> _Known:
-    column = next((name for name in _LABEL if name in table.columns), None)
+    column = table.column(_LABEL)
     if column is None:
         _lack(table, "a column `label` or `class`", _LABEL)
     names = []
@@ -167,9 +179,10 @@ def _classify(table: Table) -> _Known:
 
 
 def _multilabel(table: Table) -> _Known:
-    if _LABELS not in table.columns or table.chosen:
+    column = table.column(_LABELS)
+    if column is None or table.chosen:
         return _indicators(table)
-    lists = [_label_list(table, row) for row in range(len(table.rows))]
+    lists = [_label_list(table, column, row) for row in range(len(table.rows))]
     classes = tuple(sorted({name for names in lists for name in names}, key=os.fsencode))
     label_of = {name: label for label, name in enumerate(classes)}
     values = np.zeros((len(lists), len(classes)), dtype=np.uint8)
@@ -177,25 +190,25 @@ def _multilabel(table: Table) -> _Known:
         values[row, [label_of[name] for name in names]] = 1
     if not classes:
         table.problems.raise_any()
-        raise DataError(f"{table.file}: its column {_LABELS} names no class")
+        raise DataError(f"{table.file}: its column {column} names no class")
     return _Known(classes, values.argmax(axis=1), values)
 
 
-def _label_list(table: Table, row: int) -> list[str]:
-    cell = table.columns[_LABELS][row]
+def _label_list(table: Table, column: str, row: int) -> list[str]:
+    cell = table.columns[column][row]
     if isinstance(cell, str):
         separator = next((mark for mark in _SEPARATORS if mark in cell), _SEPARATORS[0])
         return [name.strip() for name in cell.split(separator) if name.strip()]
     if isinstance(cell, list) and all(isinstance(name, str | int) and name != "" for name in cell):
         return [str(name) for name in cell]
-    table.problems.add(f"{table.name_of(row, _LABELS)}, no list of names")
+    table.problems.add(f"{table.name_of(row, column)}, no list of names")
     return []
 
 
 def _indicators(table: Table) -> _Known:
     names = _number_columns(table, lambda number: number in (0, 1), "0 or 1")
     if not names:
-        _lack(table, "a column `labels`, or columns of 0 and 1", [_LABELS])
+        _lack(table, "a column `labels`, or columns of 0 and 1", _LABELS)
     values = _numbers(table, names, lambda number: number in (0, 1), "not 0 or 1")
     bits = values.astype(np.uint8)
     return _Known(tuple(names), bits.argmax(axis=1), bits)
@@ -220,7 +233,7 @@ def _number_columns(table: Table, right: Callable[[float], bool], what: str) -> 
         _lack(table, f"the column {unknown[0]!r}", unknown)
     if table.chosen:
         return list(table.chosen)
-    others = {_image_column(table), _SPLIT}
+    others = {_image_column(table), table.column(_SPLIT)}
     found: list[str] = []
     left_out: list[str] = []
     for name, cells in table.columns.items():

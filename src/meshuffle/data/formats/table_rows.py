@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meshuffle.data.entries import Problems, read_text, suffix
+from meshuffle.data.entries import Problems, decoded, read_text, suffix
 from meshuffle.errors import DataError
 
 TARGETS = "targets"
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_INDEX = ("index", "id")
+_FALLBACK = "cp1252"
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,13 +27,20 @@ class Table:
         rows: name of each row for messages, such as `line 3`.
         chosen: the columns that the caller named.
         problems: collects bad cells.
+        layout: how the file is written, in words.
     """
 
     file: Path
-    columns: Mapping[str, Sequence[Any]]
+    columns: dict[str, Sequence[Any]]
     rows: Sequence[str]
     chosen: Sequence[str]
     problems: Problems
+    layout: str
+
+    def column(self, names: Sequence[str]) -> str | None:
+        """Return the first column that has one of `names`, in any case, with `_` for a space."""
+        known = {name.lower().replace(" ", "_"): name for name in reversed(self.columns)}
+        return next((known[name] for name in names if name in known), None)
 
     def name_of(self, row: int, column: str) -> str:
         """Return the name and the content of a cell for messages."""
@@ -38,9 +48,16 @@ class Table:
 
 
 def read_csv(file: Path, chosen: Sequence[str], problems: Problems) -> Table:
-    """Return the rows of a CSV with a header; see `Table` for `chosen` and `problems`."""
-    delimiter = "\t" if suffix(file.name) == ".tsv" else ","
-    reader = csv.reader(io.StringIO(read_text(file)), delimiter=delimiter, strict=True)
+    """Return the rows of a CSV with a header; see `Table` for `chosen` and `problems`.
+
+    Comma, semicolon or tab separate the columns: the one that splits the header most. The text is
+    UTF-8, UTF-16, or cp1252 (latin-1), as spreadsheets write it.
+    """
+    text, encoding = decoded(file, _FALLBACK)
+    if encoding == _FALLBACK:
+        problems.notices.append(f"{file.name} is not UTF-8; it is read as {encoding} (latin-1)")
+    delimiter = _delimiter(text, "\t" if suffix(file.name) == ".tsv" else ",")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
     cells: list[list[str]] = []
     rows: list[str] = []
@@ -57,10 +74,47 @@ def read_csv(file: Path, chosen: Sequence[str], problems: Problems) -> Table:
                 rows.append(f"line {reader.line_num}")
     except csv.Error as error:
         raise DataError(f"{file}: line {reader.line_num}: {error}") from error
-    if len(set(header)) < len(header) or "" in header:
-        raise DataError(f"{file}: its header has a column twice or without a name: {header}")
     columns = dict(zip(header, zip(*cells, strict=True), strict=True)) if cells else {}
-    return Table(file, columns, rows, chosen, problems)
+    left = _targets(columns, chosen, problems)
+    if len(set(header)) < len(header) or "" in list(left)[1:]:
+        raise DataError(f"{file}: its header has a column twice or without a name: {header}")
+    layout = f"CSV: {_SEPARATORS[delimiter]} between columns, {encoding}"
+    return Table(file, left, rows, chosen, problems, layout)
+
+
+def _delimiter(text: str, usual: str) -> str:
+    """Return the separator that splits the header most; `usual` where they are equal."""
+    head = next((line for line in text.splitlines() if line.strip()), "")
+    marks = [usual, *(mark for mark in _SEPARATORS if mark != usual)]
+    return max(marks, key=lambda mark: len(next(csv.reader([head], delimiter=mark))))
+
+
+def _targets(
+    columns: Mapping[str, Sequence[Any]], chosen: Sequence[str], problems: Problems
+) -> dict[str, Sequence[Any]]:
+    """Return the columns without those that number the rows, from 0 or from 1, in any order.
+
+    A column without a name, of whole numbers or of nothing, is pandas' index of chosen rows, or
+    comes from a separator at each line's end.
+    """
+    kept: dict[str, Sequence[Any]] = {}
+    for name, column in columns.items():
+        bare = name.startswith("Unnamed:") or not name
+        if name in chosen or not (
+            (bare and all(cell in ("", None) or str(cell).isdecimal() for cell in column))
+            or (name.lower() in _INDEX and _numbers_rows(column))
+        ):
+            kept[name] = column
+        elif name:
+            problems.notes.append(f"column {name} numbers the rows: left out")
+    return kept
+
+
+def _numbers_rows(column: Sequence[Any]) -> bool:
+    if not all(str(cell).isdecimal() for cell in column):
+        return False
+    numbers = sorted(int(cell) for cell in column)
+    return numbers in (list(range(len(numbers))), list(range(1, len(numbers) + 1)))
 
 
 def read_json(file: Path, chosen: Sequence[str], problems: Problems) -> Table:
@@ -79,8 +133,11 @@ def read_json(file: Path, chosen: Sequence[str], problems: Problems) -> Table:
             problems.add(f"{row}: {entry!r} is no object")
     flat = [(row, _flat(entry)) for row, entry in named if isinstance(entry, dict)]
     names = dict.fromkeys(name for _, entry in flat for name in entry)
-    columns = {name: [entry.get(name) for _, entry in flat] for name in names}
-    return Table(file, columns, [row for row, _ in flat], chosen, problems)
+    columns: dict[str, Sequence[Any]] = {
+        name: [entry.get(name) for _, entry in flat] for name in names
+    }
+    rows = [row for row, _ in flat]
+    return Table(file, _targets(columns, chosen, problems), rows, chosen, problems, "JSON")
 
 
 def _parse(file: Path, text: str, row: str) -> Any:

@@ -14,9 +14,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from meshuffle.data.annotated import AnnotatedSource, MaskTargets, image_size
+from meshuffle.data.annotated import NUM_IDS, AnnotatedSource, MaskTargets, image_size
 from meshuffle.data.base import Data, shortened
 from meshuffle.data.entries import (
+    SPLITS,
     Problems,
     absent,
     assemble,
@@ -26,9 +27,12 @@ from meshuffle.data.entries import (
     read_text,
     repeated,
     stem,
+    suffix,
 )
+from meshuffle.data.formats.mask_files import count_ids
 from meshuffle.data.objects import BoxList, Objects, check_classes, object_source, path_table
-from meshuffle.data.scan import existing_folder, subfolders
+from meshuffle.data.paired import IMAGES, Folders, paired_folders, split_folders
+from meshuffle.data.scan import contents, existing_folder, find_folder, subfolders
 from meshuffle.data.target import VOID
 from meshuffle.errors import DataError, ImageError
 
@@ -40,6 +44,7 @@ OFFICIAL = (
 )
 _LISTS = {"train": ("train", "trainval"), "val": ("val",), "test": ("test",)}
 _MASKS = "SegmentationClass"
+_ANNOTATIONS = ("Annotations", "annotation", "xmls", "xml", "labels")
 
 
 @dataclass(frozen=True)
@@ -53,17 +58,26 @@ class _Annotation:
 
 @dataclass(frozen=True, eq=False)
 class _Split:
-    """The images of a split, checked: paths below the root, and their annotations."""
+    """The images of a split, checked, with their annotations; paths below the root."""
 
-    stems: Sequence[str]
     paths: Sequence[str]
+    files: Sequence[str]
+    masks: Sequence[str]
     annotations: Sequence[_Annotation]
 
 
 def open_voc(
-    path: str, *, task: str = "classify", seed: int = 0, need: Sequence[str] = ("train", "val")
+    path: str,
+    *,
+    task: str = "classify",
+    seed: int = 0,
+    need: Sequence[str] = ("train", "val"),
+    strict: bool = False,
 ) -> Data:
     """Open a folder with Annotations/, JPEGImages/ and, where there are any, ImageSets/.
+
+    Also images/ with annotations/, in any case, in the root or in each of train/, val/ and test/,
+    and Roboflow's x.jpg with x.xml beside it.
 
     Splits are ImageSets/Main/{train,val,test}.txt (for segment Segmentation/ instead of
     Main/ where it is there); trainval.txt is train where train.txt is missing. Where val is
@@ -73,53 +87,91 @@ def open_voc(
     Objects that are `difficult` are left out, and counted in `Data.ignored`. classify takes
     the class of the largest object, multilabel all of them. segment reads
     SegmentationClass/*.png: palette index k is class k (class_names.txt where it is there,
-    else VOC's own 20, else the sorted names), 0 the background, 255 counts nothing. Boxes
-    are VOC's: pixels count from 1, and the last one belongs to the box. Raises `DataError`.
+    else those of VOC's own 20 that occur, else the sorted names), 0 the background, 255 counts
+    nothing; a class without a pixel in train is an error. Boxes
+    are VOC's: pixels count from 1, and the last one belongs to the box. One without area is
+    left out and named in `Data.ignored`; with `strict` it is an error. Raises `DataError`.
     """
     root = existing_folder(path)
-    _check_layout(root, task)
-    problems = Problems(str(root))
-    lists = _lists(root, task, need, problems)
-    _check_disjoint(lists, problems)
-    splits = {split: _read_split(root, stems, task, problems) for split, stems in lists.items()}
-    make = _mask_sources if task == "segment" else _box_sources
-    classes, sources = make(root, task, splits, problems)
-    return assemble(path, task, classes, sources, seed=seed, need=need, ignored=problems.notes)
+    layout, folders = _layout(root, task)
+    problems = Problems(str(root), strict=strict)
+    one = folders.get("")
+    lists = {split: _stems(root, task, pair) for split, pair in folders.items()}
+    if one is not None:
+        lists = _lists(root, task, one, problems) or {only_split(need): lists[""]}
+        _left_out(root, task, one, lists, need, problems)
+        _check_disjoint(lists, problems)
+    splits = {
+        split: _read_split(root, one or folders[split], stems, task, problems)
+        for split, stems in lists.items()
+    }
+    layout = f"VOC: {layout}"
+    if task == "segment":
+        return _segmented(path, root, splits, problems, seed=seed, need=need, layout=layout)
+    classes, sources = _box_sources(root, task, splits, problems)
+    return assemble(
+        path, task, classes, sources, seed=seed, need=need, ignored=problems.notes, layout=layout
+    )
 
 
-def _check_layout(root: Path, task: str) -> None:
-    folders = ["JPEGImages", _MASKS if task == "segment" else "Annotations"]
-    if missing := [name for name in folders if not (root / name).is_dir()]:
-        inner = [name for name in subfolders(root) if (root / name / "JPEGImages").is_dir()]
-        hint = f"; did you mean {root / inner[0]}?" if inner else ""
-        raise DataError(f"{root} has no {' and no '.join(missing)} folder, as VOC has it{hint}")
+def _layout(root: Path, task: str) -> tuple[str, Mapping[str, Folders]]:
+    """Return the layout in words, and by split the folders of images and annotations, or masks."""
+    images, others = ("JPEGImages", *IMAGES), (_MASKS,) if task == "segment" else _ANNOTATIONS
+    layout, found = paired_folders(root, images, others)
+    if found:
+        return layout, found
+    if task != "segment":
+        names = split_folders(root)
+        beside = {SPLITS[n.lower()]: (n, n) for n in names if _files(root / n, ".xml")}
+        if beside or _files(root, ".xml"):
+            return "x.jpg with x.xml", beside or {"": ("", "")}
+    inner = [name for name in subfolders(root) if paired_folders(root / name, images, others)[1]]
+    hint = f"; did you mean {root / inner[0]}?" if inner else ""
+    besides = "" if task == "segment" else ", and x.jpg with x.xml"
+    raise DataError(
+        f"{root} is not recognised as VOC: looked for JPEGImages/ or images/ with {others[0]}/, "
+        f"the same in train/ and val/{besides}; saw {contents(root)}{hint}"
+    )
 
 
-def _lists(root: Path, task: str, need: Sequence[str], problems: Problems) -> dict[str, list[str]]:
-    """Return {split: names of its images without extension}."""
-    folder = root / "ImageSets" / "Main"
-    if task == "segment" and (root / "ImageSets" / "Segmentation").is_dir():
-        folder = root / "ImageSets" / "Segmentation"
+def _files(folder: Path, extension: str) -> list[str]:
+    """Return the stems of the files in `folder` of this extension, sorted by their bytes."""
+    names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    found = [stem(name) for name in names if suffix(name) == extension and name[0] != "."]
+    return sorted(found, key=os.fsencode)
+
+
+def _stems(root: Path, task: str, folders: Folders) -> list[str]:
+    return _files(root / folders[1], ".png" if task == "segment" else ".xml")
+
+
+def _lists(root: Path, task: str, folders: Folders, problems: Problems) -> dict[str, list[str]]:
+    """Return {split: names of its images without extension}, as the lists in ImageSets/ say."""
+    sets = root / (find_folder(root, ["ImageSets"]) or "ImageSets")
+    names = ["Segmentation", "Main"] if task == "segment" else ["Main"]
+    folder = sets / (find_folder(sets, names) or "")
     found: dict[str, list[str]] = {}
-    for split, names in _LISTS.items():
-        for file in (folder / f"{name}.txt" for name in names):
+    for split, texts in _LISTS.items():
+        for file in (folder / f"{text}.txt" for text in texts):
             if split not in found and file.is_file():
                 lines = read_text(file).splitlines()
                 found[split] = [line.split()[0] for line in lines if line.strip()]
-    if not found:
-        annotated = _MASKS if task == "segment" else "Annotations"
-        every = sorted((stem(p.name) for p in (root / annotated).iterdir()), key=os.fsencode)
-        return {only_split(need): [name for name in every if name and not name.startswith(".")]}
-    if "test" in found and "test" not in need and not _annotated(root, task, found["test"]):
-        problems.notes.append("test.txt: its images have no annotations: left out")
-        del found["test"]
     return found
 
 
-def _annotated(root: Path, task: str, stems: Sequence[str]) -> bool:
-    pattern = f"{_MASKS}/%s.png" if task == "segment" else "Annotations/%s.xml"
-    paths = [pattern % name for name in stems]
-    return len(absent(root, paths)) < len(paths)
+def _left_out(
+    root: Path,
+    task: str,
+    folders: Folders,
+    lists: dict[str, list[str]],
+    need: Sequence[str],
+    problems: Problems,
+) -> None:
+    """Leave out a test list of which no image is annotated, if it is not needed."""
+    known = set(_stems(root, task, folders))
+    if "test" in lists and "test" not in need and not known.intersection(lists["test"]):
+        problems.notes.append("test.txt: its images have no annotations: left out")
+        del lists["test"]
 
 
 def _check_disjoint(lists: Mapping[str, Sequence[str]], problems: Problems) -> None:
@@ -132,27 +184,35 @@ def _check_disjoint(lists: Mapping[str, Sequence[str]], problems: Problems) -> N
         problems.add(f"{' and '.join(splits)} both list {name}")
 
 
-def _read_split(root: Path, stems: Sequence[str], task: str, problems: Problems) -> _Split:
-    images = {stem(name): f"JPEGImages/{name}" for name in image_names(root / "JPEGImages")}
+def _read_split(
+    root: Path, folders: Folders, stems: Sequence[str], task: str, problems: Problems
+) -> _Split:
+    """Read the annotations of a split; those of segment name classes and may be missing."""
+    before, behind = (f"{name}/" if name else "" for name in folders)
+    if task == "segment":
+        behind = f"{find_folder(root, _ANNOTATIONS) or _ANNOTATIONS[0]}/"
+    images = {stem(name): before + name for name in image_names(root / folders[0])}
     kept, annotations = [], []
     for name in stems:
+        file = f"{behind}{name}.xml"
         if name not in images:
-            problems.add(f"JPEGImages has no image {name}")
-        elif (found := _read(root, name, images[name], task, problems)) is not None:
+            problems.add(f"{folders[0] or root} has no image {name}")
+        elif (found := _read(root, file, images[name], task, problems)) is not None:
             kept.append(name)
             annotations.append(found)
-    return _Split(kept, [images[name] for name in kept], annotations)
+    masks = [f"{folders[1]}/{name}.png" for name in kept]
+    files = [f"{behind}{name}.xml" for name in kept]
+    return _Split([images[name] for name in kept], files, masks, annotations)
 
 
-def _read(root: Path, name: str, image: str, task: str, problems: Problems) -> _Annotation | None:
-    """Return what Annotations/NAME.xml says; None where that is a problem."""
-    file = root / "Annotations" / f"{name}.xml"
-    if task == "segment" and not file.is_file():
+def _read(root: Path, file: str, image: str, task: str, problems: Problems) -> _Annotation | None:
+    """Return what the XML says; None where that is a problem."""
+    if task == "segment" and not (root / file).is_file():
         return _Annotation((0, 0))
     try:
-        return _parsed(_tree(file), root / image)
+        return _parsed(_tree(root / file), root / image)
     except (OSError, ValueError, ImageError) as error:
-        problems.add(f"Annotations/{name}.xml: {getattr(error, 'strerror', None) or error}")
+        problems.add(f"{file}: {getattr(error, 'strerror', None) or error}")
     return None
 
 
@@ -204,7 +264,7 @@ def _objects(root: Path, split: _Split, label_of: Mapping[str, int], problems: P
         for i, (name, *corners) in enumerate(annotation.boxes, 1):
             if name in label_of:
                 boxes.add(owner, label_of[name], corners)
-                names.append(f"Annotations/{split.stems[owner]}.xml: object {i} ({name})")
+                names.append(f"{split.files[owner]}: object {i} ({name})")
     sizes = np.array([a.size for a in split.annotations], dtype=np.int32).reshape(-1, 2)
     return boxes.finish(root, split.paths, sizes, problems, names.__getitem__)
 
@@ -220,7 +280,7 @@ def _box_sources(
     classes = tuple(_names(splits))
     label_of = {name: label for label, name in enumerate(classes)}
     objects = {key: _objects(root, split, label_of, problems) for key, split in splits.items()}
-    problems.raise_any(sum(len(one.labels) for one in objects.values()))
+    problems.raise_any()
     if not classes:
         raise DataError(f"{root}: its annotations hold no object")
     check_classes(str(root), task, objects.get("train"), classes, problems.notes)
@@ -232,26 +292,53 @@ def _box_sources(
     }
 
 
-def _mask_sources(
-    root: Path, task: str, splits: Mapping[str, _Split], problems: Problems
-) -> tuple[tuple[str, ...], dict[str, AnnotatedSource]]:
-    """Return the sources of segment; `task` is that."""
-    masks = {key: [f"{_MASKS}/{s}.png" for s in split.stems] for key, split in splits.items()}
-    for path in absent(root, [path for paths in masks.values() for path in paths]):
-        problems.add(f"{path} is missing")
+def _segmented(
+    path: str,
+    root: Path,
+    splits: Mapping[str, _Split],
+    problems: Problems,
+    *,
+    seed: int,
+    need: Sequence[str],
+    layout: str,
+) -> Data:
+    """Return the data of segment."""
+    for file in absent(root, [file for split in splits.values() for file in split.masks]):
+        problems.add(f"{file} is missing")
     problems.raise_any()
-    classes = _mask_classes(root, _names(splits))
-    table = np.full(256, -1, dtype=np.int16)
-    table[: len(classes)] = np.arange(len(classes))
+    names = _mask_classes(root, _names(splits))
+    enough = range(len(names)) if "val" in splits and need else ()
+    counts = {key: count_ids(root, split.masks, enough) for key, split in splits.items()}
+    ids = list(range(len(names)))
+    if names[1:] == OFFICIAL:
+        shown = np.sum([count.any(axis=0) for count in counts.values()], axis=0)
+        named = {0, *(names.index(name) for name in _names(splits))}
+        ids = [i for i in ids if shown[i] or i in named]
+    classes = tuple(names[i] for i in ids)
+    table = np.full(NUM_IDS + 1, -1, dtype=np.int16)
+    table[ids] = np.arange(len(ids))
     table[VOID] = VOID
     label_of = {name: label for label, name in enumerate(classes)}
     sources = {}
     for key, split in splits.items():
         labels = _objects(root, split, label_of, Problems(str(root))).heaviest(len(classes))
         images = path_table(split.paths)
-        targets = MaskTargets(root, images, path_table(masks[key]), table)
+        targets = MaskTargets(root, images, path_table(split.masks), table)
         sources[key] = AnnotatedSource(root, images, labels, classes, targets)
-    return classes, sources
+    shown = counts["train"][:, ids] > 0 if "train" in counts else None
+    if shown is not None:
+        shown[:, 0] = True  # the background is always a class
+    return assemble(
+        path,
+        "segment",
+        classes,
+        sources,
+        seed=seed,
+        need=need,
+        ignored=problems.notes,
+        layout=layout,
+        shown=shown,
+    )
 
 
 def _mask_classes(root: Path, names: Sequence[str]) -> tuple[str, ...]:

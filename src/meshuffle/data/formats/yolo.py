@@ -13,6 +13,7 @@ from typing import Any
 
 from meshuffle.data.base import Data, shortened
 from meshuffle.data.entries import (
+    SPLITS,
     Problems,
     assemble,
     check_names,
@@ -21,62 +22,95 @@ from meshuffle.data.entries import (
     repeated,
     suffix,
 )
-from meshuffle.data.image import EXTENSIONS
 from meshuffle.data.objects import BoxList, Objects, check_classes, object_source
+from meshuffle.data.paired import split_folders
+from meshuffle.data.scan import contents, image_paths
 from meshuffle.errors import DataError, did_you_mean
+from meshuffle.files import expanded
 
+_NAMES = "classes.txt"
 _SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 
 
 def open_yolo(
-    path: str, *, task: str = "classify", seed: int = 0, need: Sequence[str] = ("train", "val")
+    path: str,
+    *,
+    task: str = "classify",
+    seed: int = 0,
+    need: Sequence[str] = ("train", "val"),
+    strict: bool = False,
 ) -> Data:
-    """Open a data.yaml, or the folder that it lies in.
+    """Open a data.yaml, or the folder that it lies in, or classes.txt with images/ and labels/.
 
     The YAML holds `names` (a list, or {0: name, …}) and train, val, test: folders of images,
     or texts that list them, or lists of these, relative to `path` where that is given, else
     to the YAML. The boxes of images/a/b.jpg are in labels/a/b.txt, one `class cx cy w h` a
     line, each a share of the image; of an outline `class x y x y …` the box is taken. An
     image without that file has no objects. Where val is missing, or is train again, 20 % of
-    train chosen by `seed` become val.
+    train chosen by `seed` become val. A folder that the YAML names and that does not exist is an
+    error for the splits in `need`; other splits are left out.
 
     classify takes the class of the largest object, multilabel all of them. Boxes that reach
-    out of the image are cut, and noted in `Data.ignored`. Raises `DataError`.
+    out of the image are cut, and those without area are left out; `Data.ignored` names each.
+    With `strict` the latter are errors. Raises `DataError`.
     """
-    file = _yaml_file(Path(path).expanduser())
-    tree = _parse(file)
+    file = _main_file(expanded(path))
+    tree = _parse(file) if file.name != _NAMES else _plain(file)
     classes = _classes(file, tree)
-    problems = Problems(str(file))
+    problems = Problems(str(file), strict=strict)
     folders = {split: _value(file, tree, names) for split, names in _SPLITS.items()}
     if folders["val"] and folders["val"] == folders["train"]:
         problems.notes.append("val is the same folder as train: part of train is set aside instead")
         folders["val"] = []
     if not any(folders.values()):
         raise DataError(f"{file}: names no folder of images: it needs train, val or test")
-    objects = {
-        split: _objects(file, [_resolved(file, tree, place) for place in places], classes, problems)
-        for split, places in folders.items()
-        if places
-    }
+    resolved = {split: _resolved(file, tree, places) for split, places in folders.items() if places}
+    objects = {}
+    for split, found in resolved.items():
+        gone = [place for place in found if not place.exists()]
+        if gone and (split in need or len(gone) == sum(map(len, resolved.values()))):
+            raise DataError(f"{file}: {split} names {gone[0]}, which does not exist")
+        if gone:
+            problems.notes.append(f"{split} names {gone[0]}, which does not exist: left out")
+        else:
+            objects[split] = _objects(file, found, classes, problems)
     _check_disjoint(objects, problems)
-    problems.raise_any(sum(len(one.labels) for one in objects.values()))
+    problems.raise_any()
     check_classes(str(file), task, objects.get("train"), classes, problems.notes)
     splits = {
         split: object_source(task, one, classes, split, problems.notes)
         for split, one in objects.items()
     }
-    return assemble(path, task, classes, splits, seed=seed, need=need, ignored=problems.notes)
+    layout = f"YOLO: {file.name} with {', '.join(next(filter(None, folders.values())))}"
+    return assemble(
+        path, task, classes, splits, seed=seed, need=need, ignored=problems.notes, layout=layout
+    )
 
 
-def _yaml_file(path: Path) -> Path:
+def _main_file(path: Path) -> Path:
+    """Return the YAML, or the list of names that labelImg and Label Studio write in its place."""
     if not path.is_dir():
         return existing_file(path)
     files = sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
     named = [file for file in files if file.stem in ("data", "dataset")]
+    if not files and (path / _NAMES).is_file() and (path / "images").is_dir():
+        return path / _NAMES
     if len(named or files) != 1:
         names = shortened([file.name for file in files]) or "none"
-        raise DataError(f"{path} holds {len(files)} YAML files ({names}); wanted: data.yaml")
+        raise DataError(
+            f"{path} is not recognised as YOLO: looked for one data.yaml, or {_NAMES} with "
+            f"images/; it holds {len(files)} YAML files ({names}); saw {contents(path)}"
+        )
     return (named or files)[0]
+
+
+def _plain(file: Path) -> Mapping[str, Any]:
+    """Return what a data.yaml would say for classes.txt with images/ and labels/."""
+    names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    splits = {
+        SPLITS[name.lower()]: f"images/{name}" for name in split_folders(file.parent / "images")
+    }
+    return {"names": names, **(splits or {"train": "images"})}
 
 
 def _parse(file: Path) -> Mapping[str, Any]:
@@ -119,37 +153,29 @@ def _value(file: Path, tree: Mapping[str, Any], names: Sequence[str]) -> list[st
     return places
 
 
-def _resolved(file: Path, tree: Mapping[str, Any], place: str) -> Path:
-    """Return where `place` is: relative to `path`, else to the YAML.
+def _resolved(file: Path, tree: Mapping[str, Any], places: Sequence[str]) -> list[Path]:
+    """Return where `places` are: relative to `path`, else to the YAML; the latter if nowhere.
 
     A `path` of another machine, and Roboflow's `../train/images` beside the YAML, occur.
     """
     here = file.parent
-    tried = [here / str(tree.get("path") or "."), here]
-    candidates = [*(base / place for base in tried), here / place.removeprefix("../")]
-    for candidate in candidates:
-        if candidate.exists():
-            return candidate
-    raise DataError(f"{file}: no such folder: {' or '.join(map(str, dict.fromkeys(candidates)))}")
+    found = []
+    for place in (name.replace("\\", "/") for name in places):
+        tried = [here / str(tree.get("path") or ".") / place, here / place]
+        tried.append(here / place.removeprefix("../"))
+        found.append(next((path for path in tried if path.exists()), tried[-1]))
+    return found
 
 
 def _images(found: Path) -> Iterator[str]:
     """Yield the paths of the images, from folders in the order of the names' bytes."""
     if found.is_dir():
-        yield from _below(found)
+        yield from (os.path.join(found, path) for path in image_paths(found))  # noqa: PTH118
     elif suffix(found.name) == ".txt":
         lines = (line.strip() for line in read_text(found).splitlines())
         yield from (str(found.parent / line) for line in lines if line)
     else:
         raise DataError(f"{found} is neither a folder of images nor a text that lists them")
-
-
-def _below(folder: Path) -> Iterator[str]:
-    for here, folders, files in os.walk(folder):
-        folders.sort(key=os.fsencode)
-        for name in sorted(files, key=os.fsencode):
-            if suffix(name) in EXTENSIONS and not name.startswith("."):
-                yield os.path.join(here, name)  # noqa: PTH118
 
 
 def _label_file(image: str) -> str:
