@@ -17,6 +17,7 @@ from meshuffle.data import Preprocess
 from meshuffle.errors import ModelError, RunError
 from meshuffle.infer.predict import evaluate
 from meshuffle.models import create_model
+from meshuffle.models.published import unwrap
 from meshuffle.models.unfilled import Unfilled
 from meshuffle.tasks.card import Card
 from meshuffle.train.api import resume
@@ -104,7 +105,7 @@ def test_plain_torch_files(tmp_path: Path) -> None:
         torch.save(content, path)
         found, card = read_weights(path)
         assert card is None
-        assert found.keys() == tensors.keys()
+        assert unwrap(found)[0].keys() == tensors.keys()
     with pytest.raises(ModelError, match=r"2\.pth: the keys are those of torchvision's .* none of"):
         load_model(path)  # of other depths than any published model
     tensors = create_model("shufflenet_v2_x0_5", num_classes=2).state_dict()
@@ -149,7 +150,7 @@ class Sly:
 def test_a_torch_file_with_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "sly.pth"
     torch.save({"weight": Sly()}, path)
-    with pytest.raises(RunError, match="not a readable weights file"):
+    with pytest.raises(RunError, match=r"holds builtins\.print, which is code"):
         read_weights(path)
     assert "executed" not in capsys.readouterr().out
 

@@ -94,8 +94,9 @@ def absolute_data(spec: str) -> str:
     """Return DATA, or weights, with an absolute path, so that a run continues from anywhere."""
     prefix, colon, path = spec.partition(":")
     path, mark, options = (path, "", "") if Path(path).exists() else path.partition("?")
-    if Path(spec).expanduser().exists():
-        return str(Path(spec).expanduser().resolve())
+    whole, *rest = [spec] if Path(spec).expanduser().exists() else spec.partition("?")
+    if Path(whole).expanduser().exists():
+        return str(Path(whole).expanduser().resolve()) + "".join(rest)
     if colon and Path(path).expanduser().exists():
         return f"{prefix}:{Path(path).expanduser().resolve()}{mark}{options}"
     return spec

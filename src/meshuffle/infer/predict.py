@@ -68,7 +68,7 @@ def predict(
     paths = [str(path) for path in image_files(images)]
     question = Question(str(target), model, batch, files=paths)
     found, _ = answer(question, parse_plan(plan))
-    task = make_task(open_weights(target, model)[1])
+    task = make_task(open_weights(target, model).card)
     rows = {int(index): row for row, index in enumerate(found.indices)}
     return [_prediction(task, path, rows.get(i), found, pictures) for i, path in enumerate(paths)]
 
