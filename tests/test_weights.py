@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from meshuffle.data import Preprocess
+from meshuffle.deploy.api import export
 from meshuffle.errors import ModelError, RunError
 from meshuffle.infer.predict import evaluate
 from meshuffle.models import create_model
@@ -21,7 +22,14 @@ from meshuffle.models.published import unwrap
 from meshuffle.models.unfilled import Unfilled
 from meshuffle.tasks.card import Card
 from meshuffle.train.api import resume
-from meshuffle.weights import find_weights, load_matching, load_model, read_weights, save_weights
+from meshuffle.weights import (
+    find_weights,
+    load_matching,
+    load_model,
+    open_weights,
+    read_weights,
+    save_weights,
+)
 
 CARD = Card(
     model="shufflenet_v2_x0_5",
@@ -190,6 +198,30 @@ def test_other_shapes_are_listed(path: Path) -> None:
     save_weights(path, model(5).state_dict(), CARD)
     with pytest.raises(ModelError, match=r"other shape fc\."):
         load_model(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_no_numbers_are_refused(path: Path, tmp_path: Path, value: float) -> None:
+    tensors = model().state_dict()
+    tensors["conv5.0.weight"][0, :2] = value
+    save_weights(path, tensors, CARD)
+    says = r"best\.safetensors: 2 of 3,072 values of conv5\.0\.weight are NaN or infinite: the "
+    for opens in (load_model, open_weights, evaluate, export):
+        with pytest.raises(RunError, match=says):
+            opens(path.parents[1])
+    tensors["fc.bias"].fill_(value)
+    torch.save({"model": tensors}, tmp_path / "theirs.pth")
+    with pytest.raises(RunError, match=r"weight, and values of 1 more tensors, are .* damaged or"):
+        load_model(tmp_path / "theirs.pth", CARD.model)
+
+
+def test_a_mask_of_minus_infinity_is_no_fault(path: Path) -> None:
+    mask = torch.zeros(3, 3).masked_fill(torch.ones(3, 3).triu(1).bool(), -torch.inf)
+    save_weights(path, {"mask": mask, "half": torch.ones(2, dtype=torch.float16)}, CARD)
+    open_weights(path)
+    save_weights(path, {"mask": mask + 1}, CARD)
+    with pytest.raises(RunError, match="3 of 9 values of mask"):
+        open_weights(path)
 
 
 CODE = """

@@ -166,9 +166,15 @@ class Opened:
 
 
 def open_weights(target: Path, model: str | None = None) -> Opened:
-    """Open weights, whoever wrote them; see `load_model`."""
+    """Open weights, whoever wrote them; see `load_model`.
+
+    Raises:
+        RunError: the file is missing or broken, or has NaN or infinite values.
+        ModelError: the model is not seen from the keys.
+    """
     path = find_weights(target)
     tensors, card, remarks = _read(path, split_key(target)[1])
+    _check_finite(path, tensors, is_ours=card is not None)
     if card is not None:
         return Opened(path, tensors, card)
     try:
@@ -191,6 +197,22 @@ def open_weights(target: Path, model: str | None = None) -> Opened:
     return Opened(path, found.tensors, card, tuple(remarks))
 
 
+def _check_finite(path: Path, tensors: Mapping[str, Tensor], *, is_ours: bool) -> None:
+    """Refuse NaN and infinite values; a mask, of zeros and −inf, has them on purpose."""
+    broken = {}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not (good := tensor.isfinite()).all():
+            rest, values = tensor[~good], tensor[good]
+            if not (len(values) and (values == 0).all() and (rest == -torch.inf).all()):
+                broken[name] = f"{len(rest):,} of {tensor.numel():,} values of {name}"
+    if broken:
+        more = f", and values of {len(broken) - 1} more tensors," if len(broken) > 1 else ""
+        why = "the training diverged; train again with a lower --lr, or with --clip-norm 1"
+        if not is_ours:
+            why = "the file is damaged or its training diverged; use an earlier checkpoint of it"
+        raise RunError(f"{path}: {next(iter(broken.values()))}{more} are NaN or infinite: {why}")
+
+
 def remarks_on(target: Path, model: str | None = None) -> tuple[str, ...]:
     """Return the remarks of `open_weights`; files with a card have none, and are not read."""
     path = find_weights(target)
@@ -210,7 +232,7 @@ def load_model(
             they are read; for who keeps a part of them, and soon.
 
     Raises:
-        RunError: the file is missing or broken.
+        RunError: the file is missing or broken, or has NaN or infinite values.
         ModelError: the tensors do not fit the model, or the name must be given.
     """
     opened = open_weights(target, model)
