@@ -24,6 +24,7 @@ from meshuffle.planner.plan import Plan, parse_plan, read_plan
 from meshuffle.tasks import find_task
 from meshuffle.tasks.card import Card
 from meshuffle.train.candidates import fastest_plan
+from meshuffle.train.checkpoint.data_record import write_data_record
 from meshuffle.train.compiling import CompileChoice
 from meshuffle.train.initial_weights import START
 from meshuffle.train.resolve import resolve_run
@@ -70,6 +71,7 @@ def prepare(
     write_text(run / "config.toml", to_toml(config, resolved.origins))
     write_json(run / "plan.json", plan.to_dict())
     write_json(run / "env.json", environment() | ({"from": start_lines} if start_lines else {}))
+    write_data_record(run, resolved.data)
     if start is not None:
         save_weights(run / START, model.state_dict(), card)
     return Prepared(run, plan, tuple(lines))
