@@ -6,17 +6,19 @@ resolve_run ──▶ build_model ──▶ plan ──▶ run folder ──▶ 
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from meshuffle.comm.device import check_device, num_accelerators, num_cores
 from meshuffle.comm.group import RankEnv
 from meshuffle.config import Origin, TrainConfig, read_config, to_toml
-from meshuffle.data import EpochSampler, build_train_transform
+from meshuffle.data import EpochSampler, build_train_transform, open_data
 from meshuffle.data.source import absolute_data
 from meshuffle.errors import PlanError, RunError
 from meshuffle.files import write_json, write_text
@@ -24,6 +26,7 @@ from meshuffle.planner.plan import Plan, parse_plan, read_plan
 from meshuffle.tasks import find_task
 from meshuffle.tasks.card import Card
 from meshuffle.train.candidates import fastest_plan
+from meshuffle.train.checkpoint.checkpoint import locked
 from meshuffle.train.checkpoint.data_record import write_data_record
 from meshuffle.train.compiling import CompileChoice
 from meshuffle.train.initial_weights import START
@@ -62,9 +65,7 @@ def prepare(
     _try_settings(config, card, len(resolved.data.splits["train"]))
     model, frozen, start_lines = build_model(config, card, start)
     plan, lines = _choose_plan(config, card, env)
-    if plan.tp > 1 or plan.pp > 1:
-        split = split_model(model, frozen, config, plan, torch.device("cpu"))
-        plan = dataclasses.replace(plan, cuts=split.cuts)
+    plan = _with_cuts(plan, model, frozen, config)
     run = make_run_folder(config)
     # Without the folder, so that the run can be moved, and made again from its settings.
     config = dataclasses.replace(config, plan=str(plan), out=None)
@@ -91,22 +92,55 @@ def _try_settings(config: TrainConfig, card: Card, num_train: int) -> None:
     build_train_transform(augment, card.preprocess, dense=find_task(config.task).dense)
 
 
-def reopen(run: Path, env: RankEnv | None = None, model: str | None = None) -> Prepared:
+def read_run(run: Path) -> TrainConfig:
+    """Return the settings of an existing run folder.
+
+    Raises:
+        RunError: not a run folder.
+    """
+    if not (run / "config.toml").is_file():
+        raise RunError(f"{run}: no config.toml in it; is it a run folder?")
+    return TrainConfig(**read_config(run / "config.toml"))
+
+
+def reopen(
+    run: Path, env: RankEnv | None = None, model: str | None = None, plan: str | None = None
+) -> Prepared:
     """Return what `prepare` returned for an existing run folder, to continue it.
 
     Args:
         model: repeats the name of a `package.module:function` model, to allow its import.
+        plan: another plan to continue under; it is written to the run folder.
 
     Raises:
-        RunError: not a run folder; PlanError: other ranks than the run was made for.
+        RunError: not a run folder, or in use; PlanError: other ranks than the plan has.
     """
-    if not (run / "config.toml").is_file():
-        raise RunError(f"{run}: no config.toml in it; is it a run folder?")
-    config = TrainConfig(**read_config(run / "config.toml"))
+    config = read_run(run)
     require_repeated(config.model, model)
-    plan = read_plan(run / "plan.json")
-    _check_plan(plan, config, env)
-    return Prepared(run, plan)
+    before = read_plan(run / "plan.json")
+    if plan is None:
+        _check_plan(before, config, env)
+        return Prepared(run, before)
+    card = make_card(config, open_data(config.data, task=config.task, need=("train", "val")))
+    chosen, lines = _choose_plan(dataclasses.replace(config, plan=plan), card, env)
+    if str(chosen) == str(before) and chosen.cuts in ((), before.cuts):
+        return Prepared(run, before, tuple(lines))
+    network, frozen, _ = build_model(config, card)
+    chosen = _with_cuts(chosen, network, frozen, config)
+    with locked(run):
+        text = (run / "config.toml").read_text()
+        line = f"plan = {json.dumps(str(chosen))}  # flag"
+        write_text(run / "config.toml", re.sub(r"(?m)^plan = .*$", lambda _: line, text))
+        write_json(run / "plan.json", chosen.to_dict())
+    return Prepared(run, chosen, (*lines, f"continuing under plan {chosen} (was {before})"))
+
+
+def _with_cuts(plan: Plan, model: nn.Module, frozen: list[str], config: TrainConfig) -> Plan:
+    """Return the plan with the cuts between its stages; tries whether `model` can be split so."""
+    if plan.tp * plan.pp == 1:
+        return plan
+    split = split_model(model, frozen, config, plan, torch.device("cpu"))
+    return dataclasses.replace(plan, cuts=split.cuts)
 
 
 def _choose_plan(config: TrainConfig, card: Card, env: RankEnv | None) -> tuple[Plan, list[str]]:
