@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,10 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from meshuffle.data.entries import split_options
 from meshuffle.errors import ConfigError, ModelError, RunError, did_you_mean
 from meshuffle.files import disk_errors, replaced
+from meshuffle.models.foreign import left_out, read_torch
 from meshuffle.models.given import PREFIX
-from meshuffle.models.published import recognise
+from meshuffle.models.published import recognise, unwrap
 from meshuffle.models.unfilled import Unfilled
 from meshuffle.tasks import make_task
 from meshuffle.tasks.card import Card
@@ -51,14 +54,28 @@ def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
+def split_key(target: Path) -> tuple[Path, str | None]:
+    """Return the file and the key of `FILE?key=NAME`: which of several weights in it is meant.
+
+    >>> split_key(Path("checkpoint.pth?key=model_ema"))
+    (PosixPath('checkpoint.pth'), 'model_ema')
+    """
+    path, options = split_options(str(target), ["key"])
+    return Path(path), options.get("key")
+
+
 def find_weights(target: Path) -> Path:
     """Return the weights file that `target` means.
 
     That is itself, the best one of a run folder, or that of `torchvision:NAME`, downloaded once.
 
+    Args:
+        target: may end in `?key=NAME`, see `split_key`.
+
     Raises:
         RunError: nothing there, with what was looked for.
     """
+    target = split_key(target)[0]
     if target.is_file():
         return target
     if not target.exists() and str(target).startswith(_HUB):
@@ -93,16 +110,33 @@ def _downloaded(name: str) -> Path:
     return path
 
 
+def has_card(path: Path) -> bool:
+    """Whether a file says itself what it is, so that nothing about it was chosen here."""
+    if path.suffix != ".safetensors":
+        return False
+    with contextlib.suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
+        return _KEY in (file.metadata() or {})
+    return False
+
+
 def read_weights(path: Path) -> tuple[dict[str, Tensor], Card | None]:
     """Return the tensors of a weights file, and its card where it has one.
 
-    Takes safetensors, and `torch.save` files of plain tensors (`weights_only=True`).
+    Takes safetensors, and `torch.save` files (see `foreign.py`).
 
     Raises:
         RunError: the file is broken, or holds something other than tensors.
     """
+    return _read(path)[:2]
+
+
+def _read(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], Card | None, list[str]]:
+    """Return what `read_weights` does, and lines about the rest of the file; `key`: see there."""
     if path.suffix != ".safetensors":
-        return _read_torch(path), None
+        tensors, lines = read_torch(path, key)
+        return tensors, None, lines
+    if key is not None:
+        raise RunError(f"{path}: safetensors has no parts; leave out ?key={key}")
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)
@@ -110,48 +144,50 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], Card | None]:
     except (SafetensorError, OSError) as error:
         raise RunError(f"{path}: not a readable safetensors file ({error})") from None
     try:
-        return tensors, Card.from_json(text) if text else None
+        return tensors, Card.from_json(text) if text else None, []
     except (ValueError, TypeError, LookupError, AttributeError, ConfigError) as error:
         raise RunError(f"{path}: its card cannot be read ({error})") from None
 
 
-def _read_torch(path: Path) -> dict[str, Tensor]:
-    import pickle
+@dataclass(frozen=True)
+class Opened:
+    """Weights with what they are.
 
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise RunError(
-            f"{path}: not a readable weights file: neither safetensors nor a torch file that holds "
-            "tensors alone; one that holds code or whole modules is not opened"
-        ) from None
-    except (RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RunError(f"{path}: not a readable weights file ({reason})") from None
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    if not isinstance(content, Mapping) or not content:
-        raise RunError(f"{path}: expected a state_dict, found {type(content).__name__}")
-    tensors = {k.removeprefix("module."): v for k, v in content.items() if isinstance(v, Tensor)}
-    if not tensors:
-        raise RunError(f"{path}: no tensors in it")
-    return tensors
+    Attributes:
+        path: of the file.
+        tensors: under the keys of their model.
+        card: the file's, or made from what `recognise` reads in the keys.
+        remarks: lines for the user about what else is in the file, and what was left out.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    card: Card
+    remarks: tuple[str, ...] = ()
 
 
-def open_weights(target: Path, model: str | None = None) -> tuple[dict[str, Tensor], Card]:
-    """Return the tensors under the keys of their model, and the card; see `load_model`.
+def open_weights(target: Path, model: str | None = None) -> Opened:
+    """Open weights, whoever wrote them; see `load_model`.
 
-    The card of plain weights is made from what `recognise` reads in their keys.
+    Raises:
+        RunError: the file is missing or broken, or has NaN or infinite values.
+        ModelError: the model is not seen from the keys.
     """
     path = find_weights(target)
-    tensors, card = read_weights(path)
+    tensors, card, remarks = _read(path, split_key(target)[1])
+    _check_finite(path, tensors, is_ours=card is not None)
     if card is not None:
-        return tensors, card
+        return Opened(path, tensors, card)
     try:
-        found = recognise(tensors, model)
+        own, prefix = unwrap(tensors, model)
+        found = recognise(own, model)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
-    return found.tensors, Card(
+    if prefix:
+        remarks.append(f"{path}: took the prefix {prefix!r} off {len(own)} keys")
+    if rest := [key for key in tensors if not key.startswith(prefix)]:
+        remarks.append(left_out(path, rest, "count for a wrapper"))
+    card = Card(
         model=found.model,
         classes=found.classes or tuple(map(str, range(found.num_classes))),
         preprocess=found.preprocess,
@@ -159,6 +195,29 @@ def open_weights(target: Path, model: str | None = None) -> tuple[dict[str, Tens
         source=found.source,
         named=False,
     )
+    return Opened(path, found.tensors, card, tuple(remarks))
+
+
+def _check_finite(path: Path, tensors: Mapping[str, Tensor], *, is_ours: bool) -> None:
+    """Refuse NaN and infinite values; a mask, of zeros and −inf, has them on purpose."""
+    broken = {}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not (good := tensor.isfinite()).all():
+            rest, values = tensor[~good], tensor[good]
+            if not (len(values) and (values == 0).all() and (rest == -torch.inf).all()):
+                broken[name] = f"{len(rest):,} of {tensor.numel():,} values of {name}"
+    if broken:
+        more = f", and values of {len(broken) - 1} more tensors," if len(broken) > 1 else ""
+        why = "the training diverged; train again with a lower --lr, or with --clip-norm 1"
+        if not is_ours:
+            why = "the file is damaged or its training diverged; use an earlier checkpoint of it"
+        raise RunError(f"{path}: {next(iter(broken.values()))}{more} are NaN or infinite: {why}")
+
+
+def remarks_on(target: Path, model: str | None = None) -> tuple[str, ...]:
+    """Return the remarks of `open_weights`; files with a card have none, and are not read."""
+    path = find_weights(target)
+    return () if has_card(path) else open_weights(target, model).remarks
 
 
 def load_model(
@@ -174,13 +233,13 @@ def load_model(
             they are read; for who keeps a part of them, and soon.
 
     Raises:
-        RunError: the file is missing or broken.
+        RunError: the file is missing or broken, or has NaN or infinite values.
         ModelError: the tensors do not fit the model, or the name must be given.
     """
-    path = find_weights(target)
-    tensors, card = open_weights(target, model)
-    network = _to_load(card, model, tensors.keys())
-    missing, unexpected, reshaped = load_matching(network, tensors, assign=mapped)
+    opened = open_weights(target, model)
+    path, card = opened.path, opened.card
+    network = _to_load(card, model, opened.tensors.keys())
+    missing, unexpected, reshaped = load_matching(network, opened.tensors, assign=mapped)
     if missing or unexpected or reshaped:
         raise ModelError(
             f"{path} does not fit {card.model}: {_listed('missing', missing)}"
@@ -211,7 +270,7 @@ def build_model(card: Card, model: str | None = None, *, seed: int = 0) -> nn.Mo
 
 def load_or_build(target: Path, card: Card | None) -> tuple[nn.Module, Card]:
     """Return the model of `target` with its card, or that of `card`, untrained, if it is gone."""
-    if card is not None and not target.exists():
+    if card is not None and not split_key(target)[0].exists():
         return build_model(card), card
     return load_model(target)
 

@@ -104,7 +104,7 @@ async def service_of(
     **options: Any,
 ) -> AsyncIterator[tuple[httpx.AsyncClient, Service]]:
     """Yield a client of a service in this process; `run` replaces the network."""
-    card = open_weights(weights)[1]
+    card = open_weights(weights).card
     settings = {"max_requests": limits.requests, "readers": 2, "max_batch": 4, "window_s": 0.002}
     service = Service(limits, Metrics(), **{**settings, **options})
     run = run or Backend("torch", str(weights)).open(1)

@@ -92,7 +92,7 @@ def test_a_backend_that_fails_is_left_out(
     monkeypatch.setattr(start, "prepare", fake_prepare)
     monkeypatch.setattr(start, "measured", fake_measured)
     monkeypatch.setattr(start, "num_cores", lambda: 4)
-    card = open_weights(weights)[1]
+    card = open_weights(weights).card
     arguments = (weights, card, start.Options(), tmp_path, 0, said.append)
     choice = start.choose(["torch", "onnx", "openvino"], *arguments)
     assert (choice.backend.name, choice.batch) == ("onnx", 1)

@@ -14,11 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from meshuffle.config import TrainConfig
-from meshuffle.errors import Interrupted, RunError
+from meshuffle.cli import main
+from meshuffle.config import TrainConfig, read_config
+from meshuffle.errors import Interrupted, PlanError, RunError
 from meshuffle.infer.predict import evaluate, predict
+from meshuffle.planner.plan import read_plan
 from meshuffle.train import loop
 from meshuffle.train.api import resume, train
+from meshuffle.train.checkpoint.checkpoint import locked
 from meshuffle.train.checkpoint.intact import latest_checkpoint
 from meshuffle.weights import read_weights
 
@@ -125,8 +128,6 @@ def test_resume_needs_a_run_with_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_run_in_use_is_refused(small: TrainConfig) -> None:
-    from meshuffle.train.checkpoint.checkpoint import locked
-
     run = Path(train(dataclasses.replace(small, epochs=1))["run"])
     with locked(run), pytest.raises(RunError, match="another process"):
         resume(run)
@@ -140,3 +141,40 @@ def test_a_finished_run_resumes_to_the_same_result(small: TrainConfig) -> None:
     resume(run)
     assert (run / "weights" / "best.safetensors").read_bytes() == before
     assert (run / "report.html").exists()
+
+
+def test_a_run_continues_under_another_plan(
+    small: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Down to rounding as the run that was never stopped, and from then on under that plan."""
+    config = dataclasses.replace(small, ema=0.5, check_every=1)
+    whole = Path(train(dataclasses.replace(config, out=f"{small.out}-whole"))["run"])
+    with monkeypatch.context() as patch:
+        stop_when(patch, "_step", 6)
+        with pytest.raises(Interrupted):
+            train(config)
+    run = Path(small.out or "")
+    before = [(run / name).read_bytes() for name in ("plan.json", "config.toml")]
+    for plan, says in (
+        ("dp=64", "64 ranks share a batch of 8"),
+        ("dp=2,pp=2,mb=9", "4 images for"),
+    ):
+        with pytest.raises(PlanError, match=says):
+            resume(run, plan=plan)
+    with locked(run), pytest.raises(RunError, match="another process"):
+        resume(run, plan="pp=2,threads=1")
+    assert before == [(run / name).read_bytes() for name in ("plan.json", "config.toml")]
+    capsys.readouterr()
+    resume(run, plan="dp=2,threads=1")
+    assert "continuing under plan dp=2,threads=1 (was dp=1,threads=1)" in capsys.readouterr().out
+    expected, found = final_state(whole), final_state(run)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
+    assert read_plan(run / "plan.json").dp == 2
+    assert TrainConfig(**read_config(run / "config.toml")).plan == "dp=2,threads=1"
+    resume(run)
+    assert main(["train", "--resume", str(run), "--plan", "dp=2,threads=1"]) == 0
+    assert "continuing under" not in capsys.readouterr().out
+    resume(run, plan="pp=2,threads=1")
+    assert len(read_plan(run / "plan.json").cuts) == 1

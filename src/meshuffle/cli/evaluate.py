@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import App
 
 from meshuffle.cli import Answer, from_main
-from meshuffle.cli.options import Debug, Force, Json, Model, Spread, doc
+from meshuffle.cli.options import Debug, Force, Json, Model, Spread, doc, say_remarks
 
 
 def register(app: App) -> None:
@@ -42,6 +42,7 @@ def evaluate(
     from meshuffle.infer.predict import evaluate as run_evaluation
     from meshuffle.tasks import find_task
 
+    say_remarks(target, model)
     evaluation, used = run_evaluation(
         target, data=data, split=split, batch=batch, model=model, plan=plan
     )

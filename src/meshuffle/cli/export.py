@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from meshuffle.cli import Answer
-from meshuffle.cli.options import Debug, Json, Model, doc
+from meshuffle.cli.options import Debug, Json, Model, doc, say_remarks
 
 
 def register(app: App) -> None:
@@ -49,6 +49,7 @@ def export(
 
     from meshuffle.deploy.api import export as run_export
 
+    say_remarks(target, model)
     written = run_export(
         target,
         to.split(","),

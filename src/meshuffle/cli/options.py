@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -63,6 +64,16 @@ DATA_FORMATS = {
 DATA_HELP = "digits, a folder, or " + ", ".join(
     f"{prefix}:{rest}" for prefix, rest in DATA_FORMATS.items()
 )
+
+
+def say_remarks(target: Path, model: str | None) -> None:
+    """Print what is to be known of a weights file: prefixes taken off, other weights in it."""
+    from meshuffle.comm.group import RankEnv, rank_env
+    from meshuffle.weights import remarks_on
+
+    if (rank_env() or RankEnv()).is_main:
+        for line in remarks_on(target, model):
+            say(line)
 
 
 def say(line: str) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from meshuffle.cli import Answer, from_main
-from meshuffle.cli.options import Debug, Force, Json, Model, doc, say
+from meshuffle.cli.options import Debug, Force, Json, Model, doc, say, say_remarks
 from meshuffle.errors import ConfigError
 
 
@@ -53,6 +53,7 @@ def predict(
     images
         Image files, or folders of them.
     """
+    say_remarks(target, model)
     if features or nearest:
         return _by_features(target, images, features, nearest, batch, model, plan)
     from meshuffle.infer.predict import predict as run_prediction

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from cyclopts import App
 
-from meshuffle.cli.options import Debug, Force, Json, Model, doc, say
+from meshuffle.cli.options import Debug, Force, Json, Model, doc, say, say_remarks
 
 
 def register(app: App) -> None:
@@ -84,6 +84,7 @@ def serve(
         model=model,
         plan=parse_plan(plan or "dp=1"),
     )
+    say_remarks(target, model)
     start.serve(target, options, say=say, ready=lambda facts: _print(facts, options, json))
 
 

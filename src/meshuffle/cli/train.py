@@ -56,7 +56,7 @@ def train(
     if json:
         os.environ["MESHUFFLE_QUIET_STDOUT"] = "1"
     if resume is not None:
-        return _resume(resume, data, config, settings.model)
+        return _resume(resume, data, config, settings)
     settings, origins = _merged(settings, config, data)
     if show_config:
         from meshuffle.train.api import describe_config
@@ -68,19 +68,26 @@ def train(
     return from_main(Answer(result, result["run"]))
 
 
-def _resume(run: Path, data: str | None, config: Path | None, model: str) -> Answer | None:
-    own_code = "model" in _flags and ":" in model  # repeated, to allow its import
-    given = sorted((_flags & set(FIELDS)) - {"data"} - ({"model"} if own_code else set()))
+def _resume(
+    run: Path, data: str | None, config: Path | None, settings: TrainConfig
+) -> Answer | None:
+    own_code = "model" in _flags and ":" in settings.model  # repeated, to allow its import
+    given = sorted((_flags & set(FIELDS)) - {"data", "plan"} - ({"model"} if own_code else set()))
     given = [f"--{config_key(name).replace('_', '-')}" for name in given]
     given += ["--config"] if config else []
     given += [data] if data else []
     if given:
         raise ConfigError(
-            f"--resume continues a run with its own settings; leave out: {', '.join(given)}"
+            "--resume continues a run with its own settings, all but --plan; leave out: "
+            f"{', '.join(given)}"
         )
     from meshuffle.train.api import resume as run_resume
 
-    result = run_resume(run, model=model if own_code else None)
+    result = run_resume(
+        run,
+        model=settings.model if own_code else None,
+        plan=settings.plan if "plan" in _flags else None,
+    )
     return from_main(Answer(result, result["run"]))
 
 

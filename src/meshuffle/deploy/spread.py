@@ -43,7 +43,7 @@ def spread_over(
     possible = [one for one in layouts(num_cores(), num_gpus) if one.replicas <= batch]
     if num_gpus or len(possible) < 2:
         return Plan(dp=min(max(1, num_gpus), batch))
-    _, card = open_weights(target, model)
+    card = open_weights(target, model).card
     require_repeated(card.model, model)
     say("measuring how many processes are fastest")
     fork_server(measured.__module__)

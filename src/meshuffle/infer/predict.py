@@ -79,7 +79,7 @@ def predict(
     paths = [str(path) for path in image_files(images)]
     with given(model) as name:
         found, _ = answer(Question(str(target), name, batch, files=paths), parse_plan(plan))
-        task = make_task(open_weights(target, name)[1])
+        task = make_task(open_weights(target, name).card)
     rows = {int(index): row for row, index in enumerate(found.indices)}
     return [_prediction(task, path, rows.get(i), found, pictures) for i, path in enumerate(paths)]
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from meshuffle.data import Preprocess
 from meshuffle.errors import ModelError
+from meshuffle.models.foreign import is_counter
 from meshuffle.models.heads import classifier_of
 from meshuffle.models.registry import create_model, list_models
 
@@ -163,19 +164,55 @@ MAKERS = (
 """The known makers; the first whose sign matches is taken."""
 
 
+def unwrap(
+    tensors: Mapping[str, Tensor], model: str | None = None
+) -> tuple[dict[str, Tensor], str]:
+    """Return the tensors under the model's own keys, and the prefix that was taken off them.
+
+    Wrappers put a prefix in front of all keys: `module.` (DDP, averages), `_orig_mod.`
+    (torch.compile), the names of attributes (Lightning). It is taken off, and counters beside the
+    model are left out, where the rest has the keys of a known maker or of `model`.
+    """
+    given, prefix = dict(tensors), ""
+    forms = [(given, prefix)]
+    while first := _common(given):
+        given = {k.removeprefix(first): v for k, v in given.items() if k.startswith(first)}
+        prefix += first
+        forms.append((given, prefix))
+    if len(forms) == 1:
+        return forms[0]
+    for form in forms:
+        if _maker_of(form[0]) is not None:
+            return form
+    own = create_model(model).state_dict().keys() if model else ()
+    return max(forms, key=lambda form: len(own & form[0].keys()) if own else 0)
+
+
+def _common(tensors: Mapping[str, Tensor]) -> str:
+    """Return the first part of all keys but counters, with its dot, or ""."""
+    firsts = {key.partition(".")[0] for key, t in tensors.items() if not is_counter(key, t)}
+    one = f"{next(iter(firsts))}." if len(firsts) == 1 else ""
+    return one if any(key.startswith(one) for key in tensors) else ""
+
+
+def _maker_of(tensors: Mapping[str, Tensor]) -> Maker | None:
+    """Return the first maker whose sign is among the keys."""
+    signed = (m for m in MAKERS if any(re.fullmatch(m.sign, key) for key in tensors))
+    return next(signed, None)
+
+
 def recognise(tensors: Mapping[str, Tensor], model: str | None = None) -> Published:
     """Return the model that a state dict without a card belongs to.
 
     Args:
-        tensors: keys without `module.`.
+        tensors: keys without a wrapper's prefix, see `unwrap`.
         model: the name of the model, if the caller knows it; then no other is tried, and shapes
             are checked when the tensors are loaded.
 
     Raises:
         ModelError: no known maker uses these keys, or no size of a family has these shapes.
     """
-    signed = (m for m in MAKERS if any(re.fullmatch(m.sign, key) for key in tensors))
-    maker = next(signed, None)
+    maker = _maker_of(tensors)
     if maker is None or model not in (None, *maker.names()):
         if model is None:
             few = ", ".join(list(tensors)[:3])

@@ -6,7 +6,8 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from meshuffle.tasks import find_task
 from meshuffle.train.launch import launch
 from meshuffle.train.rank import train_rank
 from meshuffle.train.resolve import resolve_run
-from meshuffle.train.run import Prepared, prepare, reopen
+from meshuffle.train.run import Prepared, prepare, read_run, reopen
 from meshuffle.weights import load_model
 
 
@@ -48,7 +49,8 @@ def train(
     if model is not None:
         return _train_object(config, origins or {}, model, env)
     if env is not None:
-        return _train_launched(config, origins or {}, env)
+        ready = partial(prepare, config, origins or {}, env)
+        return _train_launched(ready, config.device, env)
     return _run(prepare(config, origins or {}))
 
 
@@ -68,20 +70,17 @@ def _train_object(
     return result
 
 
-def resume(run: Path, *, model: str | None = None) -> dict[str, Any]:
+def resume(run: Path, *, model: str | None = None, plan: str | None = None) -> dict[str, Any]:
     """Continue the run folder `run` with its own settings.
 
     Args:
         model: repeats the name of a `package.module:function` model, to allow its import.
+        plan: another plan to continue under, from now on: a text, `auto` or a `plan.json`.
     """
-    env = rank_env()
-    prepared = reopen(expanded(run).resolve(), env, model)
+    env, run = rank_env(), expanded(run).resolve()
     if env is not None:
-        if env.is_main:
-            _say(str(prepared.run))
-        train_rank(prepared.run)
-        return _result(prepared) if env.is_main else {"run": str(prepared.run)}
-    return _run(prepared)
+        return _train_launched(partial(reopen, run, env, model, plan), read_run(run).device, env)
+    return _run(reopen(run, env, model, plan))
 
 
 def _run(prepared: Prepared) -> dict[str, Any]:
@@ -90,18 +89,16 @@ def _run(prepared: Prepared) -> dict[str, Any]:
     return _result(prepared)
 
 
-def _train_launched(
-    config: TrainConfig, origins: Mapping[str, Origin], env: RankEnv
-) -> dict[str, Any]:
-    """Let the main rank prepare, tell the others where, and train.
+def _train_launched(ready: Callable[[], Prepared], device: str, env: RankEnv) -> dict[str, Any]:
+    """Let the main rank make or reopen the run folder, tell the others where, and train.
 
     Where that fails the main rank says why, and the others end with its exit code.
     """
-    with process_group(env, pick_device(config.device, env.local_rank)):
+    with process_group(env, pick_device(device, env.local_rank)):
         message: list[Any] = [None]
         if env.is_main:
             try:
-                prepared = prepare(config, origins, env)
+                prepared = ready()
                 message = [str(prepared.run)]
                 _say(str(prepared.run), *prepared.lines)
             except Exception as error:

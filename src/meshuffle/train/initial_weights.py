@@ -17,7 +17,7 @@ from meshuffle.errors import ConfigError
 from meshuffle.models import classifier_of
 from meshuffle.models.features import BACKBONE, backbone_prefix
 from meshuffle.tasks.card import Card
-from meshuffle.weights import find_weights, load_matching, open_weights, require_repeated
+from meshuffle.weights import load_matching, open_weights, require_repeated
 
 START = Path("weights") / "start.safetensors"
 """Where a run keeps the weights that it began with: the file of `--from` may be gone later."""
@@ -32,12 +32,14 @@ class InitialWeights:
         path: of the file.
         tensors: under the keys of their model.
         card: what they are; made from the keys where the file has none.
+        remarks: lines about what else is in the file, and what was left out.
     """
 
     target: str
     path: Path
     tensors: dict[str, Tensor]
     card: Card
+    remarks: tuple[str, ...] = ()
 
     def adopt(self, config: TrainConfig, asked: str | None) -> TrainConfig:
         """Return `config` with the model, knobs and head of the weights, unless it asks for others.
@@ -100,7 +102,8 @@ class InitialWeights:
                 f"--from {self.target}: none of its {len(tensors)} tensors fits the model"
             )
         whose = f": {self.card.source}" if self.card.source else ""
-        lines = [f"loaded {num_loaded} of {len(tensors)} tensors from {self.path}{whose}", *about]
+        lines = [f"loaded {num_loaded} of {len(tensors)} tensors from {self.path}{whose}"]
+        lines += [*(f"  {remark}" for remark in self.remarks), *about]
         for what, names in (("new", missing), ("left out", unexpected), ("other shape", reshaped)):
             if names:
                 lines.append(f"  {what}: {', '.join(names[:6])}{' …' if len(names) > 6 else ''}")
@@ -115,9 +118,8 @@ def open_initial_weights(config: TrainConfig, asked: str | None) -> InitialWeigh
     """
     if not config.from_:
         return None
-    target = Path(config.from_)
-    tensors, card = open_weights(target, asked)
-    return InitialWeights(config.from_, find_weights(target), tensors, card)
+    opened = open_weights(Path(config.from_), asked)
+    return InitialWeights(config.from_, opened.path, opened.tensors, opened.card, opened.remarks)
 
 
 def _classes_of(known: Card, classes: tuple[str, ...], task: str) -> tuple[str, ...]:

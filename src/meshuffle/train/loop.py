@@ -166,7 +166,7 @@ class Loop:
         seed_step(seed, progress.step, place.dp_rank)
         counts = agreed.counts
         draws = [(draw_key(seed, progress.step, i), n) for i, n in enumerate(agreed.firsts)]
-        lr = learning_rate(self.state.config, progress.step, self.sampler.steps_per_epoch)
+        lr = self._learning_rate(progress.epoch_step)
         try:
             if step.pipeline is None:
                 step.forward = self.compile.forward(self.state.model, sum(counts), self.watch)
@@ -193,6 +193,12 @@ class Loop:
         save = self.env.is_main and self._save_due()
         signals = (self.stop.number, save, batch is None)
         return agree(sizes, signals, self.state.place, self.exchange)
+
+    def _learning_rate(self, epoch_step: int) -> float:
+        """By the place in the epoch: where the data have changed, so has the number of steps."""
+        num = self.sampler.steps_per_epoch
+        step = self.state.progress.epoch * num + min(epoch_step, num - 1)
+        return learning_rate(self.state.config, step, num)
 
     def _steps_left(self) -> int:
         return self.num_epochs * self.sampler.steps_per_epoch - self.state.progress.step
@@ -233,7 +239,7 @@ class Loop:
     def _close_epoch(self) -> None:
         """Judge the model, keep the best, write the epoch's row, decide whether to go on."""
         state, progress = self.state, self.state.progress
-        lr = learning_rate(state.config, progress.step - 1, self.sampler.steps_per_epoch)
+        lr = self._learning_rate(progress.epoch_step - 1)
         seconds = progress.epoch_seconds
         try:
             evaluation = self.evaluate(self.data.splits["val"])

@@ -29,6 +29,7 @@ from meshuffle.planner.plan import read_plan
 from meshuffle.report.record import read_record
 from meshuffle.tasks.card import Card
 from meshuffle.train.checkpoint.checkpoint import locked
+from meshuffle.train.checkpoint.data_record import data_changes, refuse_other_classes
 from meshuffle.train.checkpoint.intact import agree_on_checkpoint
 from meshuffle.train.finish import finish
 from meshuffle.train.initial_weights import START, open_initial_weights
@@ -63,6 +64,10 @@ def train_rank(run: Path) -> dict[str, Any]:
         found = agree_on_checkpoint(run / "state", env, control)
         exchange = make_exchange(control, torch.device("cpu"), one_host)
         data = open_data(config.data, task=config.task, need=("train", "val"))
+        changes: list[str] = []
+        if found.folder is not None:
+            refuse_other_classes(run, data)
+            changes = data_changes(run, data) if env.is_main else []
         workers = config.workers
         if workers is None:
             threads = threads_per_rank(plan, env.local_world) if device.type == "cpu" else 1
@@ -78,7 +83,8 @@ def train_rank(run: Path) -> dict[str, Any]:
             state.restore(found.folder)
             where = f"epoch {state.progress.epoch + 1}, step {state.progress.step}"
             done = "all epochs are done; evaluating again and writing the report"
-            lines = [*found.lines, done if state.progress.finished else f"resumed at {where}"]
+            resumed = done if state.progress.finished else f"resumed at {where}"
+            lines = [*found.lines, resumed, *changes]
         watch = stack.enter_context(_watch(run, state, env))
         if isinstance(state.model, Parallel):
             lines = [*describe_split(state.model, config, plan), *lines]

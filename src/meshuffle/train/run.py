@@ -6,6 +6,7 @@ resolve_run ──▶ build_model ──▶ plan ──▶ run folder ──▶ 
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 import re
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from meshuffle.comm.device import check_device, num_accelerators, num_cores
 from meshuffle.comm.group import RankEnv
 from meshuffle.comm.launch import require_memory
 from meshuffle.config import Origin, TrainConfig, read_config, to_toml
-from meshuffle.data import EpochSampler, build_train_transform
+from meshuffle.data import EpochSampler, build_train_transform, open_data
 from meshuffle.data.source import absolute_data
 from meshuffle.errors import ModelError, PlanError, RunError
 from meshuffle.files import expanded, write_json, write_text
@@ -26,6 +27,8 @@ from meshuffle.planner.plan import Plan, parse_plan, read_plan
 from meshuffle.tasks import find_task, make_task
 from meshuffle.tasks.card import Card
 from meshuffle.train.candidates import fastest_plan
+from meshuffle.train.checkpoint.checkpoint import locked
+from meshuffle.train.checkpoint.data_record import write_data_record
 from meshuffle.train.compiling import CompileChoice
 from meshuffle.train.initial_weights import START
 from meshuffle.train.model_trial import try_model
@@ -33,7 +36,7 @@ from meshuffle.train.resolve import resolve_run
 from meshuffle.train.split import schedule_of, split_model
 from meshuffle.train.state import augment_config, build_model, make_card
 from meshuffle.train.watch import environment
-from meshuffle.weights import require_repeated, save_weights
+from meshuffle.weights import require_repeated, save_weights, split_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +68,14 @@ def prepare(
     model, frozen, start_lines = build_model(config, card, start)
     config, card, model_lines = _fit_model(config, card, model)
     plan, lines = _choose_plan(config, card, env)
-    if plan.tp > 1 or plan.pp > 1:
-        split = split_model(model, frozen, config, plan, torch.device("cpu"))
-        plan = dataclasses.replace(plan, cuts=split.cuts)
+    plan = _with_cuts(plan, model, frozen, config)
     run = make_run_folder(config)
     # Without the folder, so that the run can be moved, and made again from its settings.
     config = dataclasses.replace(config, plan=str(plan), out=None)
     write_text(run / "config.toml", to_toml(config, resolved.origins))
     write_json(run / "plan.json", plan.to_dict())
     write_json(run / "env.json", environment() | ({"from": start_lines} if start_lines else {}))
+    write_data_record(run, resolved.data)
     if start is not None:
         save_weights(run / START, model.state_dict(), card)
     return Prepared(run, plan, (*model_lines, *lines))
@@ -107,8 +109,10 @@ def _fit_model(
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     start = config.from_
-    if start and expanded(start).exists():
-        start = str(expanded(start).resolve())
+    if start:
+        file, key = split_key(expanded(start))
+        if file.exists():
+            start = f"{file.resolve()}?key={key}" if key else str(file.resolve())
     return dataclasses.replace(config, data=absolute_data(config.data), from_=start)
 
 
@@ -121,22 +125,55 @@ def _try_settings(config: TrainConfig, card: Card, num_train: int) -> None:
     build_train_transform(augment, card.preprocess, dense=find_task(config.task).dense)
 
 
-def reopen(run: Path, env: RankEnv | None = None, model: str | None = None) -> Prepared:
+def read_run(run: Path) -> TrainConfig:
+    """Return the settings of an existing run folder.
+
+    Raises:
+        RunError: not a run folder.
+    """
+    if not (run / "config.toml").is_file():
+        raise RunError(f"{run}: no config.toml in it; is it a run folder?")
+    return TrainConfig(**read_config(run / "config.toml"))
+
+
+def reopen(
+    run: Path, env: RankEnv | None = None, model: str | None = None, plan: str | None = None
+) -> Prepared:
     """Return what `prepare` returned for an existing run folder, to continue it.
 
     Args:
         model: repeats the name of a `package.module:function` model, to allow its import.
+        plan: another plan to continue under; it is written to the run folder.
 
     Raises:
-        RunError: not a run folder; PlanError: other ranks than the run was made for.
+        RunError: not a run folder, or in use; PlanError: other ranks than the plan has.
     """
-    if not (run / "config.toml").is_file():
-        raise RunError(f"{run}: no config.toml in it; is it a run folder?")
-    config = TrainConfig(**read_config(run / "config.toml"))
+    config = read_run(run)
     require_repeated(config.model, model)
-    plan = read_plan(run / "plan.json")
-    _check_plan(plan, config, env)
-    return Prepared(run, plan)
+    before = read_plan(run / "plan.json")
+    if plan is None:
+        _check_plan(before, config, env)
+        return Prepared(run, before)
+    card = make_card(config, open_data(config.data, task=config.task, need=("train", "val")))
+    chosen, lines = _choose_plan(dataclasses.replace(config, plan=plan), card, env)
+    if str(chosen) == str(before) and chosen.cuts in ((), before.cuts):
+        return Prepared(run, before, tuple(lines))
+    network, frozen, _ = build_model(config, card)
+    chosen = _with_cuts(chosen, network, frozen, config)
+    with locked(run):
+        text = (run / "config.toml").read_text()
+        line = f"plan = {json.dumps(str(chosen))}  # flag"
+        write_text(run / "config.toml", re.sub(r"(?m)^plan = .*$", lambda _: line, text))
+        write_json(run / "plan.json", chosen.to_dict())
+    return Prepared(run, chosen, (*lines, f"continuing under plan {chosen} (was {before})"))
+
+
+def _with_cuts(plan: Plan, model: nn.Module, frozen: list[str], config: TrainConfig) -> Plan:
+    """Return the plan with the cuts between its stages; tries whether `model` can be split so."""
+    if plan.tp * plan.pp == 1:
+        return plan
+    split = split_model(model, frozen, config, plan, torch.device("cpu"))
+    return dataclasses.replace(plan, cuts=split.cuts)
 
 
 def _choose_plan(config: TrainConfig, card: Card, env: RankEnv | None) -> tuple[Plan, list[str]]:

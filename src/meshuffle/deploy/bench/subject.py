@@ -19,7 +19,7 @@ from meshuffle.infer.evaluation import joined
 from meshuffle.infer.images import open_split
 from meshuffle.tasks import make_task
 from meshuffle.tasks.card import Card
-from meshuffle.weights import build_model, load_model
+from meshuffle.weights import build_model, load_model, split_key
 
 _BATCH = 32
 _SIZE = 224
@@ -102,7 +102,8 @@ def open_subject(
         DataError: no image can be read.
     """
     path = Path(target)
-    if path.exists():
+    is_file = split_key(path)[0].exists()
+    if is_file:
         if input_size is not None:
             raise ConfigError(f"--input-size {input_size}: {target} brings its own; leave it out")
         network, card = load_model(path, model)
@@ -126,8 +127,8 @@ def open_subject(
         what=f"{len(views_NCHW)} images of {what}",
         x_NCHW=card.preprocess.normalise(views_NCHW).contiguous().numpy(),
         views_NCHW=views_NCHW,
-        train=_train(data, card) if path.exists() else None,
-        targets=targets if path.exists() else None,
+        train=_train(data, card) if is_file else None,
+        targets=targets if is_file else None,
     )
 
 

@@ -23,7 +23,7 @@ from meshuffle.deploy.serve.split import SplitNetwork, members_of
 from meshuffle.errors import ConfigError, did_you_mean
 from meshuffle.planner.plan import parse_plan
 from meshuffle.tasks.card import Card
-from meshuffle.weights import find_weights, load_model
+from meshuffle.weights import find_weights, load_model, split_key
 
 TORCH = "torch"
 _FILES = ("onnx", "openvino")
@@ -147,7 +147,7 @@ def prepare(
         return Backend(TORCH, str(target), model, "cuda" if gpu else "cpu")
     form = find_format(name)
     folder = (target if target.is_dir() else weights.parent) / "export" / "serve"
-    file = f"{_digest(weights)}{form.suffix}"
+    file = f"{_digest(weights, split_key(target)[1])}{form.suffix}"
     if not (folder / file).exists():
         say(f"writing the network for {name} and comparing it")
         network, card = load_model(target, model)
@@ -156,9 +156,10 @@ def prepare(
     return Backend(name, str(folder / file))
 
 
-def _digest(weights: Path) -> str:
+def _digest(weights: Path, key: str | None = None) -> str:
     """Return a digest of the weights and of the versions that write their file."""
-    state = hashlib.sha256(f"{__version__} {torch.__version__} ".encode())
+    text = f"{__version__} {torch.__version__} {key or ''}"
+    state = hashlib.sha256(text.encode())
     with weights.open("rb") as file:
         while part := file.read(1 << 20):
             state.update(part)

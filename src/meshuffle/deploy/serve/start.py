@@ -107,7 +107,7 @@ def serve(
         ConfigError: an option or the address is wrong.
         RunError, ModelError: the weights cannot be used.
     """
-    _, card = open_weights(target, options.model)
+    card = open_weights(target, options.model).card
     require_repeated(card.model, options.model)
     if card.task == "generate":
         raise ConfigError(f"{target}: a generate model makes images; it cannot predict one")

@@ -1,0 +1,167 @@
+"""Checkpoints as other programs save them: `torch.save` files with the weights somewhere inside.
+
+    file ──load, weights only──▶ content ──choose──▶ tensors, and lines about the rest
+
+Reading runs no code: torch's unpickler builds tensors and the plain types of `_inert`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import pathlib
+import pickle
+import re
+import shlex
+import types
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from meshuffle.errors import RunError, did_you_mean
+
+_KEYS = ("model", "state_dict", "model_state_dict", "net", "network", "weights", "params")
+"""Where training scripts keep the weights; averaged ones are read on request, by `?key=`."""
+_LIGHTNING = ("fabric.utilities.data", "pytorch.utilities.parsing", "utilities.parsing")
+_CODE = "if you trust the file, save its weights alone, in Python: "
+
+
+def _as_dict(*_: Any) -> dict[Any, Any]:
+    """Stands for `defaultdict`: torch's unpickler fills dicts of the exact class only."""
+    return {}
+
+
+def _as_list(*_: Any) -> list[Any]:
+    """Stands for `deque`, as above."""
+    return []
+
+
+def _inert() -> list[Any]:
+    """Return the types that hold values and do nothing, with the names that files have for them."""
+    plain = (int, float, bool, str, list, dict, tuple, frozenset, slice, range)
+    times = (datetime.datetime, datetime.date, datetime.timedelta, datetime.timezone)
+    dtypes = [kind for name, kind in vars(np.dtypes).items() if name.endswith("DType")]
+    scalar, array = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
+    found: list[Any] = [*plain, *times, argparse.Namespace, types.SimpleNamespace]
+    found += [np.ndarray, np.dtype]
+    found += [(_as_dict, "collections.defaultdict"), (_as_list, "collections.deque")]
+    found += [kind for kind in dtypes if kind is not np.dtypes.ObjectDType]
+    for core in ("numpy.core", "numpy._core"):
+        found += [(scalar, f"{core}.multiarray.scalar"), (array, f"{core}.multiarray._reconstruct")]
+    for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
+        for module in ("pathlib", "pathlib._local"):  # a path of another system is none here
+            found.append((pathlib.PurePath, f"{module}.{name}"))
+    for package in ("lightning", "pytorch_lightning", "lightning_fabric"):
+        found += [(OrderedDict, f"{package}.{module}.AttributeDict") for module in _LIGHTNING]
+    return found
+
+
+def read_torch(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors of a `torch.save` file, and lines about what else is in it.
+
+    Args:
+        key: where in the file's dict the weights are; None takes the usual names.
+
+    Raises:
+        RunError: the file is broken, holds code, or has no weights there.
+    """
+    content = _load(path)
+    if not isinstance(content, Mapping):
+        raise RunError(f"{path}: expected a state_dict, found {type(content).__name__}")
+    parts = {name: part for name, part in content.items() if _has_weights(part)}
+    if key is None:
+        key = next((name for name in _KEYS if name in parts), None)
+        if key is None and not _has_weights(content):
+            key = _only(path, parts)
+    elif key not in parts:
+        there = f"it has {', '.join(map(str, parts))}" if parts else "it has no parts"
+        raise RunError(f"{path}: no weights under {key!r}{did_you_mean(key, parts)}; {there}")
+    chosen = content if key is None else parts[key]
+    lines = []
+    if others := [name for name in parts if name != key]:
+        how = " or ".join(shlex.quote(f"{path}?key={name}") for name in others[:3])
+        lines.append(f"{path}: took the weights of {key or 'its top level'!r}; for others: {how}")
+    tensors = {name: value for name, value in chosen.items() if isinstance(value, Tensor)}
+    if rest := [str(name) for name in chosen if name not in tensors]:
+        lines.append(left_out(path, rest, "are no tensors"))
+    return tensors, lines
+
+
+def left_out(path: Path, names: list[str], why: str) -> str:
+    """Return the line that counts what was left out, with the first names."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{path}: left out {len(names)} that {why}: {', '.join(names[:3])}{more}"
+
+
+def is_counter(key: str, tensor: Tensor) -> bool:
+    """Whether a tensor is a number that a wrapper keeps beside the model, such as `n_averaged`."""
+    return "." not in key and not tensor.ndim
+
+
+def _has_weights(part: object) -> bool:
+    return isinstance(part, Mapping) and any(
+        isinstance(value, Tensor) and isinstance(name, str) and not is_counter(name, value)
+        for name, value in part.items()
+    )
+
+
+def _only(path: Path, parts: Mapping[str, Any]) -> str:
+    if not parts:
+        raise RunError(f"{path}: no tensors in it, nor under its keys")
+    if len(parts) > 1:
+        how = " or ".join(shlex.quote(f"{path}?key={name}") for name in parts)
+        raise RunError(f"{path}: holds weights under several keys; say which: {how}")
+    return next(iter(parts))
+
+
+def _load(path: Path) -> Any:
+    if _is_script(path):
+        raise RunError(
+            f"{path}: a TorchScript archive, which is code; {_CODE}c = torch.jit.load({str(path)!r}"
+            f', "cpu"); torch.save(c.state_dict(), {_new_name(path)!r})'
+        )
+    with torch.serialization.safe_globals(_inert()), warnings.catch_warnings(action="ignore"):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise _refusal(path, str(error)) from None
+        except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise RunError(f"{path}: not a readable weights file ({reason})") from None
+
+
+def _refusal(path: Path, text: str) -> RunError:
+    """Return the error of a file that names classes; `text` is torch's, with the first of them."""
+    names = re.findall(r"GLOBAL ([\w.]*\w)", text)
+    if zipfile.is_zipfile(path):
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        names = sorted(found, key=lambda name: (name not in names, name))
+    if not names:
+        return RunError(f"{path}: not a readable weights file: neither safetensors nor torch's")
+    is_module = any(name.startswith("torch.nn.modules.") for name in names)
+    what, how = f"holds {', '.join(names[:3])}", 'c.get("state_dict", c.get("model", c))'
+    if is_module:
+        what = f"holds a whole pickled module ({names[0]})"
+        how = '(c["model"] if isinstance(c, dict) else c).state_dict()'
+    return RunError(
+        f"{path}: {what}, which is code and not weights alone; {_CODE}c = torch.load("
+        f'{str(path)!r}, "cpu", weights_only=False); torch.save({how}, {_new_name(path)!r})'
+    )
+
+
+def _new_name(path: Path) -> str:
+    return str(path.with_name(f"{path.stem}-weights.pth"))
+
+
+def _is_script(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())

@@ -1,0 +1,257 @@
+"""Checkpoints of other programs, as their authors save them."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import datetime
+import pathlib
+import pickle
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision.models
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from meshuffle.cli import main
+from meshuffle.config import TrainConfig
+from meshuffle.data.source import absolute_data
+from meshuffle.errors import DataError, ModelError, RunError
+from meshuffle.models import create_model
+from meshuffle.models.foreign import read_torch
+from meshuffle.train.initial_weights import open_initial_weights
+from meshuffle.train.state import new_model
+from meshuffle.weights import load_model, open_weights
+
+NAME = "shufflenet_v2_x0_5"
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, Tensor]:
+    return create_model(NAME, num_classes=3, seed=0).state_dict()
+
+
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + key: tensor for key, tensor in tensors.items()}
+
+
+def same(path: Path, tensors: dict[str, Tensor], key: str = "") -> tuple[str, ...]:
+    """Load a file, compare, and return what there is to say about it, without the path."""
+    opened = open_weights(Path(f"{path}{key}"))
+    assert opened.card.model == NAME and opened.tensors.keys() == tensors.keys()
+    assert all(torch.equal(opened.tensors[k], v) for k, v in tensors.items())
+    load_model(Path(f"{path}{key}"))
+    assert all(line.startswith(f"{path}: ") for line in opened.remarks)
+    return tuple(line.removeprefix(f"{path}: ") for line in opened.remarks)
+
+
+class _AttributeDict(dict[str, Any]):
+    """Lightning's, which need not be installed where its checkpoints are read."""
+
+
+_AttributeDict.__name__ = _AttributeDict.__qualname__ = "AttributeDict"
+_AttributeDict.__module__ = "lightning.fabric.utilities.data"
+
+
+def beside(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Return what training scripts store beside the weights."""
+    parts = _AttributeDict.__module__.split(".")
+    for depth in range(1, len(parts) + 1):
+        module = types.ModuleType(".".join(parts[:depth]))
+        module.__dict__.update(__path__=[], AttributeDict=_AttributeDict)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    model = nn.Linear(2, 2)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.step()
+    return {
+        "args": argparse.Namespace(lr=0.1, out=pathlib.Path("/runs"), when=datetime.datetime.now()),
+        "windows": pathlib.PureWindowsPath("C:/runs"),
+        "hyper_parameters": _AttributeDict(lr=0.1, sizes=collections.defaultdict(list, a=[1])),
+        "best_acc": np.float64(91.2),
+        "curve": np.arange(3.0),
+        "dtype": np.dtype("int32"),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, [3]).state_dict(),
+        "metrics": collections.OrderedDict(top1=np.float32(3)),
+        "epoch": 3,
+    }
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict", "net", "network"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_weights_beside_inert_values(
+    tmp_path: Path,
+    tensors: dict[str, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    key: str,
+    zipped: bool,
+) -> None:
+    path, content = tmp_path / "saved.ckpt", {**beside(monkeypatch), key: tensors}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    monkeypatch.delitem(sys.modules, _AttributeDict.__module__)
+    assert same(path, tensors) == ()
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "_orig_mod.", "model.", "net.backbone.", "module._orig_mod.", "model._orig_mod."],
+)
+def test_prefixes_of_wrappers_are_taken_off_and_said(
+    tmp_path: Path, tensors: dict[str, Tensor], prefix: str
+) -> None:
+    says = f"took the prefix '{prefix}' off {len(tensors)} keys"
+    torch.save({"state_dict": under(prefix, tensors)}, tmp_path / "a.ckpt")
+    assert same(tmp_path / "a.ckpt", tensors) == (says,)
+    save_file(under(prefix, tensors), tmp_path / "a.safetensors")
+    assert same(tmp_path / "a.safetensors", tensors) == (says,)
+
+
+def test_a_prefix_of_some_keys_stays(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    torch.save({**under("model.", tensors), "loss.weight": torch.ones(2)}, tmp_path / "a.pth")
+    with pytest.raises(ModelError, match=r"of keys model\.conv1.*: give --model NAME"):
+        load_model(tmp_path / "a.pth")
+
+
+def test_the_prefix_of_a_model_that_is_named(tmp_path: Path) -> None:
+    """Its keys are compared, as no maker has them; a prefix that is the model's own stays."""
+    path, name = tmp_path / "a.pth", f"{__name__}:Wrapped"
+    own = Wrapped(2).state_dict()
+    torch.save(under("module.", own), path)
+    assert open_weights(path, name).tensors.keys() == own.keys()
+    torch.save(own, path)
+    assert not open_weights(path, name).remarks
+    load_model(path, name)
+
+
+class Wrapped(nn.Module):
+    """All its keys begin with `model.`."""
+
+    def __init__(self, num_classes: int = 1000) -> None:
+        super().__init__()
+        self.model = nn.Linear(3, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.mean((2, 3)))
+
+
+def test_averaged_weights_are_read_on_request(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    """As torchvision's script saves them, and timm's."""
+    path = tmp_path / "a.pth"
+    model = create_model(NAME, num_classes=3, seed=1)
+    average = AveragedModel(model).state_dict()
+    torch.save({"model": tensors, "model_ema": average, "args": argparse.Namespace()}, path)
+    assert same(path, tensors) == (
+        f"took the weights of 'model'; for others: '{path}?key=model_ema'",
+    )
+    assert same(path, model.state_dict(), "?key=model_ema") == (
+        f"took the weights of 'model_ema'; for others: '{path}?key=model'",
+        f"took the prefix 'module.' off {len(tensors)} keys",
+        "left out 1 that count for a wrapper: n_averaged",
+    )
+    torch.save({"state_dict": tensors, "state_dict_ema": model.state_dict()}, path)
+    same(path, model.state_dict(), "?key=state_dict_ema")
+    torch.save({"teacher": model.state_dict(), "epoch": torch.tensor(3)}, path)
+    assert same(path, model.state_dict()) == ()
+    torch.save(average, path)
+    same(path, model.state_dict())
+    with pytest.raises(RunError, match="no weights under 'teacher'; it has no parts"):
+        open_weights(Path(f"{path}?key=teacher"))
+    with pytest.raises(DataError, match=r"'ema=1' is no option; known: \?key=…"):
+        open_weights(Path(f"{path}?ema=1"))
+    torch.save({"teacher": tensors, "student": tensors}, path)
+    with pytest.raises(RunError, match=r"say which: .*key=teacher' or .*key=student'"):
+        open_weights(path)
+    with pytest.raises(RunError, match="did you mean 'student'"):
+        open_weights(Path(f"{path}?key=students"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_loaded_into_float32(
+    tmp_path: Path, tensors: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    half = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+    torch.save({"model": half}, tmp_path / "a.pth")
+    network, _ = load_model(tmp_path / "a.pth")
+    assert all(torch.equal(v, half[k].to(v.dtype)) for k, v in network.state_dict().items())
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+
+
+class Settings:
+    """A class that no other program has."""
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+def test_code_is_refused_by_name_with_the_way_out(
+    tmp_path: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the lines of Python that are printed do it."""
+    monkeypatch.chdir(tmp_path)
+    model, path = create_model(NAME, num_classes=3, seed=0).eval(), Path("a b.pth")
+    theirs = torchvision.models.shufflenet_v2_x0_5(num_classes=3)
+    theirs.load_state_dict(tensors)
+    script = torch.jit.script(theirs)
+    contents = [
+        ({"args": Settings(), "model": tensors}, f"{__name__}.Settings, which is code"),
+        (model, r"whole pickled module \(meshuffle.models.shufflenet_v2.ShuffleNetV2\)"),
+        ({"model": model, "epoch": 1}, "whole pickled module"),
+        (script, "a TorchScript archive"),
+    ]
+    for content, says in contents:
+        script.save(path) if content is script else torch.save(content, path)
+        with pytest.raises(RunError, match=says) as error:
+            load_model(path)
+        lines = str(error.value).rpartition("in Python: ")[2]
+        assert "\n" not in str(error.value) and "print" not in lines
+        exec(lines, {"torch": torch})
+        same(Path("a b-weights.pth"), tensors)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04 not a zip", b"\x80\x02}q\x00.", pickle.dumps(print), b"x" * 99]
+)
+def test_what_is_no_weights_file(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.pth"
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=r"a\.pth: "):
+        read_torch(path)
+
+
+def test_train_lists_what_was_done(
+    tmp_path: Path, tensors: dict[str, Tensor], small: TrainConfig
+) -> None:
+    path = tmp_path / "a.ckpt"
+    torch.save({"state_dict": under("model.", tensors), "ema": tensors}, path)
+    config = dataclasses.replace(small, knobs={}, from_=f"{path}?key=state_dict")
+    start = open_initial_weights(config, None)
+    assert start is not None
+    lines = start.copy_into(new_model(config, start.card), start.card)
+    assert any("took the prefix 'model.' off" in line for line in lines)
+    assert any("for others: " in line for line in lines)
+
+
+def test_predict_says_it_on_standard_error(
+    tmp_path: Path, tensors: dict[str, Tensor], photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.ckpt"
+    torch.save({"ema": tensors, "model": under("module.", tensors)}, path)
+    image = next((photos / "val").rglob("*.png"))
+    assert main(["predict", f"{path}?key=model", str(image), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 1 and "took the prefix 'module.' off" in err
+
+
+def test_the_key_stays_behind_an_absolute_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.pth").touch()
+    monkeypatch.chdir(tmp_path)
+    assert absolute_data("a.pth?key=ema") == f"{tmp_path / 'a.pth'}?key=ema"
