@@ -13,7 +13,7 @@ from meshuffle.deploy.api import export
 from meshuffle.errors import ModelError, PlanError
 from meshuffle.infer.predict import evaluate, predict
 from meshuffle.report.record import read_record
-from meshuffle.train.api import train
+from meshuffle.train.api import resume, train
 from meshuffle.weights import build_model, load_model
 from tests.train import foreign
 
@@ -98,6 +98,9 @@ def test_a_module_object_trains_and_has_the_best_weights(small: TrainConfig) -> 
     rows = predict(run, [Path(small.data) / "val"], model=network)
     hits = sum(row["label"] in row["file"] for row in rows)
     assert found.metrics["top1"] == pytest.approx(100 * hits / len(rows))
+    again = foreign.LeNet(2)
+    resume(run, model=again)
+    assert torch.equal(again.fc.weight, network.fc.weight)
     with pytest.raises(ModelError, match="a LeNet object of a program; pass model=OBJECT"):
         evaluate(run)
     with pytest.raises(PlanError, match="dp=2: a module object trains on one rank"):

@@ -70,17 +70,25 @@ def _train_object(
     return result
 
 
-def resume(run: Path, *, model: str | None = None, plan: str | None = None) -> dict[str, Any]:
+def resume(
+    run: Path, *, model: nn.Module | str | None = None, plan: str | None = None
+) -> dict[str, Any]:
     """Continue the run folder `run` with its own settings.
 
     Args:
-        model: repeats the name of a `package.module:function` model, to allow its import.
+        model: repeats the name of a `package.module:function` model, to allow its import; or the
+            module object that the run trains, which has the best weights afterwards.
         plan: another plan to continue under, from now on: a text, `auto` or a `plan.json`.
     """
     env, run = rank_env(), expanded(run).resolve()
-    if env is not None:
-        return _train_launched(partial(reopen, run, env, model, plan), read_run(run).device, env)
-    return _run(reopen(run, env, model, plan))
+    with given(model) as name:
+        if env is not None:
+            ready = partial(reopen, run, env, name, plan)
+            return _train_launched(ready, read_run(run).device, env)
+        result = _run(reopen(run, env, name, plan))
+        if isinstance(model, nn.Module):
+            model.load_state_dict(load_model(run)[0].state_dict())
+    return result
 
 
 def _run(prepared: Prepared) -> dict[str, Any]:
