@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +18,12 @@ from hypothesis import strategies as st
 
 from meshuffle.cli import main
 from meshuffle.config import TrainConfig, check, parse_knobs, read_config, save_interval, to_toml
-from meshuffle.errors import ConfigError
+from meshuffle.errors import ConfigError, RunError
+from meshuffle.files import write_text
+from meshuffle.infer.predict import evaluate
 from meshuffle.train.api import describe_config, train
 from meshuffle.train.defaults import resolve
+from meshuffle.train.run import make_run_folder
 from meshuffle.weights import read_weights
 
 
@@ -58,7 +65,7 @@ def test_keys_in_both_spellings(tmp_path: Path) -> None:
     assert type(found["lr"]) is float
 
 
-texts = st.text(st.characters(codec="utf-8", exclude_characters="\x7f"), max_size=12)
+texts = st.text(st.characters(codec="utf-8"), max_size=12) | st.binary(max_size=12).map(os.fsdecode)
 numbers = st.none() | st.floats(0, 1e9)
 
 
@@ -91,8 +98,30 @@ def test_toml_and_back(
         strict=strict,
     )
     path = tmp_path_factory.mktemp("toml") / "config.toml"
-    path.write_text(to_toml(config, {}), encoding="utf-8")
+    write_text(path, to_toml(config, {}))
     assert TrainConfig(**read_config(path)) == config
+
+
+def test_a_path_that_is_not_utf_8_trains(small: TrainConfig, tmp_path: Path) -> None:
+    """On a terminal that is strict about UTF-8, too; the file repeats the run."""
+    data = os.fsdecode(os.path.join(os.fsencode(tmp_path), b"p\xffh"))  # noqa: PTH118
+    try:
+        shutil.copytree(small.data, data)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    command = [sys.executable, "-m", "meshuffle", "train", data, "--out", str(small.out)]
+    small = dataclasses.replace(small, epochs=1)
+    for name in ("model", "epochs", "batch", "input_size", "plan", "compile", "workers"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(small, name))]
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    run = Path(str(small.out))
+    assert done.stdout.splitlines()[0] == os.fsencode(run)
+    assert read_config(run / "config.toml")["data"] == data
+    assert evaluate(run)[0].num_samples > 0
+    with pytest.raises(RunError, match=r"p\\xffh-run': TensorBoard cannot write to a folder whose"):
+        make_run_folder(dataclasses.replace(small, out=data + "-run"))
 
 
 def test_every_value_has_its_origin(small: TrainConfig) -> None:

@@ -260,7 +260,8 @@ def read_config(path: Path) -> dict[str, Any]:
         ConfigError: no file, no TOML, an unknown key, or a value of the wrong type.
     """
     try:
-        values = tomllib.loads(path.read_text())
+        # The path of the data may hold bytes that are not UTF-8; see `files.write_text`.
+        values = tomllib.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
     except OSError as error:
         raise ConfigError(f"config {path}: {error.strerror}") from None
     except ValueError as error:
@@ -320,7 +321,7 @@ def to_toml(config: TrainConfig, origins: Mapping[str, Origin]) -> str:
 def _toml(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def parse_knobs(knobs: Mapping[str, str]) -> dict[str, Any]:

@@ -94,9 +94,9 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text`."""
+    """Replace `path` by `text` in UTF-8; a path in it that is not UTF-8 keeps its bytes."""
     with replaced(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -6,6 +6,7 @@ No verb's file imports torch at its top, so that `--help` answers at once.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
     let_threads_sleep()
+    _print_any_path()
     try:
         with _stopped_by_sigterm():
             return _run(tokens)
@@ -90,6 +92,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(error, file=sys.stderr)  # noqa: T201
             return error.exit_code
         return _fail(in_words(error), getattr(error, "exit_code", 1))
+
+
+def _print_any_path() -> None:
+    """Let a path that is not UTF-8 be printed, as its bytes, here and by the ranks."""
+    os.environ.setdefault("PYTHONIOENCODING", ":surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
 
 
 def _run(tokens: list[str]) -> int:

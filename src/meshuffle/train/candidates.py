@@ -23,6 +23,7 @@ from meshuffle.comm.heap import keep_freed_pages
 from meshuffle.comm.launch import end_with_parent, report_failure, torchrun
 from meshuffle.config import TrainConfig, read_config, to_toml
 from meshuffle.data import Batch, shard_bounds
+from meshuffle.files import write_text
 from meshuffle.planner.plan import Plan, parse_plan
 from meshuffle.tasks.card import Card
 from meshuffle.train.state import TrainState, build_state
@@ -89,7 +90,7 @@ def time_plans(config: TrainConfig, card: Card, plans: list[Plan]) -> dict[str, 
     """Return milliseconds of a step by plan text, measured in ranks of their own."""
     with tempfile.TemporaryDirectory() as folder:
         settings, out = Path(folder) / "config.toml", Path(folder) / "times.json"
-        settings.write_text(to_toml(config, {}))
+        write_text(settings, to_toml(config, {}))
         described = Path(folder) / "card.json"
         described.write_text(card.to_json())
         arguments = [str(settings), str(out), str(described), *(str(plan) for plan in plans)]

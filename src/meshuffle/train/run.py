@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import re
 from collections.abc import Mapping
@@ -237,15 +238,21 @@ def make_run_folder(config: TrainConfig) -> Path:
     """Make and return the run folder: `--out`, or the first free runs/MODEL-DATA-N.
 
     Raises:
-        RunError: `--out` exists and is not empty, or cannot be made.
+        RunError: `--out` exists and is not empty, or cannot be made, or is not UTF-8.
     """
+    folder = Path.cwd() / "runs" if config.out is None else expanded(config.out).resolve()
+    if os.fsencode(folder) != str(folder).encode("utf-8", "replace"):
+        raise RunError(
+            f"{os.fsencode(folder)!r}: TensorBoard cannot write to a folder whose path is not "
+            "UTF-8; choose another with --out"
+        )
     try:
         if config.out is not None:
-            return _make_given(expanded(config.out).resolve())
+            return _make_given(folder)
         name = re.sub(r"[^\w.-]+", "_", f"{config.model}-{_data_name(config.data)}").strip("_")
         number = 1
         while True:
-            run = Path.cwd() / "runs" / f"{name}-{number}"
+            run = folder / f"{name}-{number}"
             try:
                 run.mkdir(parents=True)
                 return run
