@@ -172,6 +172,14 @@ def test_what_is_given_is_kept() -> None:
         ({"step_epochs": (3,)}, "no effect with --schedule cosine"),
         ({"unfreeze_epoch": 3}, "no effect without --freeze"),
         ({"save_every": "often"}, "--save-every often"),
+        ({"timeout": math.inf}, "--timeout inf: must be a finite number"),
+        ({"timeout": 1e12}, r"--timeout 1e\+12: must be at most 1e\+09 seconds"),
+        ({"lr": math.inf}, "--lr inf: must be a finite"),
+        ({"clip_norm": math.inf}, "--clip-norm inf"),
+        ({"clip_norm": math.nan}, "--clip-norm nan"),
+        ({"weight_decay": math.inf}, "--weight-decay inf"),
+        ({"affine_degrees": math.nan}, "--affine-degrees nan"),
+        ({"save_every": "infm"}, "--save-every infm"),
     ],
 )
 def test_values_out_of_range(values: dict[str, Any], says: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import tomllib
 import types
 import typing
@@ -23,6 +24,9 @@ from meshuffle.errors import ConfigError, did_you_mean
 
 Origin = Literal["default", "chosen", "file", "flag"]
 TaskName = Literal["classify", "multilabel", "regress", "detect", "segment", "generate"]
+
+
+_LONGEST_S = 1e9  # more overflows in the libraries that wait
 
 
 def _option(text: str, group: str = "Run") -> Parameter:
@@ -93,7 +97,8 @@ class TrainConfig:
         int, _option("Micro-batches per step; batch norm sees one at a time.", "Optimiser")
     ] = 1
     ema: Annotated[
-        float, _option("Decay per step of the averaged weights; 0 is off.", "Optimiser")
+        float,
+        _option("Decay per step of the averaged weights, smaller at first; 0 is off.", "Optimiser"),
     ] = 0.0
     early_stop: Annotated[
         int, _option("Stop after this many epochs without a better one; 0 is off.", "Optimiser")
@@ -211,6 +216,11 @@ def check(config: TrainConfig) -> TrainConfig:
         value = getattr(config, name)
         if value is not None and not value >= least:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be a finite number")
+    if config.timeout > _LONGEST_S:
+        raise ConfigError(f"--timeout {config.timeout:g}: must be at most {_LONGEST_S:g} seconds")
     for name in ("label_smoothing", "dropout", "ema", "momentum", "step_factor"):
         value = getattr(config, name)
         if value is not None and not 0 <= value < 1:
@@ -244,7 +254,7 @@ def save_interval(text: str) -> tuple[float, int]:
     try:
         if text.endswith("m"):
             minutes = float(text[:-1])
-            if minutes > 0:
+            if 0 < minutes < float("inf"):
                 return 60 * minutes, 0
         elif int(text) > 0:
             return float("inf"), int(text)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
 import pickle
 import shutil
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,11 @@ from meshuffle.train.checkpoint.checkpoint import (
     checkpoints,
     locked,
     read_checkpoint,
+    resume_command,
     save_checkpoint,
 )
 from meshuffle.train.checkpoint.intact import latest_checkpoint
+from meshuffle.train.run import make_run_folder
 from meshuffle.weights import read_weights, save_weights
 
 TENSORS = {
@@ -161,6 +166,54 @@ def test_what_a_kill_left_is_ignored_and_removed(folder: Path, tmp_path: Path) -
         assert not left.exists()
         assert list(weights.iterdir()) == []
     assert latest_checkpoint(folder)[1]["step"] == 1
+
+
+def failing(number: int) -> Callable[..., Any]:
+    def flock(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return flock
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, None])
+def test_where_there_are_no_locks_a_run_goes_on_and_says_so(
+    small: TrainConfig, monkeypatch: pytest.MonkeyPatch, number: int | None
+) -> None:
+    """None: no `fcntl`, as on Windows. What another process may be writing stays."""
+    if number is None:
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+    else:
+        monkeypatch.setattr("fcntl.flock", failing(number))
+    run = Path(train(dataclasses.replace(small, epochs=1))["run"])
+    reason = os.strerror(number) if number else "this system has no file locks"
+    assert f"cannot be locked ({reason}): let no other process" in (run / "log.jsonl").read_text()
+    (run / ".part.tmp").touch()
+    with locked(run), locked(run):
+        assert (run / ".part.tmp").exists()
+
+
+def test_another_error_of_the_lock_is_no_other_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fcntl.flock", failing(errno.EIO))
+    with pytest.raises(RunError, match="cannot be locked: Input/output error"), locked(tmp_path):
+        pass
+
+
+def test_training_in_a_thread_catches_no_signals(small: TrainConfig) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(train, dataclasses.replace(small, epochs=1)).result()
+    assert Path(result["run"], "result.json").exists()
+
+
+def test_commands_that_are_printed_can_be_pasted(tmp_path: Path) -> None:
+    run = tmp_path / "my run"
+    (run / "state" / "damaged-step-1").mkdir(parents=True)
+    assert resume_command(run) == f"meshuffle train --resume '{run}'"
+    with pytest.raises(RunError, match=f"--from '{run}', which"):
+        latest_checkpoint(run / "state")
+    with pytest.raises(RunError, match=f"--resume '{run}'"):
+        make_run_folder(TrainConfig(out=str(run)))
 
 
 def full(*_: Any, **__: Any) -> Any:

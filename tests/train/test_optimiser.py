@@ -125,14 +125,27 @@ def test_frozen_layers_stay_as_they_are_in_a_run(small: TrainConfig) -> None:
 
 def test_average_follows_parameters_and_buffers() -> None:
     model = nn.BatchNorm1d(2)
-    shadow = average(model, 0.75)
+    shadow = average(model, 0.125)
     shadow.update_parameters(model)  # torch copies at the first call
     with torch.no_grad():
-        model.weight.fill_(5.0)
-        model.running_mean.fill_(4.0)  # type: ignore[union-attr]
+        model.weight.fill_(9.0)
+        model.running_mean.fill_(8.0)  # type: ignore[union-attr]
     shadow.update_parameters(model)
-    assert shadow.module.weight.tolist() == [2.0, 2.0]
-    assert shadow.module.running_mean.tolist() == [1.0, 1.0]
+    assert shadow.module.weight.tolist() == [8.0, 8.0]
+    assert shadow.module.running_mean.tolist() == [7.0, 7.0]
+
+
+def test_the_decay_of_the_average_grows_to_what_was_asked() -> None:
+    """min(d, (1 + t) / (10 + t)): after 3 steps at d = 0.9999 the start is not nearly all of it."""
+    model = nn.Linear(1, 1, bias=False)
+    shadow, expected = average(model, 0.3), float(model.weight.detach())
+    for step in range(6):
+        with torch.no_grad():
+            model.weight.fill_(float(step**2))
+        shadow.update_parameters(model)
+        decay = min(0.3, (1 + step) / (10 + step)) if step else 0.0
+        expected = decay * expected + (1 - decay) * step**2
+        assert float(shadow.module.weight.detach()) == pytest.approx(expected)
 
 
 def test_clip() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 
 from meshuffle.data import ImageSource, open_data, relabel
 from meshuffle.data.base import Data
@@ -50,8 +51,8 @@ def _named_by(data: Data, card: Card) -> Card:
     if len(data.classes) != len(card.classes):
         raise DataError(
             f"{data.spec} has {len(data.classes)} classes and the weights, {card.source}, have "
-            f"{len(card.classes)} outputs; train a new classifier: meshuffle train {data.spec} "
-            "--from WEIGHTS"
+            f"{len(card.classes)} outputs; train a new classifier: meshuffle train "
+            f"{shlex.quote(data.spec)} --from WEIGHTS"
         )
     return dataclasses.replace(card, classes=data.classes, titles=dict(data.titles))
 

@@ -182,9 +182,16 @@ def _no_change(module: nn.Module, mode: bool = True) -> nn.Module:
 def average(model: nn.Module, decay: float) -> AveragedModel:
     """Return the exponential moving average of `model`, buffers too.
 
-    The average starts as a copy; the decay of the first steps is as given (no ramp).
+    The average starts as a copy of the first step's weights. The decay after t steps is
+    min(decay, (1 + t) / (10 + t)), as in TensorFlow's ExponentialMovingAverage, so that a short
+    run's average is not one of weights that were hardly trained.
     """
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+    def update(averages: Any, values: Any, num: Any) -> None:
+        t = int(num)
+        get_ema_multi_avg_fn(min(decay, (1 + t) / (10 + t)))(averages, values, num)
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 
 def clip_gradients(model: nn.Module, max_norm: float, ranks: Ranks | None = None) -> Tensor | None:

@@ -55,8 +55,7 @@ def train_rank(run: Path) -> dict[str, Any]:
         torch.set_num_threads(threads_per_rank(plan, env.local_world))
     with contextlib.ExitStack() as stack:
         stack.enter_context(deterministic_algorithms(config.deterministic))
-        if env.is_main:
-            stack.enter_context(locked(run))
+        unlocked = stack.enter_context(locked(run)) if env.is_main else []
         stop = stack.enter_context(stop_requests())
         group = stack.enter_context(process_group(env, device))
         control = new_group(backend="gloo")
@@ -85,6 +84,7 @@ def train_rank(run: Path) -> dict[str, Any]:
             done = "all epochs are done; evaluating again and writing the report"
             resumed = done if state.progress.finished else f"resumed at {where}"
             lines = [*found.lines, resumed, *changes]
+        lines += unlocked
         watch = stack.enter_context(_watch(run, state, env))
         if isinstance(state.model, Parallel):
             lines = [*describe_split(state.model, config, plan), *lines]

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -267,7 +268,7 @@ def _make_given(run: Path) -> Path:
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise RunError(
             f"--out {run}: exists already; choose another folder, or continue that run with "
-            f"--resume {run}"
+            f"--resume {shlex.quote(str(run))}"
         )
     run.mkdir(parents=True, exist_ok=True)
     return run

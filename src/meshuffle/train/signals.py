@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +18,14 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Catch SIGINT and SIGTERM for the length of a `with` block; a third one kills at once."""
+    """Catch SIGINT and SIGTERM for the length of a `with` block; a third one kills at once.
+
+    Only the main thread of a process may catch signals; in another none is caught.
+    """
     request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
     seen = 0
 
     def note(number: int, _: object) -> None:

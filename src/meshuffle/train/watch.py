@@ -187,6 +187,7 @@ def _keep_rows(path: Path, names: tuple[str, ...], first_epoch: int) -> None:
 def environment() -> dict[str, Any]:
     """Return versions, host and processor, for `env.json`."""
     import platform
+    import shlex
     import sys
     from importlib.metadata import version
 
@@ -203,7 +204,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "device": describe(pick_device()),
         "cores": num_cores(),
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "launcher": next(
             (k for k in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID") if k in os.environ), ""
         ),

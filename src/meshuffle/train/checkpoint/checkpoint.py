@@ -11,17 +11,18 @@ an unpickler that knows the index's own classes and nothing else.
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -113,7 +114,7 @@ def checkpoints(state: Path) -> list[Path]:
 
 def resume_command(run: Path) -> str:
     """Return the command that continues `run`."""
-    return f"meshuffle train --resume {run}"
+    return f"meshuffle train --resume {shlex.quote(str(run))}"
 
 
 def recovery_hint(run: Path) -> str:
@@ -268,17 +269,35 @@ def _like(value: Tensor, parameter: nn.Parameter) -> Tensor:
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
+def locked(run: Path) -> Iterator[list[str]]:
     """Hold the run folder for this process; the lock goes with the process, however it ends.
 
+    Yields lines for the user: one where the file system or the operating system has no locks.
+
     Raises:
-        RunError: another process holds it.
+        RunError: another process holds it, or the lock fails.
     """
     with (run / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(f"{run}: another process is training in it") from None
+        if reason := _lock(run, file):
+            yield [f"{run} cannot be locked ({reason}): let no other process train in it"]
+            return
         for left in [*run.glob(".*.tmp"), *run.glob("*/.*.tmp")]:  # by a process that was killed
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-        yield
+        yield []
+
+
+def _lock(run: Path, file: IO[str]) -> str:
+    """Lock `file`; returns why that is not possible here, or ""."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return "this system has no file locks"
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
+            raise RunError(f"{run}: another process is training in it") from None
+        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            return str(error.strerror)
+        raise RunError(f"{run}: cannot be locked: {error.strerror}") from None
+    return ""

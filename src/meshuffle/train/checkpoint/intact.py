@@ -6,6 +6,7 @@ The main rank looks, before anything is loaded or written, and tells the others.
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def find_checkpoint(state: Path) -> Found:
         words += [path.name for path in sorted(state.glob(f"{_ASIDE}*"))]
         raise RunError(
             f"{state}: no checkpoint is whole: {', '.join(words)}; put back what is missing from a "
-            f"copy, or train a new run with --from {state.parent}, which starts from its weights"
+            f"copy, or train a new run with --from {shlex.quote(str(state.parent))}, which starts "
+            "from its weights"
         )
     return Found()
 
