@@ -6,6 +6,7 @@ import codecs
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,9 @@ from meshuffle.data.image import EXTENSIONS
 from meshuffle.errors import DataError, did_you_mean
 from meshuffle.files import expanded
 
+Need = Sequence[str]
+"""The splits that must exist; see `open_data`."""
+NEED: Need = ("train", "val")
 VAL_FRACTION = 0.2
 SPLITS = {
     "train": "train",
@@ -240,19 +244,18 @@ def assemble(
     task: str,
     classes: Sequence[str],
     splits: Mapping[str, ImageSource],
+    problems: Problems,
     *,
     seed: int,
-    need: Sequence[str],
-    ignored: Sequence[str] = (),
-    notices: Sequence[str] = (),
+    need: Need,
     layout: str = "",
     shown: NDArray[np.bool_] | None = None,
 ) -> Data:
     """Return the data set; if val is missing, 20 % of train, chosen by `seed`, become val.
 
-    With `need=()` nothing is split. `shown`: which classes train's images show, bool [N, C], of a
-    task that needs each in train. Raises `DataError` if a needed split has no image, or train
-    lacks a class.
+    With `need=()` nothing is split. `problems` holds the notes and notices. `shown`: which classes
+    train's images show, bool [N, C], of a task that needs each in train. Raises `DataError` if a
+    needed split has no image, or train lacks a class.
     """
     found = {key: source for key, source in splits.items() if len(source)}
     if need and "val" not in found and "train" in found:
@@ -269,12 +272,5 @@ def assemble(
         check_filled(path, kept.nonzero()[1], classes, "pixel")
     if not found:
         raise DataError(f"{path} holds no image")
-    return Data(
-        spec=path,
-        classes=tuple(classes),
-        splits=found,
-        ignored=tuple(ignored),
-        task=task,
-        layout=layout,
-        notices=tuple(notices),
-    )
+    data = Data(path, tuple(classes), found, task=task, layout=layout)
+    return replace(data, ignored=tuple(problems.notes), notices=tuple(problems.notices))

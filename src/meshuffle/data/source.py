@@ -5,14 +5,14 @@ A new format is one module with an opener and one line in `FORMATS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from meshuffle.data.base import Data, ImageSource
-from meshuffle.data.entries import split_place
+from meshuffle.data.entries import NEED, Need, split_place
 from meshuffle.data.formats.digits import open_digits
 from meshuffle.data.scan import existing_folder
 from meshuffle.errors import DataError, did_you_mean
@@ -59,12 +59,7 @@ _ONE_LABEL = Format("folder", "open_folder")
 
 
 def open_data(
-    spec: str,
-    *,
-    task: str = "classify",
-    seed: int = 0,
-    need: Sequence[str] = ("train", "val"),
-    strict: bool = False,
+    spec: str, *, task: str = "classify", seed: int = 0, need: Need = NEED, strict: bool = False
 ) -> Data:
     """Open the data set that `spec` names; read no image yet.
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from meshuffle.data.annotated import AnnotatedSource
 from meshuffle.data.base import Data, shortened
-from meshuffle.data.entries import assemble, check_names, only_split, split_of
+from meshuffle.data.entries import NEED, Need, Problems, assemble, check_names, only_split, split_of
 from meshuffle.data.formats.coco_json import WANTED, Instances, is_number, read_instances
 from meshuffle.data.objects import (
     BoxList,
@@ -33,12 +33,7 @@ BACKGROUND = "background"
 
 
 def open_coco(
-    path: str,
-    *,
-    task: str = "classify",
-    seed: int = 0,
-    need: Sequence[str] = ("train", "val"),
-    strict: bool = False,
+    path: str, *, task: str = "classify", seed: int = 0, need: Need = NEED, strict: bool = False
 ) -> Data:
     """Open COCO's layout, or one JSON of instances whose images lie beside it or in images/.
 
@@ -59,7 +54,8 @@ def open_coco(
         split: read_instances(file, split, outlines=segment, strict=strict)
         for split, file in files.items()
     }
-    notes: list[str] = []
+    problems = Problems(path)
+    notes = problems.notes
     classes = _classes(read, task, notes)
     splits, shown = {}, None
     for split, one in read.items():
@@ -69,16 +65,9 @@ def open_coco(
         splits[split], shown_NC = _mask_source(split, one, classes, notes)
         shown = shown_NC if split == "train" else shown
     names = ", ".join(f"{one.file.name} with images in {one.root}" for one in read.values())
+    layout = f"COCO: {names}"
     return assemble(
-        path,
-        task,
-        classes,
-        splits,
-        seed=seed,
-        need=need,
-        ignored=notes,
-        layout=f"COCO: {names}",
-        shown=shown,
+        path, task, classes, splits, problems, seed=seed, need=need, layout=layout, shown=shown
     )
 
 

@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from meshuffle.data.base import Data, ImageSource, shortened
-from meshuffle.data.entries import SPLITS, assemble, check_train, only_split, split_options
+from meshuffle.data.entries import (
+    SPLITS,
+    Problems,
+    assemble,
+    check_train,
+    only_split,
+    split_options,
+)
 from meshuffle.data.image import decode_image
 from meshuffle.errors import DataError, ImageError, did_you_mean
 from meshuffle.files import expanded
@@ -73,7 +80,8 @@ def open_hf(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "val"))
     """
     name, options = split_options(path, ["label", "image", "config"])
     library = _library(name)
-    notes: list[str] = []
+    problems = Problems(path)
+    notes = problems.notes
     tables = _splits(_load(library, name, options.get("config")), name, need, notes)
     features = next(iter(tables.values())).features
     image = _column(name, features, library.Image, "image", options.get("image"))
@@ -91,7 +99,7 @@ def open_hf(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "val"))
         splits[split] = HubSource(f"{name}/{split}", encoded, image, labels, classes)
     if "train" in need and "train" in splits:
         check_train(f"hf:{name}", splits["train"].labels, classes, "image")
-    return assemble(path, "classify", classes, splits, seed=seed, need=need, ignored=notes)
+    return assemble(path, "classify", classes, splits, problems, seed=seed, need=need)
 
 
 def _library(name: str) -> Any:

@@ -75,17 +75,10 @@ def open_masks(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "val
             labels = pixels[split].argmax(axis=1)
         targets = MaskTargets(root, images, path_table(pair.masks), table)
         splits[split] = AnnotatedSource(root, images, labels, classes, targets)
+    shown = pixels["train"] > 0 if "train" in pixels else None
+    layout = f"masks: {layout}"
     return assemble(
-        path,
-        "segment",
-        classes,
-        splits,
-        seed=seed,
-        need=need,
-        ignored=problems.notes,
-        notices=problems.notices,
-        layout=f"masks: {layout}",
-        shown=pixels["train"] > 0 if "train" in pixels else None,
+        path, "segment", classes, splits, problems, seed=seed, need=need, layout=layout, shown=shown
     )
 
 

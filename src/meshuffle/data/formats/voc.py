@@ -13,11 +13,14 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+from numpy.typing import NDArray
 
 from meshuffle.data.annotated import NUM_IDS, AnnotatedSource, MaskTargets, image_size
 from meshuffle.data.base import Data, shortened
 from meshuffle.data.entries import (
+    NEED,
     SPLITS,
+    Need,
     Problems,
     absent,
     assemble,
@@ -67,12 +70,7 @@ class _Split:
 
 
 def open_voc(
-    path: str,
-    *,
-    task: str = "classify",
-    seed: int = 0,
-    need: Sequence[str] = ("train", "val"),
-    strict: bool = False,
+    path: str, *, task: str = "classify", seed: int = 0, need: Need = NEED, strict: bool = False
 ) -> Data:
     """Open a folder with Annotations/, JPEGImages/ and, where there are any, ImageSets/.
 
@@ -98,19 +96,20 @@ def open_voc(
     one = folders.get("")
     lists = {split: _stems(root, task, pair) for split, pair in folders.items()}
     if one is not None:
-        lists = _lists(root, task, one, problems) or {only_split(need): lists[""]}
-        _left_out(root, task, one, lists, need, problems)
+        lists = _lists(root, task, one, need, problems) or {only_split(need): lists[""]}
         _check_disjoint(lists, problems)
     splits = {
         split: _read_split(root, one or folders[split], stems, task, problems)
         for split, stems in lists.items()
     }
     layout = f"VOC: {layout}"
+    shown = None
     if task == "segment":
-        return _segmented(path, root, splits, problems, seed=seed, need=need, layout=layout)
-    classes, sources = _box_sources(root, task, splits, problems)
+        classes, sources, shown = _mask_sources(root, splits, need, problems)
+    else:
+        classes, sources = _box_sources(root, task, splits, problems)
     return assemble(
-        path, task, classes, sources, seed=seed, need=need, ignored=problems.notes, layout=layout
+        path, task, classes, sources, problems, seed=seed, need=need, layout=layout, shown=shown
     )
 
 
@@ -145,8 +144,13 @@ def _stems(root: Path, task: str, folders: Folders) -> list[str]:
     return _files(root / folders[1], ".png" if task == "segment" else ".xml")
 
 
-def _lists(root: Path, task: str, folders: Folders, problems: Problems) -> dict[str, list[str]]:
-    """Return {split: names of its images without extension}, as the lists in ImageSets/ say."""
+def _lists(
+    root: Path, task: str, folders: Folders, need: Need, problems: Problems
+) -> dict[str, list[str]]:
+    """Return {split: names of its images without extension}, as the lists in ImageSets/ say.
+
+    A test list of which no image is annotated is left out, if it is not needed.
+    """
     sets = root / (find_folder(root, ["ImageSets"]) or "ImageSets")
     names = ["Segmentation", "Main"] if task == "segment" else ["Main"]
     folder = sets / (find_folder(sets, names) or "")
@@ -156,22 +160,11 @@ def _lists(root: Path, task: str, folders: Folders, problems: Problems) -> dict[
             if split not in found and file.is_file():
                 lines = read_text(file).splitlines()
                 found[split] = [line.split()[0] for line in lines if line.strip()]
-    return found
-
-
-def _left_out(
-    root: Path,
-    task: str,
-    folders: Folders,
-    lists: dict[str, list[str]],
-    need: Sequence[str],
-    problems: Problems,
-) -> None:
-    """Leave out a test list of which no image is annotated, if it is not needed."""
     known = set(_stems(root, task, folders))
-    if "test" in lists and "test" not in need and not known.intersection(lists["test"]):
+    if "test" in found and "test" not in need and not known.intersection(found["test"]):
         problems.notes.append("test.txt: its images have no annotations: left out")
-        del lists["test"]
+        del found["test"]
+    return found
 
 
 def _check_disjoint(lists: Mapping[str, Sequence[str]], problems: Problems) -> None:
@@ -292,17 +285,10 @@ def _box_sources(
     }
 
 
-def _segmented(
-    path: str,
-    root: Path,
-    splits: Mapping[str, _Split],
-    problems: Problems,
-    *,
-    seed: int,
-    need: Sequence[str],
-    layout: str,
-) -> Data:
-    """Return the data of segment."""
+def _mask_sources(
+    root: Path, splits: Mapping[str, _Split], need: Need, problems: Problems
+) -> tuple[tuple[str, ...], dict[str, AnnotatedSource], NDArray[np.bool_] | None]:
+    """Return the classes and sources of segment, and which classes train's images show."""
     for file in absent(root, [file for split in splits.values() for file in split.masks]):
         problems.add(f"{file} is missing")
     problems.raise_any()
@@ -328,17 +314,7 @@ def _segmented(
     shown = counts["train"][:, ids] > 0 if "train" in counts else None
     if shown is not None:
         shown[:, 0] = True  # the background is always a class
-    return assemble(
-        path,
-        "segment",
-        classes,
-        sources,
-        seed=seed,
-        need=need,
-        ignored=problems.notes,
-        layout=layout,
-        shown=shown,
-    )
+    return classes, sources, shown
 
 
 def _mask_classes(root: Path, names: Sequence[str]) -> tuple[str, ...]:

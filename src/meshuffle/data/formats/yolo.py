@@ -13,7 +13,9 @@ from typing import Any
 
 from meshuffle.data.base import Data, shortened
 from meshuffle.data.entries import (
+    NEED,
     SPLITS,
+    Need,
     Problems,
     assemble,
     check_names,
@@ -33,12 +35,7 @@ _SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": (
 
 
 def open_yolo(
-    path: str,
-    *,
-    task: str = "classify",
-    seed: int = 0,
-    need: Sequence[str] = ("train", "val"),
-    strict: bool = False,
+    path: str, *, task: str = "classify", seed: int = 0, need: Need = NEED, strict: bool = False
 ) -> Data:
     """Open a data.yaml, or the folder that it lies in, or classes.txt with images/ and labels/.
 
@@ -82,9 +79,7 @@ def open_yolo(
         for split, one in objects.items()
     }
     layout = f"YOLO: {file.name} with {', '.join(next(filter(None, folders.values())))}"
-    return assemble(
-        path, task, classes, splits, seed=seed, need=need, ignored=problems.notes, layout=layout
-    )
+    return assemble(path, task, classes, splits, problems, seed=seed, need=need, layout=layout)
 
 
 def _main_file(path: Path) -> Path:
