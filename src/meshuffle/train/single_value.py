@@ -62,9 +62,11 @@ def refuse_single_values(
         tried(torch.zeros(2, 3, config.input_size, config.input_size))
     if found:
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        num = num_micro_batches(config, plan)
+        fewer = f"fewer micro-batches than {num} (mb, --accumulate), " if num > 1 else ""
         raise ConfigError(
             f"--batch {config.batch} under plan {plan}: the smallest of its batches gives the "
-            f"batch norm {found[0]}{more} a single value per channel (1 image, 1×1 map at --input-size "
-            f"{config.input_size}), from which it learns nothing; use a larger --batch or a larger "
-            "--input-size"
+            f"batch norm {found[0]}{more} a single value per channel (1 image, 1×1 map at "
+            f"--input-size {config.input_size}), from which it learns nothing; use a larger "
+            f"--batch, {fewer}or a larger --input-size"
         )
