@@ -16,7 +16,7 @@ from torch import Tensor
 
 from meshuffle.cli import main
 from meshuffle.config import TrainConfig, read_config
-from meshuffle.errors import Interrupted, PlanError, RunError
+from meshuffle.errors import ConfigError, Interrupted, PlanError, RunError
 from meshuffle.infer.predict import evaluate, predict
 from meshuffle.planner.plan import read_plan
 from meshuffle.train import loop
@@ -162,7 +162,7 @@ def test_a_run_continues_under_another_plan(
         with pytest.raises(PlanError, match=says):
             resume(run, plan=plan)
     with locked(run), pytest.raises(RunError, match="another process"):
-        resume(run, plan="pp=2,threads=1")
+        resume(run, plan="pp=2,mb=2,threads=1")
     assert before == [(run / name).read_bytes() for name in ("plan.json", "config.toml")]
     capsys.readouterr()
     resume(run, plan="dp=2,threads=1")
@@ -176,5 +176,7 @@ def test_a_run_continues_under_another_plan(
     resume(run)
     assert main(["train", "--resume", str(run), "--plan", "dp=2,threads=1"]) == 0
     assert "continuing under" not in capsys.readouterr().out
-    resume(run, plan="pp=2,threads=1")
+    with pytest.raises(ConfigError, match=r"single value .* fewer micro-batches than 4 \(mb"):
+        resume(run, plan="pp=2,threads=1")
+    resume(run, plan="pp=2,mb=2,threads=1")
     assert len(read_plan(run / "plan.json").cuts) == 1

@@ -35,6 +35,7 @@ from meshuffle.train.compiling import CompileChoice
 from meshuffle.train.initial_weights import START
 from meshuffle.train.model_trial import try_model
 from meshuffle.train.resolve import resolve_run
+from meshuffle.train.single_value import refuse_single_values
 from meshuffle.train.split import schedule_of, split_model
 from meshuffle.train.state import augment_config, build_model, make_card
 from meshuffle.train.watch import environment
@@ -70,6 +71,7 @@ def prepare(
     model, frozen, start_lines = build_model(config, card, start)
     config, card, model_lines = _fit_model(config, card, model)
     plan, lines = _choose_plan(config, card, env)
+    refuse_single_values(model, frozen, config, plan, len(resolved.data.splits["train"]))
     plan = _with_cuts(plan, model, frozen, config)
     run = make_run_folder(config)
     # Without the folder, so that the run can be moved, and made again from its settings.
@@ -156,11 +158,13 @@ def reopen(
     if plan is None:
         _check_plan(before, config, env)
         return Prepared(run, before)
-    card = make_card(config, open_data(config.data, task=config.task, need=("train", "val")))
+    data = open_data(config.data, task=config.task, need=("train", "val"))
+    card = make_card(config, data)
     chosen, lines = _choose_plan(dataclasses.replace(config, plan=plan), card, env)
     if str(chosen) == str(before) and chosen.cuts in ((), before.cuts):
         return Prepared(run, before, tuple(lines))
     network, frozen, _ = build_model(config, card)
+    refuse_single_values(network, frozen, config, chosen, len(data.splits["train"]))
     chosen = _with_cuts(chosen, network, frozen, config)
     with locked(run):
         text = (run / "config.toml").read_text()
