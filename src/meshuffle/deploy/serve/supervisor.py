@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import multiprocessing
 import signal
 import socket
@@ -24,7 +25,10 @@ from meshuffle.deploy.serve.replica import GRACE_S, MESSAGE_BYTES, Recipe
 from meshuffle.errors import RankFailed
 
 _MAX_CONNECTIONS = 1000  # per replica; further ones wait in the kernel
+_MAX_UNCONFIRMED = 100  # per replica; its channel has room for about 270 messages
 _ACCEPTED_AT_ONCE = 64
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_PAUSE_S = 0.5  # without room, until it accepts again
 _TRIES = 3  # after so many failed starts in a row the service gives up
 _LAST_S = 3.0  # a replica that takes longer than its limits and this to end is killed
 
@@ -60,7 +64,8 @@ class Supervisor:
         self._listener, self._recipe, self._num_replicas = listener, recipe, num_replicas
         self._say, self._ready = say, ready
         self._replicas: dict[int, _Replica] = {}
-        self._listening = self._reported_ready = False
+        self._listening = self._reported_ready = self._said_no_room = False
+        self._pause: asyncio.TimerHandle | None = None  # accepts nothing until then
         self._stop, self._changed = asyncio.Event(), asyncio.Event()
         self._num_failed = 0
         self._failure: RankFailed | None = None
@@ -89,24 +94,28 @@ class Supervisor:
             raise self._failure
 
     def _start(self, index: int) -> None:
-        context = multiprocessing.get_context("forkserver")
         own, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        process = context.Process(
-            target=child.main, args=(self._recipe, index, other), name=f"replica {index + 1}"
-        )
-        process.start()
+        process = self._new_process(index, other)
         other.close()
         own.setblocking(False)
         one = self._replicas[index] = _Replica(index, process, own)
         self._loop.add_reader(own, self._take_message, one)
         self._loop.add_reader(process.sentinel, self._replace_ended, one)
 
-    def _take_message(self, one: _Replica) -> None:
-        """Take the next message of a replica."""
+    def _new_process(self, index: int, channel: socket.socket) -> BaseProcess:
+        context = multiprocessing.get_context("forkserver")
+        process = context.Process(
+            target=child.main, args=(self._recipe, index, channel), name=f"replica {index + 1}"
+        )
+        process.start()
+        return process
+
+    def _take_message(self, one: _Replica) -> bool:
+        """Take the next message of a replica; return whether there may be more."""
         try:
             word, *numbers = one.channel.recv(MESSAGE_BYTES).split(b" ")
         except BlockingIOError:
-            return
+            return False
         except OSError:
             word, numbers = b"", []
         if word == child.UP:
@@ -119,10 +128,12 @@ class Supervisor:
             one.num_open -= num_closed
             for _ in range(num_taken):
                 one.sent.popleft().close()
+            self._end_pause()
         elif not word:
             self._loop.remove_reader(one.channel)
             one.is_up = False
         self._update_listening()
+        return bool(word)
 
     def _report_ready(self) -> None:
         are_ready = [one.is_ready for one in self._replicas.values()]
@@ -132,12 +143,14 @@ class Supervisor:
 
     def _replace_ended(self, one: _Replica) -> None:
         """Clean up after a replica that ended, and start another one unless the service stops."""
+        del self._replicas[one.index]
         self._loop.remove_reader(one.process.sentinel)
+        while self._take_message(one):  # what it confirmed is half read: no other may get it
+            pass
         self._loop.remove_reader(one.channel)
         one.channel.close()
         one.process.join()
         mark_process_dead(one.process.pid, self._recipe.metrics)
-        del self._replicas[one.index]
         self._changed.set()
         for connection in one.sent:
             self._hand_on(connection)
@@ -155,7 +168,7 @@ class Supervisor:
 
     def _update_listening(self) -> None:
         """Accept connections only while a replica can take one."""
-        should = self._least_busy() is not None and not self._stop.is_set()
+        should = self._least_busy() is not None and not (self._stop.is_set() or self._pause)
         if should and not self._listening:
             self._loop.add_reader(self._listener, self._accept)
         elif self._listening and not should:
@@ -165,20 +178,41 @@ class Supervisor:
     def _least_busy(self) -> _Replica | None:
         """Return the replica for the next connection, preferably one that is ready."""
         free = [
-            one for one in self._replicas.values() if one.is_up and one.num_open < _MAX_CONNECTIONS
+            one
+            for one in self._replicas.values()
+            if one.is_up and one.num_open < _MAX_CONNECTIONS and len(one.sent) < _MAX_UNCONFIRMED
         ]
         return min(free, key=lambda one: (not one.is_ready, one.num_open), default=None)
 
     def _accept(self) -> bool:
         """Hand on the waiting connections; return whether none is left."""
         for _ in range(_ACCEPTED_AT_ONCE):
+            if self._least_busy() is None:
+                break
             try:
                 connection, _ = self._listener.accept()
-            except OSError:  # none is left, the client has left, or there are no handles
+            except OSError as error:  # none is left, the client has left, or there is no room
+                if error.errno in _NO_ROOM:
+                    self._begin_pause(error)
                 return True
             self._hand_on(connection)
         self._update_listening()
         return False
+
+    def _begin_pause(self, error: OSError) -> None:
+        """Accept nothing until a connection closes or the pause is over; others wait meanwhile."""
+        if not self._said_no_room:
+            self._say(f"cannot accept more connections ({error.strerror}); raise ulimit -n")
+        self._said_no_room = True
+        self._end_pause()
+        self._pause = self._loop.call_later(_PAUSE_S, self._end_pause)
+        self._update_listening()
+
+    def _end_pause(self) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
+            self._update_listening()
 
     def _hand_on(self, connection: socket.socket) -> None:
         """Give a connection to a replica, or close it if no replica takes it."""
