@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
 from meshuffle.deploy.serve import backends, start
 from meshuffle.deploy.serve.backends import Backend, candidates, prepare
+from meshuffle.deploy.serve.limits import Limits
 from meshuffle.deploy.serve.measure import Layout, best_batch, best_layout, layouts
+from meshuffle.deploy.serve.starting import refusing
 from meshuffle.errors import ConfigError, ParityError
 from meshuffle.weights import open_weights
-from tests.deploy.serving import make_weights
+from tests.deploy.serving import error_of, make_weights
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +105,39 @@ def test_a_backend_that_fails_is_left_out(
     assert "without openvino: it computes something else" in said
     with pytest.raises(ParityError):
         start.choose(["openvino"], *arguments)
+
+
+def test_while_it_starts_it_answers_503_and_keeps_the_port() -> None:
+    with start.bound("127.0.0.1", 0) as listener:
+        url = start.url_of(listener)
+        with refusing(listener, Limits()), httpx.Client(base_url=url, timeout=20) as client:
+            assert client.get("/health").json() == {"status": "ok"}
+            for path in ("/", "/ready", "/model", "/nowhere"):
+                answer = client.get(path)
+                assert error_of(answer, 503) == "the service is starting"
+                assert int(answer.headers["retry-after"]) > 0
+            error_of(client.post("/predict", content=bytes(3_000_000)), 503)
+            silent = socket.create_connection(listener.getsockname()[:2], timeout=20)
+            client.get("/health")
+        with silent:
+            assert silent.recv(1) == b""  # closed: it would hold up the start
+        with socket.create_connection(listener.getsockname()[:2], timeout=20):
+            listener.setblocking(True)
+            listener.accept()[0].close()
+
+
+def test_serve_listens_before_it_measures(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def choose(*_: object) -> start.Choice:
+        url = said[-1].split()[2].rstrip(";")
+        assert httpx.get(f"{url}/health").status_code == 200
+        error_of(httpx.get(f"{url}/ready"), 503)
+        raise ParityError("seen")
+
+    monkeypatch.setattr(start, "choose", choose)
+    with pytest.raises(ParityError, match="seen"):
+        start.serve(weights, start.Options(port=0), say=said.append, ready=lambda facts: None)
 
 
 def test_where_the_token_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
+
+from meshuffle.deploy.serve import supervisor
 from meshuffle.deploy.serve.backends import Backend
 from meshuffle.deploy.serve.limits import Limits
 from meshuffle.deploy.serve.replica import COUNT, MESSAGE_BYTES, READY, UP, Recipe
@@ -174,3 +177,40 @@ def test_without_handles_it_waits_before_it_accepts_again(tmp_path: Path) -> Non
 
     said = play(tmp_path, scene, listener=Full)
     assert sum("open files" in line for line in said) == 1
+
+
+def test_a_replica_that_dies_again_and_again_waits_longer_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "_FIRST_DELAY_S", 0.1)
+    monkeypatch.setattr(supervisor, "_LONGEST_DELAY_S", 0.3)
+
+    async def die(played: Played) -> None:
+        played.fakes[-1].die()
+        num = len(played.fakes)
+        while len(played.fakes) == num:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)  # it is ready
+
+    async def scene(played: Played, connect: Callable[[], socket.socket]) -> None:
+        for _ in range(4):
+            await asyncio.wait_for(die(played), 5)
+        monkeypatch.setattr(supervisor, "_HEALTHY_S", 0.0)
+        await asyncio.wait_for(die(played), 5)
+
+    *said, _ = play(tmp_path, scene, replicas=1)
+    how = "replica 1 was killed by signal 9; it starts again in"
+    assert said == [f"{how} {delay} s" for delay in (0.1, 0.2, 0.3, 0.3, 0.1)]
+
+
+def test_without_any_replica_requests_get_503_at_once(tmp_path: Path) -> None:
+    async def scene(played: Played, connect: Callable[[], socket.socket]) -> None:
+        clients = [connect()]
+        await asyncio.sleep(0.1)
+        played.fakes[0].die()  # it has not taken the first one
+        await asyncio.sleep(0.1)
+        for client in (*clients, connect()):
+            client.sendall(b"GET /ready HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert (await reads(client)).startswith(b"HTTP/1.1 503 ")
+
+    play(tmp_path, scene, replicas=1)

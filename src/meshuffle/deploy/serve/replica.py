@@ -119,7 +119,7 @@ class Replica:
         card = Card.from_json(self._recipe.card)
         self._service = self._new_service()
         app = build_app(self._service, About(card, self._recipe.runs_on), self._recipe.token)
-        self._config = _http(app)
+        self._config = http_config(app)
         self._loop = asyncio.get_running_loop()
         self._loop.add_signal_handler(signal.SIGTERM, self._stop.set)
         self._channel.setblocking(False)
@@ -242,9 +242,11 @@ class Replica:
             await asyncio.sleep(0.02)
 
 
-def _http(app: object) -> Config:
+def http_config(app: object) -> Config:
+    """Return uvicorn's configuration for an application."""
     config = Config(
         app,  # type: ignore[arg-type]
+        interface="asgi3",
         http="httptools",
         ws="none",
         lifespan="off",

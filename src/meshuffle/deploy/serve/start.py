@@ -31,6 +31,7 @@ from meshuffle.deploy.serve.measure import (
     measured,
 )
 from meshuffle.deploy.serve.replica import Recipe
+from meshuffle.deploy.serve.starting import refusing
 from meshuffle.deploy.serve.supervisor import Supervisor
 from meshuffle.errors import ConfigError, MeshuffleError, PlanError
 from meshuffle.planner.plan import Plan
@@ -119,7 +120,9 @@ def serve(
         tempfile.TemporaryDirectory(prefix="meshuffle-serve-") as scratch,
     ):
         fork_server(REPLICA)
-        choice = choose(names, target, card, options, Path(scratch), num_gpus, say)
+        say(f"listening on {url_of(listener)}; requests get 503 until the service is ready")
+        with refusing(listener, options.limits):
+            choice = choose(names, target, card, options, Path(scratch), num_gpus, say)
         metrics = Path(scratch) / "metrics"
         metrics.mkdir()
         description = describe(listener, card, choice, options)
@@ -179,6 +182,12 @@ def bound(host: str, port: int) -> socket.socket:
             what = f"--host {host} --port {port}: {error.strerror}"
         raise ConfigError(what) from None
     return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Return the URL of a listening socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def read_token(file: Path | None) -> str | None:
@@ -284,9 +293,8 @@ def describe(
     listener: socket.socket, card: Card, choice: Choice, options: Options
 ) -> dict[str, Any]:
     """Return the description of a service that is printed at its start, as plain data."""
-    host, port = listener.getsockname()[:2]
     return {
-        "url": f"http://{f'[{host}]' if ':' in host else host}:{port}",
+        "url": url_of(listener),
         "model": card.model,
         "task": card.task,
         "classes": len(card.classes),
