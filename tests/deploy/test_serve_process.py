@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,7 +41,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def service(weights: Path) -> Iterator[Served]:
     """Two replicas, one thread each, small limits."""
-    limits = ("--max-body-mb", "1", "--max-megapixels", "2", "--time-limit", "2")
+    limits = ("--max-body-mb", "1", "--max-megapixels", "2", "--time-limit", "5")
     with served(weights, "--replicas", "2", *limits) as one:
         yield one
 
@@ -177,6 +178,38 @@ def test_a_replica_that_is_killed_is_replaced_and_the_service_goes_on(service: S
 
     until(both_ready)
     assert httpx.post(service.url + "/predict", content=red()).status_code == 200
+
+
+def test_kills_under_load_cost_no_client_a_wrong_answer(service: Served) -> None:
+    """Each request ends: with a prediction, a 503, or a closed connection (clients retry)."""
+    answers: Counter[object] = Counter()
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            try:
+                answer = httpx.post(service.url + "/predict", content=red(300, 300), timeout=30)
+                answers[answer.status_code] += 1
+            except httpx.TransportError as error:
+                answers["timeout" if isinstance(error, httpx.TimeoutException) else "closed"] += 1
+
+    with ThreadPoolExecutor(8) as pool:
+        clients = [pool.submit(ask) for _ in range(8)]
+        try:
+            for _ in range(3):
+                before, victim = answers.total(), service.replicas()[0]
+                until(lambda before=before: answers.total() > before + 20)  # type: ignore[misc]
+                os.kill(victim, signal.SIGKILL)
+                until(
+                    lambda victim=victim: (  # type: ignore[misc]
+                        len(service.replicas()) == 2 and victim not in service.replicas()
+                    )
+                )
+        finally:
+            stop.set()
+        for client in clients:
+            client.result(60)
+    assert answers.keys() <= {200, 503, "closed"} and answers[200] > 60, answers
 
 
 def ask_until_the_end(service: Served, failed: list[str], answered: list[int]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
 from meshuffle.cli.options import Debug, Force, Json, Model, doc, say, say_remarks
 
@@ -29,6 +29,9 @@ def serve(
     batch: Annotated[
         int | None, doc("Largest number of images in a batch; default: measured.")
     ] = None,
+    remeasure: Annotated[
+        bool, Parameter(negative=(), help="Measure again, not as an earlier start of this run.")
+    ] = False,
     window_ms: Annotated[
         float, doc("Milliseconds that a batch waits for images being decoded.")
     ] = 2.0,
@@ -72,6 +75,7 @@ def serve(
         replicas=replicas,
         threads=threads,
         batch=batch,
+        remeasure=remeasure,
         window_ms=window_ms,
         limits=Limits(
             body_bytes=round(max_body_mb * 1e6),

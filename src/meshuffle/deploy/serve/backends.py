@@ -146,17 +146,17 @@ def prepare(
         gpu = torch.cuda.is_available()
         return Backend(TORCH, str(target), model, "cuda" if gpu else "cpu")
     form = find_format(name)
-    folder = (target if target.is_dir() else weights.parent) / "export" / "serve"
-    file = f"{_digest(weights, split_key(target)[1])}{form.suffix}"
+    folder = serve_folder(target)
+    file = f"{digest_of(weights, split_key(target)[1])}{form.suffix}"
     if not (folder / file).exists():
         say(f"writing the network for {name} and comparing it")
         network, card = load_model(target, model)
-        folder = folder if _is_writable(folder) else scratch
+        folder = folder if is_writable(folder) else scratch
         write_file(form, network, card, folder / file, _sample_images(card), decoded=False)
     return Backend(name, str(folder / file))
 
 
-def _digest(weights: Path, key: str | None = None) -> str:
+def digest_of(weights: Path, key: str | None = None) -> str:
     """Return a digest of the weights and of the versions that write their file."""
     text = f"{__version__} {torch.__version__} {key or ''}"
     state = hashlib.sha256(text.encode())
@@ -166,7 +166,13 @@ def _digest(weights: Path, key: str | None = None) -> str:
     return state.hexdigest()[:16]
 
 
-def _is_writable(folder: Path) -> bool:
+def serve_folder(target: Path) -> Path:
+    """Return the folder for files that services of these weights share."""
+    return (target if target.is_dir() else find_weights(target).parent) / "export" / "serve"
+
+
+def is_writable(folder: Path) -> bool:
+    """Return whether files can be made in a folder, which is made if it is absent."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -46,6 +46,17 @@ class Layout:
         return f"{self.replicas} × {ranks}{self.threads} {threads}"
 
 
+@dataclass(frozen=True)
+class Choice:
+    """The chosen way to run a service; `speeds`: images/s of one replica, by backend."""
+
+    backend: Backend
+    layout: Layout
+    batch: int
+    speeds: dict[str, float]
+    layouts: list[Layout]
+
+
 def images_per_s(run: Run, x: NDArray[Any], seconds: float) -> float:
     """Return the images per second of `run` when it computes the batch `x` repeatedly."""
     started, num, elapsed = time.perf_counter(), 0, 0.0

@@ -109,6 +109,7 @@ class Replica:
         self._stop = asyncio.Event()
         self._state = ServerState()
         self._num_taken = self._num_closed = 0
+        self._unreported: list[socket.socket] = []
         self._opening: set[asyncio.Task[object]] = set()
 
     async def run(self) -> None:
@@ -118,7 +119,7 @@ class Replica:
         card = Card.from_json(self._recipe.card)
         self._service = self._new_service()
         app = build_app(self._service, About(card, self._recipe.runs_on), self._recipe.token)
-        self._config = _http(app)
+        self._config = http_config(app)
         self._loop = asyncio.get_running_loop()
         self._loop.add_signal_handler(signal.SIGTERM, self._stop.set)
         self._channel.setblocking(False)
@@ -170,14 +171,17 @@ class Replica:
         except OSError:
             message, handles = b"", []
         if message == CONNECTION and handles:
-            self._open(socket.socket(fileno=handles[0]))
+            self._num_taken += 1
+            self._unreported.append(socket.socket(fileno=handles[0]))
+            self._report_counts()
+        elif message == CONNECTION:  # this process may open no more files
+            self._num_taken += 1
+            self._close()
         elif message in (b"", STOP):
             self._loop.remove_reader(self._channel)
             self._stop.set()
 
     def _open(self, connection: socket.socket) -> None:
-        self._num_taken += 1
-        self._report_counts()
         connection.setblocking(False)
         made = self._loop.connect_accepted_socket(self._new_connection, connection)
         task = self._loop.create_task(made)
@@ -207,10 +211,13 @@ class Replica:
         self._report_counts()
 
     def _report_counts(self) -> None:
+        """Report, and only then read new connections: nobody else may get what is half read."""
         if self._num_taken or self._num_closed:
             with contextlib.suppress(OSError):  # it is reported later, or the supervisor has ended
                 self._channel.send(b"%s %d %d" % (COUNT, self._num_taken, self._num_closed))
                 self._num_taken = self._num_closed = 0
+                while self._unreported:
+                    self._open(self._unreported.pop(0))
 
     async def _tick(self) -> None:
         while True:
@@ -225,7 +232,7 @@ class Replica:
         for connection in connections:
             connection.last = True  # type: ignore[union-attr]
         began = self._loop.time()
-        while connections or self._opening or self._state.tasks:
+        while connections or self._unreported or self._opening or self._state.tasks:
             waited = self._loop.time() - began
             for connection in list(connections):
                 if waited > GRACE_S and connection.is_waiting:  # type: ignore[union-attr]
@@ -235,9 +242,11 @@ class Replica:
             await asyncio.sleep(0.02)
 
 
-def _http(app: object) -> Config:
+def http_config(app: object) -> Config:
+    """Return uvicorn's configuration for an application."""
     config = Config(
         app,  # type: ignore[arg-type]
+        interface="asgi3",
         http="httptools",
         ws="none",
         lifespan="off",

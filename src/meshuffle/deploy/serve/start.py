@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import errno
+import functools
 import os
 import socket
 import tempfile
@@ -18,12 +19,13 @@ import torch
 from meshuffle.comm.device import check_device, num_cores
 from meshuffle.comm.forking import fork_server
 from meshuffle.comm.launch import require_memory
-from meshuffle.deploy.serve import REPLICA
+from meshuffle.deploy.serve import REPLICA, remember
 from meshuffle.deploy.serve.backends import TORCH, Backend, candidates, prepare
 from meshuffle.deploy.serve.limits import Limits
 from meshuffle.deploy.serve.measure import (
     BATCHES,
     GPU_BATCHES,
+    Choice,
     Layout,
     best_batch,
     best_layout,
@@ -31,6 +33,7 @@ from meshuffle.deploy.serve.measure import (
     measured,
 )
 from meshuffle.deploy.serve.replica import Recipe
+from meshuffle.deploy.serve.starting import refusing
 from meshuffle.deploy.serve.supervisor import Supervisor
 from meshuffle.errors import ConfigError, MeshuffleError, PlanError
 from meshuffle.planner.plan import Plan
@@ -55,6 +58,7 @@ class Options:
         plan: how the ranks of a replica split the network, by tp and pp.
         token: bearer token that clients must send; None admits everybody.
         model: repeats the name of a `package.module:function` model.
+        remeasure: measure again, even if an earlier start has measured the same.
     """
 
     host: str = "127.0.0.1"
@@ -67,6 +71,7 @@ class Options:
     limits: Limits = field(default_factory=Limits)
     token: str | None = field(default=None, repr=False)
     model: str | None = None
+    remeasure: bool = False
     plan: Plan = Plan()  # noqa: RUF009  # frozen
 
     def __post_init__(self) -> None:
@@ -77,17 +82,6 @@ class Options:
             raise ConfigError(f"--window-ms {self.window_ms:g}: must be in 0 … 1000")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port {self.port}: must be in 0 … 65535")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The chosen way to run a service; `speeds`: images/s of one replica, by backend."""
-
-    backend: Backend
-    layout: Layout
-    batch: int
-    speeds: dict[str, float]
-    layouts: list[Layout]
 
 
 Say = Callable[[str], None]
@@ -119,7 +113,9 @@ def serve(
         tempfile.TemporaryDirectory(prefix="meshuffle-serve-") as scratch,
     ):
         fork_server(REPLICA)
-        choice = choose(names, target, card, options, Path(scratch), num_gpus, say)
+        say(f"listening on {url_of(listener)}; requests get 503 until the service is ready")
+        with refusing(listener, options.limits):
+            choice = choose_once(names, target, card, options, Path(scratch), num_gpus, say)
         metrics = Path(scratch) / "metrics"
         metrics.mkdir()
         description = describe(listener, card, choice, options)
@@ -181,6 +177,12 @@ def bound(host: str, port: int) -> socket.socket:
     return listener
 
 
+def url_of(listener: socket.socket) -> str:
+    """Return the URL of a listening socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def read_token(file: Path | None) -> str | None:
     """Return the token from a file, or else from the environment, or else None.
 
@@ -201,6 +203,45 @@ def read_token(file: Path | None) -> str | None:
     if not token or not token.isascii() or not token.isprintable() or " " in token:
         raise ConfigError(f"{where}: a token is one word of printable ASCII")
     return token
+
+
+def choose_once(
+    names: list[str],
+    target: Path,
+    card: Card,
+    options: Options,
+    scratch: Path,
+    num_gpus: int,
+    say: Say,
+) -> Choice:
+    """Return what an earlier start chose here with the same options, or else `choose`."""
+    arguments = (names, target, card, options, scratch, num_gpus, say)
+    if len(names) == 1 and options.batch and (options.replicas or options.threads):
+        return choose(*arguments)  # there is nothing to measure
+    given = (options.backend, options.replicas, options.threads, options.batch)
+    file = found = None
+    try:
+        file = remember.file_of(target, names, num_gpus, (*given, options.plan, options.model))
+        if not options.remeasure:
+            prepared = functools.partial(_prepared, target, options, scratch, say)
+            found = remember.recall(file, names, prepared)
+    except (OSError, MeshuffleError) as error:
+        say(f"without the measurements of an earlier start: {error}")
+    if found is not None:
+        date, choice = found
+        say(f"reusing the measurements of {date} in {file}; --remeasure measures again")
+        return choice
+    choice = choose(*arguments)
+    if file is not None:
+        try:
+            remember.store(file, choice)
+        except OSError as error:
+            say(f"the next start will measure again: {error}")
+    return choice
+
+
+def _prepared(target: Path, options: Options, scratch: Path, say: Say, name: str) -> Backend:
+    return prepare(name, target, options.model, scratch, say)
 
 
 def choose(
@@ -284,9 +325,8 @@ def describe(
     listener: socket.socket, card: Card, choice: Choice, options: Options
 ) -> dict[str, Any]:
     """Return the description of a service that is printed at its start, as plain data."""
-    host, port = listener.getsockname()[:2]
     return {
-        "url": f"http://{f'[{host}]' if ':' in host else host}:{port}",
+        "url": url_of(listener),
         "model": card.model,
         "task": card.task,
         "classes": len(card.classes),
