@@ -105,3 +105,25 @@ def test_a_person_drops_pastes_and_photographs(browser: Any, service: tuple[str,
     wait(browser, "document.querySelector('.result h2')?.textContent === 'camera.jpg'")
     said = [entry["message"] for entry in browser.get_log("browser")]
     assert all(" 422 " in line or " 401 " in line for line in said), said
+
+
+def test_it_fits_a_phone(browser: Any, service: tuple[str, Served]) -> None:
+    """At 360 px nothing scrolls sideways, and a finger hits what can be tapped."""
+    screen = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    try:
+        browser.get(service[1].url)
+        browser.execute_script("sessionStorage.setItem('token', 's3cret')")
+        browser.refresh()
+        give(browser, DROP, "x" * 150 + ".jpg", photos()["china.jpg"])
+        wait(
+            browser, "document.querySelector('.result') || !document.getElementById('error').hidden"
+        )
+        assert wait(browser, "document.documentElement.scrollWidth") == 360
+        small = """[...document.querySelectorAll("button, .button, input:not(#files), a")].filter(
+          one => one.offsetParent && one.getBoundingClientRect().height < 44)"""
+        assert not browser.execute_script(f"return {small}.map(one => one.outerHTML)")
+        accepts = "return document.getElementById('files').accept"
+        assert browser.execute_script(accepts) == "image/*"
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -9,6 +9,11 @@ from cyclopts import App, Parameter
 
 from meshuffle.cli.options import Debug, Force, Json, Model, doc, say, say_remarks
 
+Remeasure = Annotated[
+    bool, Parameter(negative=(), help="Measure again instead of reusing an earlier start's speeds.")
+]
+WindowMs = Annotated[float, doc("Milliseconds that a batch waits for images being decoded.")]
+
 
 def register(app: App) -> None:
     """Add the verb to `app`."""
@@ -29,12 +34,8 @@ def serve(
     batch: Annotated[
         int | None, doc("Largest number of images in a batch; default: measured.")
     ] = None,
-    remeasure: Annotated[
-        bool, Parameter(negative=(), help="Measure again, not as an earlier start of this run.")
-    ] = False,
-    window_ms: Annotated[
-        float, doc("Milliseconds that a batch waits for images being decoded.")
-    ] = 2.0,
+    remeasure: Remeasure = False,
+    window_ms: WindowMs = 2.0,
     plan: Annotated[
         str | None, doc("Split a network that fits no single device over ranks: tp=2, pp=2.")
     ] = None,
