@@ -35,7 +35,7 @@ from meshuffle.train.compiling import CompileChoice
 from meshuffle.train.initial_weights import START
 from meshuffle.train.model_trial import try_model
 from meshuffle.train.resolve import resolve_run
-from meshuffle.train.single_value import refuse_single_values
+from meshuffle.train.single_value import check_values
 from meshuffle.train.split import schedule_of, split_model
 from meshuffle.train.state import augment_config, build_model, make_card
 from meshuffle.train.watch import environment
@@ -71,7 +71,7 @@ def prepare(
     model, frozen, start_lines = build_model(config, card, start)
     config, card, model_lines = _fit_model(config, card, model)
     plan, lines = _choose_plan(config, card, env)
-    refuse_single_values(model, frozen, config, plan, len(resolved.data.splits["train"]))
+    lines += check_values(model, frozen, config, plan, len(resolved.data.splits["train"]))
     plan = _with_cuts(plan, model, frozen, config)
     run = make_run_folder(config)
     # Without the folder, so that the run can be moved, and made again from its settings.
@@ -164,7 +164,7 @@ def reopen(
     if str(chosen) == str(before) and chosen.cuts in ((), before.cuts):
         return Prepared(run, before, tuple(lines))
     network, frozen, _ = build_model(config, card)
-    refuse_single_values(network, frozen, config, chosen, len(data.splits["train"]))
+    lines += check_values(network, frozen, config, chosen, len(data.splits["train"]))
     chosen = _with_cuts(chosen, network, frozen, config)
     with locked(run):
         text = (run / "config.toml").read_text()
