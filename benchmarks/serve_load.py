@@ -169,7 +169,7 @@ def work(ends: Any, weights: Path, files: list[bytes], told: dict[str, Any], ind
     backend = prepare(told["backend"].split()[0], weights, None, weights.parent, print)
     run = backend.open(told["threads"], index)
     batch = told["batch"]
-    engine = Engine(open_weights(weights)[1], run, max_batch=batch, max_pixels=25_000_000)
+    engine = Engine(open_weights(weights).card, run, max_batch=batch, max_pixels=25_000_000)
     uploads = [Upload("", content) for content in files]
     engine.answer([engine.read(upload) for upload in uploads[:batch]])
     ends.send(None)

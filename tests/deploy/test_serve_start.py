@@ -133,7 +133,7 @@ def test_a_second_start_reuses_the_measurements(
 
     def begin(names: Sequence[str] = ("torch", "onnx"), **options: Any) -> int:
         """Return how often it was measured, all starts together."""
-        card, asked = open_weights(copy)[1], start.Options(**options)
+        card, asked = open_weights(copy).card, start.Options(**options)
         arguments = (copy, card, asked, tmp_path, 0, said.append)
         assert start.choose_once(list(names), *arguments) == chosen
         return num_measured

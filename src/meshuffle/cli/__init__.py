@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
     let_threads_sleep()
-    _print_any_path()
+    if arguments is None:
+        _print_any_path()
     try:
         with _stopped_by_sigterm():
             return _run(tokens)
