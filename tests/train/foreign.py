@@ -73,6 +73,15 @@ def odd(num_classes: int = 10) -> nn.Module:
     return Several(num_classes, "odd")
 
 
+class Infinite(LeNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 0
+
+
+def infinite(num_classes: int = 10) -> nn.Module:
+    return Infinite(num_classes)
+
+
 def five() -> nn.Module:
     return LeNet(5)
 

@@ -68,6 +68,7 @@ def test_the_main_output_is_learned_and_the_others_are_named(
     ("name", "line"),
     [
         ("five", r"five has 5 outputs for 2 classes \(blue, red\); let the function take num_clas"),
+        ("infinite", "infinite returns NaN or infinity for random images of 3×32×32"),
         ("odd", "the model returns left, right, and none is the main output"),
         ("broken", r"broken on images of 3×32×32: mat1 and mat2 shapes cannot be multiplied"),
     ],

@@ -46,6 +46,8 @@ def try_model(model: nn.Module, task: Task, name: str) -> Trial:
         reason = str(plain).partition("\n")[0] or type(plain).__name__
         raise ModelError(f"{name} on images of 3×{height}×{width}: {reason}") from plain
     task.check_outputs(plain[0], name)
+    if not plain[0].isfinite().all():
+        raise ModelError(f"{name} returns NaN or infinity for random images of 3×{height}×{width}")
     # float32 is quick, and tells nearly always; where rounding is amplified, float64 decides.
     same = _agree(plain, _run(model, _last(x_NCHW)), 0.05)
     if same is False and not isinstance(exact := _run(model, x_NCHW.double()), Exception):
@@ -88,7 +90,7 @@ def _run(model: nn.Module, x_NCHW: Tensor) -> list[Tensor] | Exception:
             weights = torch.rand(outputs.shape, generator=torch.Generator().manual_seed(1))
             if outputs.requires_grad:
                 (outputs * weights.to(outputs.dtype)).sum().backward()
-    except Exception as error:  # noqa: BLE001  # of foreign code, told by the caller
+    except Exception as error:  # noqa: BLE001  # of other people's code; the caller reports it
         return error
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
     return [outputs.detach(), *gradients]

@@ -128,7 +128,8 @@ def freeze(model: nn.Module, choice: str, *, norms: bool = False) -> list[str]:
     for name in frozen:
         _part(model, name).requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
-        raise ConfigError(f"--freeze {choice}: leaves no parameter to train")
+        why = "the model has" if choice == "none" else f"--freeze {choice}: leaves"
+        raise ConfigError(f"{why} no parameter to train")
     return frozen
 
 
