@@ -23,7 +23,8 @@ def predict(
     /,
     *,
     out: Annotated[
-        Path | None, doc("Folder for copies of the images with the prediction drawn.")
+        Path | None,
+        doc("Folder for copies of the images with the prediction drawn; of a video default: here."),
     ] = None,
     features: Annotated[
         Path | None, doc("Save each image's feature vector to a .npy file (N×F).")
@@ -44,20 +45,24 @@ def predict(
     json: Json = False,
     debug: Debug = False,
 ) -> Answer | None:
-    """Predict the labels, boxes, masks or values of images.
+    """Predict the labels, boxes, masks or values of images, or of every frame of a video.
 
     Parameters
     ----------
     target
         A run folder, a weights file, or torchvision:NAME for its published weights.
     images
-        Image files, or folders of them.
+        Image files, folders of them, or videos, of which it writes an annotated copy and a CSV
+        file with a row per frame.
     """
     say_remarks(target, model)
     if features or nearest:
         return _by_features(target, images, features, nearest, batch, model, plan)
     from meshuffle.infer.predict import predict as run_prediction
+    from meshuffle.infer.video import is_video
 
+    if videos := [path for path in images if is_video(path)]:
+        return _videos(target, videos, images, out, model, plan)
     if plan == "auto":
         plan = _fastest_plan(target, images, batch, model)
     values = run_prediction(target, images, batch=batch, model=model, plan=plan, pictures=out)
@@ -66,6 +71,41 @@ def predict(
     if broken:
         lines.append(f"{len(broken)} of {len(values)} images could not be read")
     return from_main(Answer(values, "\n".join(lines), exit_code=2 if broken else 0))
+
+
+def _videos(
+    target: Path,
+    videos: list[Path],
+    paths: list[Path],
+    out: Path | None,
+    model: str | None,
+    plan: str,
+) -> Answer:
+    """Predict the frames of videos, one after the other."""
+    from meshuffle.comm.group import rank_env
+    from meshuffle.infer.video import predict_video
+
+    if len(videos) < len(paths):
+        other = next(path for path in paths if path not in videos)
+        raise ConfigError(f"{videos[0]} is a video and {other} is not: predict them one by one")
+    if len({path.stem for path in videos}) < len(videos):
+        raise ConfigError("two of these videos have one name, and so would what is written of them")
+    if plan not in ("auto", "dp=1") or rank_env() is not None:
+        raise ConfigError(f"--plan {plan}: a video is predicted by one process; leave it out")
+    values = [
+        predict_video(target, video, out or Path(), model=model, progress=say) for video in videos
+    ]
+    lines = []
+    for value in values:
+        lines += [
+            f"{value['file']}: {value['frames']} frames; {value['frames_per_second']} frames/s "
+            f"(the video has {value['rate']:g})",
+            f"  {value['video']}, {value['csv']}",
+        ]
+        if value["damaged"]:
+            lines.append(f"  {value['damaged']} damaged packets could not be decoded")
+    broken = any(value["damaged"] for value in values)
+    return Answer(values, "\n".join(lines), exit_code=2 if broken else 0)
 
 
 def _fastest_plan(target: Path, images: list[Path], batch: int, model: str | None) -> str:

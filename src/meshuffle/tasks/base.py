@@ -28,6 +28,7 @@ from meshuffle.errors import ConfigError, ModelError, PlanError
 from meshuffle.models import create_model
 from meshuffle.models.outputs import with_main_output
 from meshuffle.planner.plan import Plan
+from meshuffle.tasks.box_picture import enlarged, write_title
 from meshuffle.tasks.card import Card
 
 Rows = Mapping[str, NDArray[Any]]
@@ -263,3 +264,9 @@ class Task:
     def picture(self, image: Image.Image, rows: Rows, i: int, truth: Any = None) -> Image.Image:
         """Return the image with the prediction of sample i drawn, and the truth where known."""
         return image
+
+    def frame(self, image: Image.Image, rows: Rows, i: int) -> Image.Image:
+        """Return the picture of a video's frame: its size is the same whatever was predicted."""
+        shown = self.picture(enlarged(image), rows, i)
+        write_title(shown, self.sentence(self.prediction(rows, i, image.size)))
+        return shown

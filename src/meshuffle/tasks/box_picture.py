@@ -26,6 +26,18 @@ def enlarged(image: Image.Image) -> Image.Image:
     return image.convert("RGB").resize(size, Image.Resampling.NEAREST)
 
 
+def write_title(image: Image.Image, text: str, size: int | None = None) -> None:
+    """Write into the upper left corner, on a ground of its own.
+
+    Args:
+        size: of the letters in pixels; None is what is legible.
+    """
+    size = size or max(8, round(_TEXT * max(image.size) / SHOWN))
+    draw, font = ImageDraw.Draw(image), font_of(size)
+    draw.rectangle(draw.textbbox((size // 2, size // 4), text, font=font), fill="black")
+    draw.text((size // 2, size // 4), text, fill="white", font=font)
+
+
 def draw_boxes(
     image: Image.Image,
     found: Sequence[Mapping[str, Any]],

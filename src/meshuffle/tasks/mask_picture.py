@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from meshuffle.data.target import VOID
-from meshuffle.tasks.box_picture import SHOWN, enlarged, font_of
+from meshuffle.tasks.box_picture import SHOWN, enlarged, font_of, write_title
 
 Colour = tuple[int, int, int]
 _OPACITY = 0.6
@@ -77,6 +77,7 @@ def draw_masks(
     image: Image.Image,
     masks: Sequence[tuple[str, NDArray[np.uint8]]],
     names: Sequence[str],
+    legend_of: Sequence[int] | None = None,
 ) -> Image.Image:
     """Return the image with each (title, mask) over a copy, and the names of the colours below.
 
@@ -84,18 +85,20 @@ def draw_masks(
 
     Args:
         names: of the classes.
+        legend_of: the classes that the legend names; None is those in the masks.
     """
     base = enlarged(image)
     wide = len(masks) * (base.width > base.height)
     width, height = base.size
     columns, rows = (1, len(masks)) if wide else (len(masks), 1)
     size = max(8, round(_TEXT * max(columns * width, rows * height) / SHOWN))
-    legend = _legend(_present([mask for _, mask in masks]), names, columns * width, size)
+    classes = _present([mask for _, mask in masks]) if legend_of is None else legend_of
+    legend = _legend(classes, names, columns * width, size)
     sheet = Image.new("RGB", (columns * width, rows * height + legend.height), "white")
     for i, (title, mask) in enumerate(masks):
         panel = covered(base, mask)
         if len(masks) > 1:
-            _write(panel, title, size)
+            write_title(panel, title, size)
         sheet.paste(panel, (0, i * height) if wide else (i * width, 0))
     sheet.paste(legend, (0, rows * height))
     return sheet
@@ -106,12 +109,6 @@ def _present(masks: Sequence[NDArray[np.uint8]]) -> list[int]:
     shares = sum(np.bincount(mask.ravel(), minlength=256) / mask.size for mask in masks)
     order = np.argsort(-np.asarray(shares)[:VOID], kind="stable")
     return [int(c) for c in order if np.asarray(shares)[c] > 0]
-
-
-def _write(image: Image.Image, title: str, size: int) -> None:
-    draw, font = ImageDraw.Draw(image), font_of(size)
-    draw.rectangle(draw.textbbox((size // 2, size // 4), title, font=font), fill="black")
-    draw.text((size // 2, size // 4), title, fill="white", font=font)
 
 
 def _legend(classes: Sequence[int], names: Sequence[str], width: int, size: int) -> Image.Image:

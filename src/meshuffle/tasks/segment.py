@@ -159,7 +159,15 @@ class Segment(Task):
         masks = [("predicted", rows["mask"][i])]
         if truth is not None:
             masks.append(("true", truth))
-        return draw_masks(image, masks, [self.title(c) for c in range(self.num_classes)])
+        return draw_masks(image, masks, self._titles())
+
+    def frame(self, image: Image.Image, rows: Rows, i: int) -> Image.Image:
+        """Return the frame under the predicted mask, above a legend of all classes."""
+        masks = [("predicted", rows["mask"][i])]
+        return draw_masks(image, masks, self._titles(), range(self.num_classes))
+
+    def _titles(self) -> list[str]:
+        return [self.title(c) for c in range(self.num_classes)]
 
 
 class Classes(nn.Module):
