@@ -44,4 +44,4 @@ def test_example(command: str) -> None:
     losses = [float(text) for text in re.findall(r"loss ([\d.]+)", found.stdout)]
     assert len(losses) >= 5 and losses[-1] < 0.9 * losses[0]
     assert "% of the FLOPs are split" in found.stdout
-    assert ("2 pipeline stages" in found.stdout) == ("pp=2" in command)
+    assert ("pipeline stages" in found.stdout) == ("pp=2" in command)
