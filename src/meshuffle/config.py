@@ -46,8 +46,8 @@ class TrainConfig:
     head: Annotated[
         str | None,
         _option(
-            "Head of the task. detect: ssdlite (default) or fpn; segment: lraspp (default) or "
-            "deeplabv3."
+            "Head of the task. detect: ssdlite (default) or fpn; segment: lraspp (default), "
+            "deeplabv3, or none (default of your own model): the model returns the maps."
         ),
     ] = None
     plan: Annotated[str, _option("Plan text such as dp=2, auto, or a plan.json file.")] = "auto"

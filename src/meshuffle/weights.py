@@ -25,6 +25,7 @@ from meshuffle.files import disk_errors, replaced
 from meshuffle.models.foreign import left_out, read_torch
 from meshuffle.models.given import PREFIX
 from meshuffle.models.published import recognise, unwrap
+from meshuffle.models.registry import is_foreign
 from meshuffle.models.unfilled import Unfilled
 from meshuffle.tasks import make_task
 from meshuffle.tasks.card import Card
@@ -277,8 +278,7 @@ def load_or_build(target: Path, card: Card | None) -> tuple[nn.Module, Card]:
 
 def require_repeated(stored: str, model: str | None) -> None:
     """Refuse to import the code of a model that a file names, unless `model` repeats the name."""
-    prefix, colon, _ = stored.partition(":")
-    if colon and prefix not in ("torchvision", "timm", "transformers", PREFIX) and model != stored:
+    if is_foreign(stored) and not stored.startswith(f"{PREFIX}:") and model != stored:
         raise ModelError(
             f"the model is {stored}, which is code outside Meshuffle; "
             f"to run it, repeat its name: --model {stored}"

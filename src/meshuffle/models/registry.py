@@ -159,20 +159,28 @@ def list_models(pattern: str | None = None) -> list[ModelInfo]:
 Build = Callable[[int | None, Mapping[str, Any]], nn.Module]
 
 
+_HUBS = {
+    "torchvision": create_torchvision,
+    "timm": create_timm,
+    "transformers": create_transformers,
+}
+
+
+def is_foreign(name: str) -> bool:
+    """Whether `name` is that of a person's own code: `package.module:function`, or an object."""
+    source, colon, _ = name.partition(":")
+    return bool(colon) and source not in _HUBS
+
+
 def _builder(name: str) -> Build:
     """Return what builds `name` from (num_classes, knobs), or raise ModelError."""
     if name in _MODELS:
         return partial(_create_own, _MODELS[name])
     source, colon, rest = name.partition(":")
-    hubs = {
-        "torchvision": create_torchvision,
-        "timm": create_timm,
-        "transformers": create_transformers,
-    }
     if source == PREFIX and colon:
         return lambda num_classes, knobs: copy_given(name)
-    if source in hubs and colon:
-        return partial(hubs[source], rest)
+    if source in _HUBS and colon:
+        return partial(_HUBS[source], rest)
     if FACTORY.fullmatch(name):
         return partial(create_from_factory, name)
     longer = [known for known in _MODELS if name and known.startswith(name)]

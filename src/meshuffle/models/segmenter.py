@@ -20,9 +20,14 @@ from torchvision.models.segmentation.lraspp import LRASPPHead
 
 from meshuffle.models.dilation import dilate
 from meshuffle.models.features import Features, build_on, find_named
+from meshuffle.models.outputs import with_main_output
+from meshuffle.models.registry import create_model
 
 HEADS: Mapping[str, tuple[int, ...]] = {"lraspp": (8, 16), "deeplabv3": (16,)}
 """The heads by name, with the strides of the maps that they take."""
+
+NO_HEAD = "none"
+"""In place of a head's name: the model returns the maps of the classes itself, as a U-Net does."""
 
 _INNER_CHANNELS = 128  # of LR-ASPP
 _RATES = (6, 12, 18)  # of DeepLabv3's holes at output stride 16 (arXiv 1706.05587, section 4)
@@ -96,16 +101,16 @@ def require_head(name: str) -> tuple[int, ...]:
     Raises:
         ConfigError: no head has this name.
     """
-    return find_named(HEADS, name, "segment")
+    return find_named({**HEADS, NO_HEAD: ()}, name, "segment")
 
 
 def create_segmenter(
     head: str, model: str, num_classes: int, *, seed: int, knobs: Mapping[str, Any] | None = None
-) -> Segmenter:
+) -> nn.Module:
     """Return the segmenter on the registry's `model`, with random weights, in training mode.
 
     Args:
-        head: see `HEADS`.
+        head: see `HEADS` and `NO_HEAD`.
         model, knobs: see `create_model`.
         num_classes: C.
         seed: the same one gives the same weights; the global random state stays as it was.
@@ -115,4 +120,16 @@ def create_segmenter(
         ModelError: the model is unknown or does not fit.
     """
     require_head(head)
+    if head == NO_HEAD:
+        own = create_model(model, num_classes=num_classes, seed=seed, **(knobs or {}))
+        own = with_main_output(own)
+        own.register_forward_hook(_to_input_size)
+        return own
     return build_on(lambda body: Segmenter(body, num_classes, head), model, seed=seed, knobs=knobs)
+
+
+def _to_input_size(_: nn.Module, inputs: tuple[Tensor], maps_NCHW: Tensor) -> Tensor:
+    size = inputs[0].shape[2:]
+    if maps_NCHW.ndim != 4 or maps_NCHW.shape[2:] == size:
+        return maps_NCHW
+    return F.interpolate(maps_NCHW, size, mode="bilinear", align_corners=False)

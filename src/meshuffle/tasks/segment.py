@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from meshuffle.config import TrainConfig
 from meshuffle.data import Data
 from meshuffle.data.target import VOID
-from meshuffle.models.segmenter import create_segmenter, require_head
+from meshuffle.errors import ModelError
+from meshuffle.models.registry import is_foreign
+from meshuffle.models.segmenter import NO_HEAD, create_segmenter, require_head
 from meshuffle.tasks.base import LoadNetwork, Metric, Rows, Task
 from meshuffle.tasks.mask_picture import draw_masks, mask_image
 
@@ -43,12 +45,12 @@ class Segment(Task):
 
     @classmethod
     def settings(cls, config: TrainConfig, data: Data, load: LoadNetwork) -> dict[str, Any]:
-        """Return the head's name.
+        """Return the head's name; a person's own model has none, unless one is given.
 
         Raises:
             ConfigError: no such head.
         """
-        head = config.head or "lraspp"
+        head = config.head or (NO_HEAD if is_foreign(config.model) else "lraspp")
         require_head(head)
         return {"head": head}
 
@@ -64,7 +66,15 @@ class Segment(Task):
         return create_segmenter(self.head, card.model, num, seed=seed, knobs=card.knobs)
 
     def check_outputs(self, outputs: Tensor, name: str) -> None:
-        """Accept all: the head is made here."""
+        """Refuse a model without a head of ours whose outputs are not (2, C, h, w)."""
+        if outputs.ndim != 4:
+            shape = "×".join(map(str, outputs.shape))
+            raise ModelError(
+                f"{name} returns {shape} for 2 images; segment needs a map for each of "
+                f"{self.num_classes} classes; --head lraspp makes them from the features of a "
+                "classifier"
+            )
+        super().check_outputs(outputs[:, :, 0, 0], name)
 
     def loss_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of each image, summed; `targets`: uint8 (N, h, w), 255 counts nothing."""
