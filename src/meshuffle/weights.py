@@ -24,6 +24,7 @@ from meshuffle.errors import ConfigError, ModelError, RunError, did_you_mean
 from meshuffle.files import disk_errors, replaced
 from meshuffle.models.foreign import left_out, read_torch
 from meshuffle.models.given import PREFIX
+from meshuffle.models.pretrained import FILES, saved_pretrained
 from meshuffle.models.published import recognise, unwrap
 from meshuffle.models.registry import is_foreign
 from meshuffle.models.unfilled import Unfilled
@@ -68,7 +69,8 @@ def split_key(target: Path) -> tuple[Path, str | None]:
 def find_weights(target: Path) -> Path:
     """Return the weights file that `target` means.
 
-    That is itself, the best one of a run folder, or that of `torchvision:NAME`, downloaded once.
+    That is itself, the best one of a run folder, the one of a folder of transformers, or that of
+    `torchvision:NAME`, downloaded once.
 
     Args:
         target: may end in `?key=NAME`, see `split_key`.
@@ -85,6 +87,9 @@ def find_weights(target: Path) -> Path:
         raise RunError(f"{target}: no such run folder or weights file")
     for name in ("best", "last"):
         if (path := target / "weights" / f"{name}.safetensors").is_file():
+            return path
+    for name in FILES:
+        if (path := target / name).is_file():
             return path
     raise RunError(f"{target}: no weights/best.safetensors in it; is it a run folder?")
 
@@ -180,8 +185,10 @@ def open_weights(target: Path, model: str | None = None) -> Opened:
     if card is not None:
         return Opened(path, tensors, card)
     try:
-        own, prefix = unwrap(tensors, model)
-        found = recognise(own, model)
+        found, prefix, own = saved_pretrained(path), "", tensors
+        if found is None or model not in (None, found.model):
+            own, prefix = unwrap(tensors, model)
+            found = recognise(own, model)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
     if prefix:

@@ -255,3 +255,14 @@ def test_the_key_stays_behind_an_absolute_path(
     (tmp_path / "a.pth").touch()
     monkeypatch.chdir(tmp_path)
     assert absolute_data("a.pth?key=ema") == f"{tmp_path / 'a.pth'}?key=ema"
+
+
+def test_weights_two_levels_down(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    """As Composer saves: `state.model`, and fastai's lists and torch's version beside them."""
+    path, version = tmp_path / "composer.pt", torch.torch_version.TorchVersion("2.7")
+    torch.save({"state": {"model": tensors, "timestamp": {}, "torch": version}, "rng": []}, path)
+    found, lines = read_torch(path)
+    assert found.keys() == tensors.keys() and not lines
+    torch.save({"state": {"model": tensors, "ema": tensors}}, path)
+    assert "?key=state.ema" in read_torch(path)[1][0]
+    assert read_torch(path, "state.ema")[0].keys() == tensors.keys()

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,7 +16,7 @@ from meshuffle.config import TrainConfig
 from meshuffle.errors import ModelError
 from meshuffle.infer.predict import evaluate
 from meshuffle.models.segmenter import create_segmenter
-from meshuffle.train import train
+from meshuffle.train.api import train
 from meshuffle.weights import load_model
 
 
@@ -66,7 +67,7 @@ def config(data: str, tmp_path: Path, model: str, **more: object) -> TrainConfig
 
 def test_the_maps_of_the_model_are_the_answer(squares: str, tmp_path: Path) -> None:
     name = f"{__name__}:Halving"
-    run = train(config(squares, tmp_path, name))
+    run = Path(train(config(squares, tmp_path, name))["run"])
     network, card = load_model(run, name)
     assert card.settings["head"] == "none"
     assert set(network.state_dict()) == set(Halving().state_dict())  # under the model's own names
@@ -92,7 +93,12 @@ def test_what_is_no_segmenter_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_torchvisions_own_segmenters() -> None:
-    name, knobs = "torchvision:lraspp_mobilenet_v3_large", {"weights_backbone": None}
-    model = create_segmenter("none", name, 4, seed=0, knobs=knobs).eval()
+def lraspp(num_classes: int) -> nn.Module:
+    make = torchvision.models.segmentation.lraspp_mobilenet_v3_large
+    model: nn.Module = make(weights=None, weights_backbone=None, num_classes=num_classes)
+    return model
+
+
+def test_torchvisions_segmenters_by_a_function() -> None:
+    model = create_segmenter("none", f"{__name__}:lraspp", 4, seed=0).eval()
     assert model(torch.rand(1, 3, 64, 64)).shape == (1, 4, 64, 64)

@@ -50,7 +50,7 @@ def _inert() -> list[Any]:
     dtypes = [kind for name, kind in vars(np.dtypes).items() if name.endswith("DType")]
     scalar, array = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
     found: list[Any] = [*plain, *times, argparse.Namespace, types.SimpleNamespace]
-    found += [np.ndarray, np.dtype]
+    found += [np.ndarray, np.dtype, torch.torch_version.TorchVersion]
     found += [(_as_dict, "collections.defaultdict"), (_as_list, "collections.deque")]
     found += [kind for kind in dtypes if kind is not np.dtypes.ObjectDType]
     for core in ("numpy.core", "numpy._core"):
@@ -58,6 +58,7 @@ def _inert() -> list[Any]:
     for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
         for module in ("pathlib", "pathlib._local"):  # a path of another system is none here
             found.append((pathlib.PurePath, f"{module}.{name}"))
+    found.append((types.SimpleNamespace, "fastcore.foundation.L"))  # fastai's lists
     for package in ("lightning", "pytorch_lightning", "lightning_fabric"):
         found += [(OrderedDict, f"{package}.{module}.AttributeDict") for module in _LIGHTNING]
     return found
@@ -75,9 +76,9 @@ def read_torch(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], l
     content = _load(path)
     if not isinstance(content, Mapping):
         raise RunError(f"{path}: expected a state_dict, found {type(content).__name__}")
-    parts = {name: part for name, part in content.items() if _has_weights(part)}
+    parts = _parts(content)
     if key is None:
-        key = next((name for name in _KEYS if name in parts), None)
+        key = next((name for usual in _KEYS for name in parts if _last(name) == usual), None)
         if key is None and not _has_weights(content):
             key = _only(path, parts)
     elif key not in parts:
@@ -103,6 +104,21 @@ def left_out(path: Path, names: list[str], why: str) -> str:
 def is_counter(key: str, tensor: Tensor) -> bool:
     """Whether a tensor is a number that a wrapper keeps beside the model, such as `n_averaged`."""
     return "." not in key and not tensor.ndim
+
+
+def _parts(content: Mapping[Any, Any], depth: int = 2) -> dict[str, Mapping[str, Any]]:
+    """Return the dicts of weights within a dict, by name; one in another is `outer.inner`."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for name, part in content.items():
+        if _has_weights(part):
+            found[str(name)] = part
+        elif depth > 1 and isinstance(part, Mapping):
+            found |= {f"{name}.{inner}": value for inner, value in _parts(part, depth - 1).items()}
+    return found
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _has_weights(part: object) -> bool:

@@ -69,21 +69,15 @@ def create_transformers(name: str, num_classes: int | None, knobs: Mapping[str, 
     """Return the model of Hugging Face's type `name` (`gpt2`, `bert`, …), in its default size.
 
     Built from the type's default configuration; knobs change its values (`num_hidden_layers=2`),
-    and `num_classes` gives it a classifier of sequences. Keeps no cache of keys and values.
+    and `num_classes` gives it a classifier, of images where the type has one, else of sequences.
+    Keeps no cache of keys and values.
 
     Raises:
         ModelError: transformers is not installed, an unknown type, or knobs that do not fit.
     """
-    try:
-        from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
-        from transformers import AutoModelForSequenceClassification as Classifier
-    except ImportError as error:
-        raise ModelError(
-            f"transformers:{name} needs transformers: pip install 'meshuffle[hub]'"
-        ) from error
-    _require_known("transformers", name, sorted(CONFIG_MAPPING), "model type")
-    labels = {} if num_classes is None else {"num_labels": num_classes}
-    known = AutoConfig.for_model(name).to_dict()
+    known = known_values(name)
+    from transformers import AutoConfig, AutoModel
+
     for knob in knobs:  # a configuration would take any
         if knob not in known:
             raise ModelError(
@@ -94,10 +88,42 @@ def create_transformers(name: str, num_classes: int | None, knobs: Mapping[str, 
     def build(**given: Any) -> nn.Module:
         config = AutoConfig.for_model(name, **given)
         config.use_cache = False
-        made: nn.Module = (AutoModel if num_classes is None else Classifier).from_config(config)
+        kind = AutoModel if num_classes is None else classifier_of(name)
+        made: nn.Module = kind.from_config(config)
         return made.train()
 
+    labels = {} if num_classes is None else {"num_labels": num_classes}
     return build_with(f"transformers:{name}", build, {**labels, **knobs})
+
+
+def known_values(name: str) -> dict[str, Any]:
+    """Return the default configuration of transformers' type `name`.
+
+    Raises:
+        ModelError: transformers is not installed, or an unknown type.
+    """
+    try:
+        from transformers import CONFIG_MAPPING, AutoConfig
+    except ImportError as error:
+        raise ModelError(
+            f"transformers:{name} needs transformers: pip install 'meshuffle[hub]'"
+        ) from error
+    _require_known("transformers", name, sorted(CONFIG_MAPPING), "model type")
+    known: dict[str, Any] = AutoConfig.for_model(name).to_dict()
+    return known
+
+
+def classifier_of(name: str) -> Any:
+    """Return transformers' class that makes classifiers of this type: of images, or of sequences.
+
+    Args:
+        name: a type that `known_values` knows.
+    """
+    from transformers import CONFIG_MAPPING
+    from transformers import AutoModelForImageClassification as OfImages
+    from transformers import AutoModelForSequenceClassification as OfSequences
+
+    return OfImages if CONFIG_MAPPING[name] in OfImages._model_mapping else OfSequences
 
 
 def create_from_factory(name: str, num_classes: int | None, knobs: Mapping[str, Any]) -> nn.Module:
