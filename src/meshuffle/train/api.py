@@ -153,4 +153,6 @@ def describe_config(
     resolved = resolve_run(config, origins)
     settings = dataclasses.asdict(resolved.config)
     values = {k: {"value": v, "origin": resolved.origins[k]} for k, v in settings.items()}
-    return values, to_toml(resolved.config, resolved.origins).rstrip()
+    for name, reason in resolved.reasons.items():
+        values[name]["reason"] = reason
+    return values, to_toml(resolved.config, resolved.origins, resolved.reasons).rstrip()

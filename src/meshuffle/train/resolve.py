@@ -22,12 +22,14 @@ class Resolved:
     Attributes:
         config: no value is None any more.
         origins: where each value came from, by field name.
+        reasons: of the chosen values that have one, by field name.
         data: with its train and val splits.
         start: the weights that the run begins from, if any.
     """
 
     config: TrainConfig
     origins: dict[str, Origin]
+    reasons: dict[str, str]
     data: Data
     start: InitialWeights | None
 
@@ -48,16 +50,21 @@ def resolve_run(given: TrainConfig, origins: Mapping[str, Origin]) -> Resolved:
     config = given if start is None else start.adopt(given, asked)
     data = open_data(config.data, task=config.task, strict=config.strict)
     require_usable(data)
-    config = fill_in(config, data, start)
+    config, reasons = fill_in(config, data, start)
     full: dict[str, Origin] = {
         name: origins.get(name, "chosen" if getattr(given, name) != value else "default")
         for name, value in vars(config).items()
     }
-    return Resolved(config, full, data, start)
+    for name, origin in full.items():
+        if origin == "chosen":
+            reasons.setdefault(name, "that of the weights")
+    return Resolved(config, full, reasons, data, start)
 
 
-def fill_in(config: TrainConfig, data: Data, start: InitialWeights | None = None) -> TrainConfig:
-    """Return `config` with every open value chosen for `data`.
+def fill_in(
+    config: TrainConfig, data: Data, start: InitialWeights | None = None
+) -> tuple[TrainConfig, dict[str, str]]:
+    """Return `config` with every open value chosen for `data`, and the reasons by field name.
 
     Raises:
         ConfigError: a setting that has no meaning for the task.
@@ -78,4 +85,12 @@ def fill_in(config: TrainConfig, data: Data, start: InitialWeights | None = None
         augment,
         task_defaults=task.defaults,
         new_head=new_head,
+        heavy_head=task.dense,
+        why_augment=_AUGMENTED.get(data.style, "usual for photographs"),
     )
+
+
+_AUGMENTED = {
+    "symbols": "signs: turned and shifted, not mirrored",
+    "thumbnails": "small pictures: shifted, not cropped",
+}

@@ -76,7 +76,7 @@ def prepare(
     run = make_run_folder(config)
     # Without the folder, so that the run can be moved, and made again from its settings.
     config = dataclasses.replace(config, plan=str(plan), out=None)
-    write_text(run / "config.toml", to_toml(config, resolved.origins))
+    write_text(run / "config.toml", to_toml(config, resolved.origins, resolved.reasons))
     write_json(run / "plan.json", plan.to_dict())
     write_json(run / "env.json", environment() | ({"from": start_lines} if start_lines else {}))
     write_data_record(run, resolved.data)
