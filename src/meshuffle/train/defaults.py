@@ -26,10 +26,10 @@ def resolve(
 
     Epochs fall from 100 (500 images or fewer) to 20 (100,000) and are 100 from 500,000 on, where
     training usually starts from random weights. The batch is the square root of the number of
-    images, as a power of two, 16 … 256; with few epochs it is halved until there are 500 steps.
-    SGD's learning rate is the paper's 0.5 at batch 1024 (arXiv 1807.11164), scaled by the batch to
-    the power 0.75 (a linear scale is too low for small batches, the square root unstable); Adam's
-    and AdamW's are 0.001 and 0.002 at batch 256, scaled by the square root.
+    images, as a power of two, 16 … 256. SGD's learning rate is the paper's 0.5 at batch 1024
+    (arXiv 1807.11164), scaled by the batch to the power 0.75 (a linear scale is too low for small
+    batches, the square root unstable); Adam's and AdamW's are 0.001 and 0.002 at batch 256, scaled
+    by the square root.
 
     With `from_`, the body trains at half the rate of the head, see docs/results.md, "Defaults". A
     new head of many layers trains alone in the first epoch, because its gradients distort the
@@ -46,11 +46,11 @@ def resolve(
             has more layers than a classifier's one.
     """
     epochs = config.epochs or default_epochs(num_train)
-    batch = config.batch or _batch(num_train, epochs)
+    batch = config.batch or min(256, max(16, 2 ** round(math.log2(num_train) / 2)))
     optimizer = config.optimizer or task_defaults.get("optimizer", "sgd")
     lr, why_lr = _rate(optimizer, batch, task_defaults)
     chosen: dict[str, tuple[Any, str]] = {
-        "batch": (batch, f"near the root of {num_train:,} images, and 500 steps where it can be"),
+        "batch": (batch, f"near the square root of {num_train:,} images"),
         "epochs": (epochs, f"for {num_train:,} images; more images need fewer"),
         "input_size": (input_size, "fits the images"),
         "optimizer": (optimizer, "usual for this task"),
@@ -75,16 +75,7 @@ def resolve(
 
 _DECAY = {"sgd": 4e-5, "adam": 0.0, "adamw": 0.05}
 _WHOLE = "all layers begin alike"
-_STEPS = 500  # fewer, and a smaller batch learns more
 _FEW, _GENTLE = 32, 0.1  # images of a batch; rate of a body that frozen norms do not blow up
-
-
-def _batch(num_train: int, epochs: int) -> int:
-    """Return the global batch for `num_train` images."""
-    batch = min(256, max(16, 2 ** round(math.log2(num_train) / 2)))
-    while batch > 16 and epochs * num_train < _STEPS * batch:
-        batch //= 2
-    return batch
 
 
 def default_epochs(num_train: int) -> int:
