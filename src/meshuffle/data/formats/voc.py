@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,12 @@ def open_voc(
     problems = Problems(str(root), strict=strict)
     one = folders.get("")
     lists = {split: _stems(root, task, pair) for split, pair in folders.items()}
+    if one is not None and (listed := _lists(root, task, one, need, problems)):
+        lists = listed
+    else:
+        _note_bare(root, folders, lists, problems)
+        lists = {split or only_split(need): stems for split, stems in lists.items()}
     if one is not None:
-        lists = _lists(root, task, one, need, problems) or {only_split(need): lists[""]}
         _check_disjoint(lists, problems)
     splits = {
         split: _read_split(root, one or folders[split], stems, task, problems)
@@ -124,7 +128,11 @@ def _layout(root: Path, task: str) -> tuple[str, Mapping[str, Folders]]:
         beside = {SPLITS[n.lower()]: (n, n) for n in names if _files(root / n, ".xml")}
         if beside or _files(root, ".xml"):
             return "x.jpg with x.xml", beside or {"": ("", "")}
-    inner = [name for name in subfolders(root) if paired_folders(root / name, images, others)[1]]
+    names = [
+        *subfolders(root),
+        *(f"{a}/{b}" for a in subfolders(root) for b in subfolders(root / a)),
+    ]
+    inner = [name for name in names if paired_folders(root / name, images, others)[1]]
     hint = f"; did you mean {root / inner[0]}?" if inner else ""
     besides = "" if task == "segment" else ", and x.jpg with x.xml"
     raise DataError(
@@ -155,16 +163,37 @@ def _lists(
     names = ["Segmentation", "Main"] if task == "segment" else ["Main"]
     folder = sets / (find_folder(sets, names) or "")
     found: dict[str, list[str]] = {}
+    images = {stem(name) for name in image_names(root / folders[0])}
     for split, texts in _LISTS.items():
         for file in (folder / f"{text}.txt" for text in texts):
             if split not in found and file.is_file():
-                lines = read_text(file).splitlines()
-                found[split] = [line.split()[0] for line in lines if line.strip()]
+                found[split] = _listed(file, images)
+    if not found and len(others := _files(folder, ".txt")) == 1:  # CVAT's default.txt
+        found[only_split(need)] = _listed(folder / f"{others[0]}.txt", images)
     known = set(_stems(root, task, folders))
     if "test" in found and "test" not in need and not known.intersection(found["test"]):
         problems.notes.append("test.txt: its images have no annotations: left out")
         del found["test"]
     return found
+
+
+def _listed(file: Path, images: Collection[str]) -> list[str]:
+    """Return the images of a list; VOC's own lists of a class have a number behind each name."""
+    lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    return [line if line in images else line.split()[0] for line in lines]
+
+
+def _note_bare(
+    root: Path,
+    folders: Mapping[str, Folders],
+    lists: Mapping[str, Sequence[str]],
+    problems: Problems,
+) -> None:
+    """Note the images that no annotation names, where no list says which images there are."""
+    named = {name for stems in lists.values() for name in stems}
+    every = [name for pair in folders.values() for name in image_names(root / pair[0])]
+    if bare := [name for name in every if stem(name) not in named]:
+        problems.notes.append(f"{len(bare)} images without annotations left out: {shortened(bare)}")
 
 
 def _check_disjoint(lists: Mapping[str, Sequence[str]], problems: Problems) -> None:
@@ -188,21 +217,34 @@ def _read_split(
     kept, annotations = [], []
     for name in stems:
         file = f"{behind}{name}.xml"
-        if name not in images:
-            problems.add(f"{folders[0] or root} has no image {name}")
-        elif (found := _read(root, file, images[name], task, problems)) is not None:
+        no_image = f"{folders[0] or root} has no image {name}"
+        if name not in images and not (root / file).is_file():
+            problems.add(no_image)
+        elif (found := _read(root, file, images.get(name, ""), task, problems)) is None:
+            continue
+        elif name not in images:
+            problems.add(no_image)
+        else:
             kept.append(name)
             annotations.append(found)
     masks = [f"{folders[1]}/{name}.png" for name in kept]
     files = [f"{behind}{name}.xml" for name in kept]
+    bare = absent(root, files) if task != "segment" else []
+    if 2 * len(bare) > len(files):
+        problems.add(f"{shortened(bare)}: {len(bare)} of {len(files)} annotations are missing")
+    elif bare:
+        problems.notes.append(f"{len(bare)} images have no XML and so no object: {shortened(bare)}")
     return _Split([images[name] for name in kept], files, masks, annotations)
 
 
 def _read(root: Path, file: str, image: str, task: str, problems: Problems) -> _Annotation | None:
     """Return what the XML says; None where that is a problem."""
-    if task == "segment" and not (root / file).is_file():
+    is_there = (root / file).is_file()
+    if task == "segment" and not is_there:
         return _Annotation((0, 0))
     try:
+        if not is_there:
+            return _Annotation(image_size(str(root / image)))
         return _parsed(_tree(root / file), root / image)
     except (OSError, ValueError, ImageError) as error:
         problems.add(f"{file}: {getattr(error, 'strerror', None) or error}")
@@ -226,6 +268,8 @@ def _tree(file: Path) -> ElementTree.Element:
 
 
 def _parsed(tree: ElementTree.Element, image: Path) -> _Annotation:
+    if tree.tag != "annotation":
+        raise ValueError(f"is <{tree.tag}>, not VOC's <annotation>: export it as VOC or COCO")
     boxes, difficult = [], 0
     for i, entry in enumerate(tree.iter("object"), 1):
         name = (entry.findtext("name") or "").strip()
