@@ -343,3 +343,20 @@ def test_frames_without_xml_have_no_object(tmp_path):
     assert data.ignored == ("1 images have no XML and so no object: Annotations/b.xml",)
     (tmp_path / "Annotations" / "c.xml").unlink()
     assert "2 of 3 annotations are missing" in error_of(tmp_path)
+
+
+def test_masks_of_cvat_in_the_colours_of_its_labelmap(tmp_path):
+    colours = np.array([(0, 0, 0), (128, 0, 0), (0, 128, 0)], dtype=np.uint8)
+    for name in "abcde":
+        write(tmp_path, name, xml())
+        (tmp_path / "SegmentationClass").mkdir(exist_ok=True)
+        pixels = np.resize(colours, (HEIGHT, WIDTH, 3))
+        Image.fromarray(pixels).save(tmp_path / "SegmentationClass" / f"{name}.png")
+    lists(tmp_path, "Segmentation", default="a b c d e")
+    lines = "# label:color_rgb:parts:actions\nbackground:0,0,0::\ntree:0,128,0::\nBär:128,0,0::\n"
+    (tmp_path / "labelmap.txt").write_text(lines, encoding="utf-8")
+    data = open_voc(str(tmp_path), task="segment")
+    assert data.classes == ("background", "tree", "Bär")
+    assert data.splits["train"].target(0)[0, :3].tolist() == [0, 2, 1]
+    (tmp_path / "labelmap.txt").write_text("background:0,0,0::\ntree:0,0,0::\n")
+    assert "2 classes have 1 different colours" in error_of(tmp_path, "segment")

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from meshuffle.data.annotated import NUM_IDS, AnnotatedSource, MaskTargets, image_size
+from meshuffle.data.annotated import NUM_IDS, AnnotatedSource, Colours, MaskTargets, image_size
 from meshuffle.data.base import Data, shortened
 from meshuffle.data.entries import (
     NEED,
@@ -32,7 +32,7 @@ from meshuffle.data.entries import (
     stem,
     suffix,
 )
-from meshuffle.data.formats.mask_files import count_ids
+from meshuffle.data.formats.mask_files import count_ids, read_colours
 from meshuffle.data.objects import BoxList, Objects, check_classes, object_source, path_table
 from meshuffle.data.paired import IMAGES, Folders, paired_folders, split_folders
 from meshuffle.data.scan import contents, existing_folder, find_folder, subfolders
@@ -86,9 +86,10 @@ def open_voc(
     the class of the largest object, multilabel all of them. segment reads
     SegmentationClass/*.png: palette index k is class k (class_names.txt where it is there,
     else those of VOC's own 20 that occur, else the sorted names), 0 the background, 255 counts
-    nothing; a class without a pixel in train is an error. Boxes
-    are VOC's: pixels count from 1, and the last one belongs to the box. One without area is
-    left out and named in `Data.ignored`; with `strict` it is an error. Raises `DataError`.
+    nothing; a class without a pixel in train is an error. With CVAT's labelmap.txt the masks are
+    read by its colours. Boxes are VOC's: pixels count from 1, and the last one belongs to the
+    box. One without area is left out and named in `Data.ignored`; with `strict` it is an error.
+    Raises `DataError`.
     """
     root = existing_folder(path)
     layout, folders = _layout(root, task)
@@ -336,9 +337,9 @@ def _mask_sources(
     for file in absent(root, [file for split in splits.values() for file in split.masks]):
         problems.add(f"{file} is missing")
     problems.raise_any()
-    names = _mask_classes(root, _names(splits))
+    names, colours = _mask_classes(root, _names(splits))
     enough = range(len(names)) if "val" in splits and need else ()
-    counts = {key: count_ids(root, split.masks, enough) for key, split in splits.items()}
+    counts = {key: count_ids(root, split.masks, enough, colours) for key, split in splits.items()}
     ids = list(range(len(names)))
     if names[1:] == OFFICIAL:
         shown = np.sum([count.any(axis=0) for count in counts.values()], axis=0)
@@ -353,7 +354,7 @@ def _mask_sources(
     for key, split in splits.items():
         labels = _objects(root, split, label_of, Problems(str(root))).heaviest(len(classes))
         images = path_table(split.paths)
-        targets = MaskTargets(root, images, path_table(split.masks), table)
+        targets = MaskTargets(root, images, path_table(split.masks), table, colours)
         sources[key] = AnnotatedSource(root, images, labels, classes, targets)
     shown = counts["train"][:, ids] > 0 if "train" in counts else None
     if shown is not None:
@@ -361,17 +362,23 @@ def _mask_sources(
     return classes, sources, shown
 
 
-def _mask_classes(root: Path, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the class of each palette index."""
-    file = root / "class_names.txt"
-    if file.is_file():
+def _mask_classes(root: Path, names: Sequence[str]) -> tuple[tuple[str, ...], Colours | None]:
+    """Return the class of each palette index, and the colours if CVAT's labelmap.txt has them."""
+    file, colours = root / "class_names.txt", None
+    if not file.is_file() and (root / "labelmap.txt").is_file():
+        file = root / "labelmap.txt"
+        classes, colours = read_colours(file)
+    elif file.is_file():
         lines = [line.strip() for line in read_text(file).splitlines()]
         classes = [line for line in lines if line and line != "__ignore__"]
     elif names:
         classes = [BACKGROUND, *(OFFICIAL if set(names) <= set(OFFICIAL) else names)]
     else:
-        raise DataError(f"{root}: no class_names.txt and no object in Annotations/ names a class")
+        raise DataError(
+            f"{root}: no class_names.txt and no object in Annotations/ names a class; nor is there "
+            "a labelmap.txt"
+        )
     check_names(str(file if file.is_file() else root), classes)
     if len(classes) > VOID:
         raise DataError(f"{root}: {shortened(classes)}: a mask holds at most {VOID} classes")
-    return tuple(classes)
+    return tuple(classes), colours
