@@ -357,3 +357,13 @@ def test_masks_of_ids_do_not_take_the_names_of_colours(tmp_path):
         write(tmp_path, f"m{i}", [0, 1])
     (tmp_path / "label_colors.txt").write_text("128 0 0 Apfel\n0 0 0 Void\n")
     assert open_masks(str(tmp_path)).classes == ("class 0", "class 1")
+
+
+def test_tiff(tmp_path):
+    for i in range(5):
+        write(tmp_path, f"m{i}", [0, 1], suffix=".TIF")
+        Image.open(tmp_path / "masks" / f"m{i}.png").save(tmp_path / "masks" / f"m{i}.tif")
+        (tmp_path / "masks" / f"m{i}.png").unlink()
+    data = open_masks(str(tmp_path), need=())
+    assert data.splits["train"].target(0)[0].tolist() == [0, 1] * 3
+    assert data.splits["train"].image(0).size == SIZE

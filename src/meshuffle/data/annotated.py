@@ -23,6 +23,7 @@ from meshuffle.errors import ImageError
 
 _ROTATIONS = (5, 6, 7, 8)
 _SHOWN_IDS = 8
+_MASKS = ("PNG", "GIF", "BMP", "TIFF")
 NUM_IDS = 256
 """The label ids that a mask of bytes can hold."""
 
@@ -203,11 +204,11 @@ def read_ids(path: str, colours: Colours | None = None) -> NDArray[Any]:
 
     `colours`: the ids of the colours that a file beside the masks declares.
 
-    The ids of a PNG (or GIF or BMP) with a palette are its indices; those of a grey one are its
-    values, also if grey is stored as three equal channels.
+    The ids of a PNG (or GIF, BMP, TIFF) with a palette are its indices; those of a grey one are
+    its values, also if grey is stored as three equal channels.
     """
     try:
-        with Image.open(path, formats=("PNG", "GIF", "BMP")) as image:
+        with Image.open(path, formats=_MASKS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(
                     f"{path}: {_size_text(image.size)} is more than {MAX_PIXELS:,} pixels"
@@ -229,7 +230,7 @@ def read_ids(path: str, colours: Colours | None = None) -> NDArray[Any]:
 def has_colours(path: str) -> bool:
     """Return whether a mask is stored as red, green and blue."""
     try:
-        with Image.open(path, formats=("PNG", "GIF", "BMP")) as image:
+        with Image.open(path, formats=_MASKS) as image:
             return image.mode in ("RGB", "RGBA")
     except (*BROKEN, Image.DecompressionBombError):  # it is reported when the mask is read
         return False

@@ -31,7 +31,7 @@ from meshuffle.errors import DataError, ImageError
 _MASKS = ("masks", "mask", "labels", "label", "annotations", "segmentations")
 _FOLDER_ENDS = ("annot", "_annot", "_masks", "_mask", "_labels", "_label", "masks", "labels")
 _ENDS = ("_mask", "_label", "-mask", "-label", "_seg", "_gt")
-_EXTENSIONS = (".gif", ".bmp", ".png")  # the last one wins
+_EXTENSIONS = (".tif", ".tiff", ".gif", ".bmp", ".png")  # the last one wins
 _NAMED = re.compile(r"(?P<name>[^:]+):(?P<colour>[\d, ]*):.*")
 _COLOUR = re.compile(r"\s*(?P<colour>(\d+\s+){3})(?P<name>\S.*)")
 _LOSSY = (".jpg", ".jpeg")
