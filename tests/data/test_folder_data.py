@@ -304,6 +304,7 @@ def test_files_of_which_nothing_is_known(make_folder, monkeypatch):
         ({"images": 4, "masks": 4}, "images, masks are no names of classes; looked for one folder"),
         ({"train/Images": 4, "train/labels": 4}, "masks:PATH, coco:PATH, voc:PATH, yolo:PATH or"),
         ({"train": 4, "validation": 2}, "train, validation are no names of classes"),
+        ({"images/train": 2, "images/val": 2}, "images are no names of classes"),
         ({"2750/a": 2, "2750/b": 2}, "2750/ is no class, it holds folders; did you mean"),
     ],
 )

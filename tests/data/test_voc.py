@@ -360,3 +360,10 @@ def test_masks_of_cvat_in_the_colours_of_its_labelmap(tmp_path):
     assert data.splits["train"].target(0)[0, :3].tolist() == [0, 2, 1]
     (tmp_path / "labelmap.txt").write_text("background:0,0,0::\ntree:0,0,0::\n")
     assert "2 classes have 1 different colours" in error_of(tmp_path, "segment")
+
+
+def test_xml_one_folder_too_deep(tmp_path):
+    write(tmp_path, "a", xml(thing("dog", (1, 1, 4, 4))))
+    (tmp_path / "Annotations" / "default").mkdir()
+    (tmp_path / "Annotations" / "a.xml").rename(tmp_path / "Annotations" / "default" / "a.xml")
+    assert "no XML directly in its folders of annotations" in error_of(tmp_path)

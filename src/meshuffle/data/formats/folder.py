@@ -112,7 +112,8 @@ def _check_content(root: Path, scans: Mapping[str, ClassFolders]) -> None:
         {name for scan in scans.values() for name, files in scan.files.items() if files}
     )
     inner = root / filled[0]
-    if len(filled) == 1 and len(subfolders(inner)) > 1 and not count_images(inner):
+    below = {name.lower() for name in subfolders(inner)} - _NO_CLASSES if len(filled) == 1 else ()
+    if len(below) > 1 and not count_images(inner):
         raise DataError(
             f"{root}: {filled[0]}/ is no class, it holds folders; did you mean {inner}?"
         )

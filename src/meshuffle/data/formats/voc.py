@@ -320,6 +320,8 @@ def _box_sources(
     objects = {key: _objects(root, split, label_of, problems) for key, split in splits.items()}
     problems.raise_any()
     if not classes:
+        if not any(split.files for split in splits.values()):
+            raise DataError(f"{root}: no XML directly in its folders of annotations")
         raise DataError(f"{root}: its annotations hold no object")
     check_classes(str(root), task, objects.get("train"), classes, problems.notes)
     annotations = [one for split in splits.values() for one in split.annotations]
