@@ -9,9 +9,9 @@ export, and compares images, classes, boxes and pixels with those that were draw
 Meshuffle does not read must be refused in one line. Prints a line for each;
 results/exported_data.csv gets the rows.
 
-What a trial wants: `read`, all that was drawn; `drawn`, without the picture that has no shape (a
-tool writes no mask for it); `train`, that split alone; `ids`, classes by number; `contours`, with
-less area; `refused`.
+What a trial wants: `read`, all that was drawn; `drawn`, without the picture that has no shape (the
+tool writes no mask or XML for it); `train`, that split alone; `ids`, classes by number; `contours`,
+with less area; `refused`.
 """
 
 from __future__ import annotations
@@ -611,13 +611,13 @@ TOOLS: dict[str, tuple[Callable[[Path], Sequence[Trial]], str]] = {
     "YOLO with images": (
         label_studio("YOLO_WITH_IMAGES", "box", ("yolo:{}", "detect", "read")), "label_studio_sdk",
     ),
-    "VOC": (label_studio("VOC", "box", ("voc:{}", "detect", "read")), "label_studio_sdk"),
+    "VOC": (label_studio("VOC", "box", ("voc:{}", "detect", "drawn")), "label_studio_sdk"),
     "brush to PNG": (
         label_studio("BRUSH_TO_PNG", "brush", ("masks:{}", "segment", "refused"),
                      ("{}", "classify", "refused")), "label_studio_sdk",
     ),
     "brush to COCO": (
-        label_studio("BRUSH_TO_COCO", "brush", ("coco:{}", "segment", "read")), "label_studio_sdk",
+        label_studio("BRUSH_TO_COCO", "brush", ("coco:{}", "segment", "drawn")), "label_studio_sdk",
     ),
     "CSV of choices": (
         label_studio("CSV", "choice", ("csv:{}/result.csv", "classify", "read")),
@@ -671,6 +671,7 @@ def expected(task: str, right: str) -> dict[str, Any]:
     chosen = (
         every if task in ("detect", "segment", "multilabel") else [o for o in every if o.shapes]
     )
+    chosen = [one for one in chosen if one.shapes or right != "drawn"]
     if task == "regress":
         return {"images": len(chosen), "sum": sum(o.shapes[0].mask().sum() for o in chosen) / 16}
     shapes = [shape for one in chosen for shape in one.shapes]
@@ -679,7 +680,6 @@ def expected(task: str, right: str) -> dict[str, Any]:
         boxes = sorted((CLASSES[shape.label], *shape.box) for shape in shapes)
         return {**names, "boxes": boxes}
     if task == "segment":
-        chosen = [one for one in chosen if one.shapes or right != "drawn"]
         ids = np.bincount(np.concatenate([one.ids().ravel() for one in chosen]), minlength=4)
         keys = ["class 0", "class 1", "class 2", "class 3"] if right == "ids" else [
             "background", *CLASSES]  # fmt: skip
