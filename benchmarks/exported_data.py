@@ -424,7 +424,7 @@ def torchvision_voc(folder: Path) -> Sequence[Trial]:
     home.mkdir()
     shutil.move(folder / "out", home / "VOC2012")
     assert len(datasets.VOCDetection(str(folder), "2012", "train")) == VAL
-    return [("voc:{}", "detect", "read"), ("voc:{}/VOCdevkit/VOC2012", "segment", "read")]
+    return [("voc:{}", "detect", "refused"), ("voc:{}/VOCdevkit/VOC2012", "detect", "read")]
 
 
 def torchvision_pets(folder: Path) -> Sequence[Trial]:

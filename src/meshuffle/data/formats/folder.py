@@ -112,7 +112,7 @@ def _check_content(root: Path, scans: Mapping[str, ClassFolders]) -> None:
         {name for scan in scans.values() for name, files in scan.files.items() if files}
     )
     inner = root / filled[0]
-    below = {name.lower() for name in subfolders(inner)} - _NO_CLASSES if len(filled) == 1 else ()
+    below = {name.lower() for name in subfolders(inner)} - set(SPLITS) if len(filled) == 1 else ()
     if len(below) > 1 and not count_images(inner):
         raise DataError(
             f"{root}: {filled[0]}/ is no class, it holds folders; did you mean {inner}?"
