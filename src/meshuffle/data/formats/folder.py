@@ -112,7 +112,8 @@ def _check_content(root: Path, scans: Mapping[str, ClassFolders]) -> None:
         {name for scan in scans.values() for name, files in scan.files.items() if files}
     )
     inner = root / filled[0]
-    below = {name.lower() for name in subfolders(inner)} - set(SPLITS) if len(filled) == 1 else ()
+    alone = len(filled) == 1 and inner.is_dir()
+    below = {name.lower() for name in subfolders(inner)} - set(SPLITS) if alone else ()
     if len(below) > 1 and not count_images(inner):
         raise DataError(
             f"{root}: {filled[0]}/ is no class, it holds folders; did you mean {inner}?"
