@@ -435,3 +435,22 @@ def test_real_outlines_are_drawn_as_faster_coco_eval_draws_them(fruits):
             fill_polygon(ours, np.array(polygon, dtype=np.float32), 1)
         theirs = core.decode(core.merge(core.frPyObjects(entry["segmentation"], 600, 800)))
         assert (ours & theirs).sum() / (ours | theirs).sum() > 0.97
+
+
+@pytest.mark.parametrize("before", ["../upload/1/", "/data/upload/1/", "images\\", "C:\\photos\\"])
+def test_paths_of_another_machine(tmp_path, before):
+    content = tree([image(1), image(2)], [thing(1, 2, 3, [0, 0, 2, 2])])
+    write(tmp_path, "result.json", content, "images")
+    for entry in content["images"]:
+        entry["file_name"] = before + entry["file_name"]
+    (tmp_path / "result.json").write_text(json.dumps(content))
+    data = open_coco(str(tmp_path), task="detect", need=())
+    assert data.splits["train"].name(1) == str(tmp_path / "images" / "2.png")
+    assert len(data.splits["train"].target(1)) == 1
+
+
+def test_names_that_come_twice_elsewhere_are_not_guessed(tmp_path):
+    content = tree([image(1, file_name="a/1.png"), image(2, file_name="b/1.png")], [])
+    (tmp_path / "result.json").write_text(json.dumps(content))
+    noise(1).save(tmp_path / "1.png")
+    assert "none of its 2 images (a/1.png, …) is in" in error_of(tmp_path)

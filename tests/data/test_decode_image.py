@@ -15,7 +15,7 @@ from PIL import Image
 from meshuffle.data.image import EXTENSIONS, decode_image
 from meshuffle.errors import ImageError
 
-LOSSLESS = [("PNG", {}), ("BMP", {}), ("WEBP", {"lossless": True})]
+LOSSLESS = [("PNG", {}), ("BMP", {}), ("WEBP", {"lossless": True}), ("TIFF", {})]
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -150,7 +150,7 @@ def error_of(path_or_bytes: Path | bytes, **options: object) -> str:
     return message
 
 
-@pytest.mark.parametrize("format_name", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize("format_name", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 @pytest.mark.parametrize("kept", [0.3, 0.9])
 def test_truncated_files_are_named(tmp_path, format_name, kept):
     data = encoded(noise(4, (64, 64)), format_name)
@@ -168,11 +168,11 @@ def test_empty_file(tmp_path):
 def test_text_that_calls_itself_a_jpeg(tmp_path):
     (tmp_path / "fake.jpg").write_text("<html>404 not found</html>")
     message = error_of(tmp_path / "fake.jpg")
-    assert "not a JPEG, PNG, WebP, BMP or GIF image" in message
+    assert "not a JPEG, PNG, WebP, BMP, GIF or TIFF image" in message
     assert "<html>404 no" in message
 
 
-@pytest.mark.parametrize("format_name", ["TIFF", "PPM", "ICO"])
+@pytest.mark.parametrize("format_name", ["PPM", "ICO"])
 def test_other_formats_are_refused(format_name):
     assert "not a JPEG" in error_of(encoded(noise(5), format_name))
 
@@ -228,6 +228,7 @@ SEEDS = [
     encoded(noise(7, (20, 20)), "BMP"),
     encoded(noise(7, (20, 20)).convert("P"), "BMP"),
     encoded(noise(7, (20, 20)), "GIF"),
+    encoded(noise(7, (20, 20)), "TIFF"),
     encoded(Image.fromarray(np.arange(400, dtype=np.uint16).reshape(20, 20)), "PNG"),
 ]
 
@@ -261,3 +262,24 @@ def test_file_object_is_not_left_open(tmp_path):
     (tmp_path / "a.png").unlink()
     assert image.copy().size == (12, 10)  # all pixels are in memory
     assert io.BytesIO(encoded(image, "PNG")).read(4) == b"\x89PNG"
+
+
+def test_tiff_of_16_bits():
+    levels = np.array([[0, 257, 65535]], dtype=np.uint16)
+    for order in ("<", ">"):
+        image = Image.fromarray(levels.astype(f"{order}u2"))
+        assert pixels(decode_image(encoded(image, "TIFF")))[0, :, 0].tolist() == [0, 1, 255]
+
+
+def test_tiffs_that_eight_bits_do_not_show():
+    pages = [noise(1), noise(2), noise(3)]
+    several = encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:])
+    fractions = encoded(Image.fromarray(np.full((2, 2), 0.5, np.float32)), "TIFF")
+    large = encoded(Image.fromarray(np.full((2, 2), 70_000, np.int32)), "TIFF")
+    for content, expected in (
+        (several, "x: a TIFF of 3 pages; save each"),
+        (fractions, "x: a TIFF of mode F; save it with 8 or 16 bits"),
+        (large, "x: a TIFF of mode I; save it"),
+    ):
+        with pytest.raises(ImageError, match=expected):
+            decode_image(content, name="x")

@@ -296,3 +296,23 @@ def test_files_of_which_nothing_is_known(make_folder, monkeypatch):
     assert [source.name(i) for i in range(len(source))] == ["a/001.png", "./a/000.png"]
     assert source.labels.tolist() == [0, 0] and source.target(1) == 0
     assert source.image(0).size == (12, 10) and source.classes == ("x", "y")
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ({"images": 4, "masks": 4}, "images, masks are no names of classes; looked for one folder"),
+        ({"train/Images": 4, "train/labels": 4}, "masks:PATH, coco:PATH, voc:PATH, yolo:PATH or"),
+        ({"train": 4, "validation": 2}, "train, validation are no names of classes"),
+        ({"images/train": 2, "images/val": 2}, "images are no names of classes"),
+        ({"2750/a": 2, "2750/b": 2}, "2750/ is no class, it holds folders; did you mean"),
+    ],
+)
+def test_folders_of_another_layout_are_no_classes(make_folder, counts, expected):
+    root = make_folder(counts)
+    assert expected in error_of(root) and expected in error_of(root, need=())
+
+
+def test_another_task_names_the_formats_that_have_it(make_folder):
+    root = make_folder({"images": 4, "masks": 4})
+    assert "their format: coco:PATH, masks:PATH, voc:PATH" in error_of(root, task="segment")

@@ -157,3 +157,23 @@ def test_an_old_library(library, monkeypatch):
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert error_of("beans") == "hf:beans needs the datasets library: pip install 'meshuffle[hub]'"
+
+
+def test_names_in_a_column_of_text(library, tmp_path):
+    """As the metadata.csv of an imagefolder has them."""
+    image = {"bytes": encoded(noise(1), "PNG"), "path": None}
+    kinds = {"image": library.Image(), "label": library.Value("string")}
+    tables = {}
+    for split, names in (("train", ["Bär", "ant", "Bär"]), ("validation", ["ant"])):
+        rows = {"image": [image] * len(names), "label": names}
+        tables[split] = library.Dataset.from_dict(rows, library.Features(kinds))
+    library.DatasetDict(tables).save_to_disk(str(tmp_path / "saved"))
+    data = open_hf(str(tmp_path / "saved"))
+    assert data.classes == ("Bär", "ant")
+    assert data.splits["train"].labels.tolist() == [0, 1, 0]
+    assert data.splits["val"].labels.tolist() == [1]
+    tables["train"] = library.Dataset.from_dict(
+        {"image": [image] * 2, "label": ["ant", None]}, library.Features(kinds)
+    )
+    library.DatasetDict(tables).save_to_disk(str(tmp_path / "gap"))
+    assert "1 rows of train have no label in 'label'" in error_of(str(tmp_path / "gap"))

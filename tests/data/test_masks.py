@@ -82,7 +82,7 @@ def test_no_more_masks_are_read_than_show_every_class(street, monkeypatch):
     for i in range(200):
         write(street, f"m{i}", [0, 1], "train")
     read: list[str] = []
-    monkeypatch.setattr(mask_files, "read_ids", lambda path: read.append(path) or read_ids(path))
+    monkeypatch.setattr(mask_files, "read_ids", lambda path, _: read.append(path) or read_ids(path))
     data = open_masks(str(street))
     assert 0 < len(read) <= 64 and not data.splits["train"].labels.any()
 
@@ -324,3 +324,46 @@ def test_real_streets(camvid):
     assert set(np.unique(masks).tolist()) <= {*range(11), 255}
     assert train.image(0).size == (480, 360)
     assert len(open_masks(str(camvid)).classes) == 12
+
+
+def coloured(root: Path, name: str, pixels: list, mode: str = "RGB") -> None:
+    """An image and a mask of one row, of these colours."""
+    write(root, name, 0)
+    array = np.resize(np.array(pixels, dtype=np.uint8), (SIZE[1], SIZE[0], 3))
+    Image.fromarray(array).convert(mode).save(root / "masks" / f"{name}.png")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_masks_in_colours(tmp_path, mode):
+    """CamVid, as CVAT writes it: the background is not in the list."""
+    for i in range(5):
+        colours = [(0, 0, 0), (128, 0, 0), (0, 128, 0)]
+        coloured(tmp_path, f"m{i}", colours, mode)
+    assert "segmentation needs two or more" in error_of(tmp_path)
+    (tmp_path / "label_colors.txt").write_text("128 0 0 Apfel\n0 128 0\ttree top\n")
+    data = open_masks(str(tmp_path))
+    assert data.classes == ("background", "Apfel", "tree top")
+    assert data.splits["train"].target(0)[0].tolist() == [0, 1, 2] * 2
+    (tmp_path / "label_colors.txt").write_text("128 0 0 Apfel\n0 120 0 tree\n0 0 0 Void\n")
+    source = open_masks(str(tmp_path), need=()).splits["train"]
+    with pytest.raises(ImageError, match=r"holds the colour \[0, 128, 0\], which is of no class"):
+        source.target(0)
+    (tmp_path / "label_colors.txt").write_text("128 0 Apfel\n")
+    assert "label_colors.txt: '128 0 Apfel' is neither" in error_of(tmp_path)
+
+
+def test_masks_of_ids_do_not_take_the_names_of_colours(tmp_path):
+    for i in range(5):
+        write(tmp_path, f"m{i}", [0, 1])
+    (tmp_path / "label_colors.txt").write_text("128 0 0 Apfel\n0 0 0 Void\n")
+    assert open_masks(str(tmp_path)).classes == ("class 0", "class 1")
+
+
+def test_tiff(tmp_path):
+    for i in range(5):
+        write(tmp_path, f"m{i}", [0, 1], suffix=".TIF")
+        Image.open(tmp_path / "masks" / f"m{i}.png").save(tmp_path / "masks" / f"m{i}.tif")
+        (tmp_path / "masks" / f"m{i}.png").unlink()
+    data = open_masks(str(tmp_path), need=())
+    assert data.splits["train"].target(0)[0].tolist() == [0, 1] * 3
+    assert data.splits["train"].image(0).size == SIZE

@@ -333,3 +333,35 @@ def test_a_question_mark_in_a_path(tmp_path):
     (tmp_path / "what?x=1").write_text("")
     assert split_options(str(tmp_path / "what?x=1"), ["x"]) == (str(tmp_path / "what?x=1"), {})
     assert split_options("a?b?x=1", ["x"]) == ("a?b", {"x": "1"})
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_decimal_commas(photos, separator):
+    rows = [f"a/{i}.png;{i},25;{-i};1.5" for i in range(10)]
+    lines = [line.replace(";", separator) for line in ("image;x;y;z", *rows)]
+    data = open_csv(table(photos, *lines), task="regress", need=())
+    assert data.classes == ("x", "y", "z")
+    assert data.splits["train"].target(3).tolist() == [3.25, -3, 1.5]
+    assert data.notices == ("decimal commas in x: 3,5 is read as 3.5",)
+
+
+def test_commas_that_may_be_thousands_are_no_numbers(photos):
+    for header, cells in (("image,x", '"1,234"'), ("image;x", "1.234,5")):
+        lines = [f"a/{i}.png{header[5]}{cells}" for i in range(10)]
+        assert "lacks a column of numbers" in error_of(
+            open_csv, table(photos, header, *lines), task="regress"
+        )
+
+
+def test_backslashes_of_windows(photos):
+    data = open_csv(table(photos, "image,label", *(f"a\\{i}.png,{i % 2}" for i in range(10))))
+    assert data.splits["train"].name(0).endswith(".png") and len(data.splits["val"]) == 2
+
+
+def test_columns_as_pandas_writes_them(photos):
+    columns = {
+        "image": {str(i): f"a/{i}.png" for i in range(10)},
+        "label": {str(i): "xy"[i % 2] for i in range(10)},
+    }
+    data = open_json(objects(photos, columns, lines=True), need=())
+    assert data.classes == ("x", "y") and data.splits["train"].labels.tolist() == [0, 1] * 5

@@ -104,7 +104,7 @@ def test_lists_that_are_not_there(pets):
 def test_a_test_list_without_annotations(pets):
     (pets / "Annotations" / "d.xml").unlink()
     assert "test.txt: its images have no annotations: left out" in open_voc(str(pets)).ignored
-    assert "Annotations/d.xml: No such file" in error_of(pets, need=("test",))
+    assert "d.xml: 1 of 1 annotations are missing" in error_of(pets, need=("test",))
 
 
 def test_a_size_that_is_not_written_is_read(tmp_path):
@@ -298,3 +298,72 @@ def test_real_blood_cells(bccd):
     assert np.bincount(np.concatenate([b.labels for b in boxes])).tolist() == [361, 4155, 372]
     assert all((b.xyxy[:, 2:] > b.xyxy[:, :2]).all() for b in boxes)
     assert data.splits["train"].image(0).size == (640, 480)
+
+
+def test_lists_of_names_with_spaces(tmp_path):
+    """CVAT's lists hold plain names; VOC's own lists of a class have a number behind them."""
+    for name in ("Bild 1", "Bild 2", "c"):
+        write(tmp_path, name, xml(thing("dog", (1, 1, 4, 4))))
+    lists(tmp_path, train="", val="")
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("Bild 1\r\nc  1\r\n")
+    (tmp_path / "ImageSets" / "Main" / "val.txt").write_text("Bild 2\n")
+    data = open_voc(str(tmp_path), task="detect")
+    assert [Path(data.splits["train"].name(i)).name for i in range(2)] == ["Bild 1.jpg", "c.jpg"]
+    assert len(data.splits["val"]) == 1
+
+
+def test_images_without_annotations_are_noted(tmp_path):
+    for name in "ab":
+        write(tmp_path, name, xml(thing("dog", (1, 1, 4, 4))))
+    (tmp_path / "Annotations" / "b.xml").unlink()
+    data = open_voc(str(tmp_path), task="detect", need=())
+    assert data.ignored == ("1 images without annotations left out: b.jpg",)
+
+
+def test_other_xml_says_what_it_is(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "annotations.xml").write_text("<annotations><image name='a.jpg'/></annotations>")
+    expected = "annotations.xml: is <annotations>, not VOC's <annotation>: export it as VOC or COCO"
+    assert expected in error_of(tmp_path)
+
+
+def test_a_folder_above_is_named(tmp_path):
+    write(tmp_path / "VOCdevkit" / "VOC2012", "a", xml(thing("dog", (1, 1, 4, 4))))
+    assert error_of(tmp_path).endswith(f"did you mean {tmp_path / 'VOCdevkit' / 'VOC2012'}?")
+
+
+def test_frames_without_xml_have_no_object(tmp_path):
+    """CVAT lists every frame, and writes an XML for those that show something."""
+    for name in "abc":
+        write(tmp_path, name, xml(thing("dog", (1, 1, 4, 4))))
+    lists(tmp_path, default="a b c")
+    (tmp_path / "Annotations" / "b.xml").unlink()
+    data = open_voc(str(tmp_path), task="detect", need=())
+    assert len(data.splits["train"]) == 3 and len(data.splits["train"].target(1)) == 0
+    assert data.ignored == ("1 images have no XML and so no object: Annotations/b.xml",)
+    (tmp_path / "Annotations" / "c.xml").unlink()
+    assert "2 of 3 annotations are missing" in error_of(tmp_path)
+
+
+def test_masks_of_cvat_in_the_colours_of_its_labelmap(tmp_path):
+    colours = np.array([(0, 0, 0), (128, 0, 0), (0, 128, 0)], dtype=np.uint8)
+    for name in "abcde":
+        write(tmp_path, name, xml())
+        (tmp_path / "SegmentationClass").mkdir(exist_ok=True)
+        pixels = np.resize(colours, (HEIGHT, WIDTH, 3))
+        Image.fromarray(pixels).save(tmp_path / "SegmentationClass" / f"{name}.png")
+    lists(tmp_path, "Segmentation", default="a b c d e")
+    lines = "# label:color_rgb:parts:actions\nbackground:0,0,0::\ntree:0,128,0::\nBär:128,0,0::\n"
+    (tmp_path / "labelmap.txt").write_text(lines, encoding="utf-8")
+    data = open_voc(str(tmp_path), task="segment")
+    assert data.classes == ("background", "tree", "Bär")
+    assert data.splits["train"].target(0)[0, :3].tolist() == [0, 2, 1]
+    (tmp_path / "labelmap.txt").write_text("background:0,0,0::\ntree:0,0,0::\n")
+    assert "2 classes have 1 different colours" in error_of(tmp_path, "segment")
+
+
+def test_xml_one_folder_too_deep(tmp_path):
+    write(tmp_path, "a", xml(thing("dog", (1, 1, 4, 4))))
+    (tmp_path / "Annotations" / "default").mkdir()
+    (tmp_path / "Annotations" / "a.xml").rename(tmp_path / "Annotations" / "default" / "a.xml")
+    assert "no XML directly in its folders of annotations" in error_of(tmp_path)

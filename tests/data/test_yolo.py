@@ -151,7 +151,6 @@ def test_bad_lines(pets, line, expected):
         ("names: {1: a, 2: b}", "the keys of names are not 0 … 1"),
         ("names: [a, a]", "class names that come twice: a"),
         ("names: [a, b]\nnc: 3", "nc is 3, but there are 2 names"),
-        ("names: [a, b]", "names no folder of images"),
         ("names: [a, b]\ntrain: 3", "train is 3; wanted: a folder"),
         ("names: [a, b]\ntrain: nowhere", "nowhere, which does not exist"),
         ("names: [a, b]\ntrain: data.yaml", "is neither a folder of images nor a text"),
@@ -183,8 +182,8 @@ def test_no_texts_at_all(tmp_path):
 def test_which_yaml(tmp_path):
     assert "no such file" in error_of(tmp_path / "x")
     assert error_of(tmp_path).endswith(
-        "is not recognised as YOLO: looked for one data.yaml, or classes.txt with images/; it "
-        "holds 0 YAML files (none); saw nothing"
+        "is not recognised as YOLO: looked for one data.yaml, obj.data, or classes.txt "
+        "with images/; it holds 0 YAML files (none); saw nothing"
     )
 
 
@@ -242,3 +241,39 @@ def test_a_class_that_train_lacks(pets):
 def test_without_pyyaml(pets, monkeypatch):
     monkeypatch.setitem(sys.modules, "yaml", None)
     assert "reading YAML needs PyYAML: pip install pyyaml" in error_of(pets)
+
+
+def test_a_yaml_that_names_no_folder(pets):
+    """supervision writes only nc and names."""
+    (pets / "data.yaml").write_text("nc: 2\nnames: [cat, dog]\n")
+    data = open_yolo(str(pets), task="detect")
+    assert {split: len(source) for split, source in data.splits.items()} == {"train": 3, "val": 1}
+    (pets / "images").rename(pets / "photos")
+    assert "names no folder of images" in error_of(pets)
+
+
+@pytest.mark.parametrize("before", ["data/", "", "data\\"])
+def test_obj_data_of_cvat(tmp_path, before):
+    for split, name in (("train", "Bild 1 grün"), ("train", "b"), ("valid", "c")):
+        folder = tmp_path / f"obj_{split}_data"
+        folder.mkdir(exist_ok=True)
+        noise(1, (20, 10)).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text("1 0.5 0.5 0.2 0.4\r\n")
+        with (tmp_path / f"{split}.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{before}obj_{split}_data/{name}.png\n")
+    (tmp_path / "obj.names").write_text("cat\ntree top\n")
+    lines = "classes = 2\ntrain = data/train.txt\nvalid = data/valid.txt\nbackup = backup/\n"
+    (tmp_path / "obj.data").write_text(lines)
+    data = open_yolo(str(tmp_path), task="detect")
+    assert data.classes == ("cat", "tree top")
+    assert {split: len(source) for split, source in data.splits.items()} == {"train": 2, "val": 1}
+    assert data.splits["train"].target(0).labels.tolist() == [1]
+
+
+def test_few_boxes_outside_are_left_out(pets):
+    lines = "0 0.5 0.5 0.2 0.2\n" * 20 + "0 1.5 0.5 0.2 0.2\n"
+    (pets / "labels" / "train" / "a.txt").write_text(lines)
+    data = open_yolo(str(pets), task="detect")
+    assert len(data.splits["train"].target(0)) == 20
+    assert any("lies outside its image: left out" in note for note in data.ignored)
+    assert "lies outside" in error_of(pets, strict=True)

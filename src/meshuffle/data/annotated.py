@@ -7,7 +7,7 @@ workers receive quickly. Masks are decoded on request.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,8 +23,13 @@ from meshuffle.errors import ImageError
 
 _ROTATIONS = (5, 6, 7, 8)
 _SHOWN_IDS = 8
+_MASKS = ("PNG", "GIF", "BMP", "TIFF")
 NUM_IDS = 256
 """The label ids that a mask of bytes can hold."""
+
+
+Colours = Mapping[tuple[int, int, int], int]
+"""The label id of each colour of a mask."""
 
 
 class Targets(Protocol):
@@ -132,6 +137,7 @@ class MaskTargets:
     """Mask files below `root`, one for each of `images`.
 
     Attributes:
+        colours: see `read_ids`.
         table: the class of each label id, int16 [257], the last one of all ids beyond 255; 255
             for ids that do not count, −1 for ids that are not declared.
     """
@@ -140,10 +146,11 @@ class MaskTargets:
     images: PathTable
     masks: PathTable
     table: NDArray[np.int16]
+    colours: Colours | None = None
 
     def __getitem__(self, index: int) -> NDArray[np.uint8]:
         name = path_below(self.root, self.masks[index])
-        ids = read_ids(name)
+        ids = read_ids(name, self.colours)
         size = image_size(path_below(self.root, self.images[index]))
         if ids.shape != size[::-1]:
             raise ImageError(
@@ -192,28 +199,52 @@ def bounded(ids: NDArray[Any]) -> NDArray[Any]:
     return np.where((ids < 0) | (ids >= NUM_IDS), NUM_IDS, ids)
 
 
-def read_ids(path: str) -> NDArray[Any]:
+def read_ids(path: str, colours: Colours | None = None) -> NDArray[Any]:
     """Return the label ids of a mask, uint8, uint16 or int32 [H, W]; raises `ImageError`.
 
-    The ids of a PNG (or GIF or BMP) with a palette are its indices; those of a grey one are its
-    values, also if grey is stored as three equal channels.
+    `colours`: the ids of the colours that a file beside the masks declares.
+
+    The ids of a PNG (or GIF, BMP, TIFF) with a palette are its indices; those of a grey one are
+    its values, also if grey is stored as three equal channels.
     """
     try:
-        with Image.open(path, formats=("PNG", "GIF", "BMP")) as image:
+        with Image.open(path, formats=_MASKS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(
                     f"{path}: {_size_text(image.size)} is more than {MAX_PIXELS:,} pixels"
                 )
-            ids = np.asarray(image)
+            ids = np.asarray(image.convert("RGB") if colours else image)
             mode = image.mode
     except (*BROKEN, Image.DecompressionBombError) as error:
         raise _unreadable(path, error) from error
     if ids.ndim == 2:
         return ids.astype(np.uint8) if ids.dtype == bool else ids
-    colours = ids[..., : {"LA": 1, "RGBA": 3}.get(mode, 3)]
-    if (colours != colours[..., :1]).any():
+    if colours:
+        return _ids_of(path, ids, colours)
+    pixels = ids[..., : {"LA": 1, "RGBA": 3}.get(mode, 3)]
+    if (pixels != pixels[..., :1]).any():
         raise ImageError(f"{path}: holds colours ({mode}); a mask has one label id per pixel")
-    return colours[..., 0]
+    return pixels[..., 0]
+
+
+def has_colours(path: str) -> bool:
+    """Return whether a mask is stored as red, green and blue."""
+    try:
+        with Image.open(path, formats=_MASKS) as image:
+            return image.mode in ("RGB", "RGBA")
+    except (*BROKEN, Image.DecompressionBombError):  # it is reported when the mask is read
+        return False
+
+
+def _ids_of(path: str, pixels: NDArray[np.uint8], colours: Colours) -> NDArray[np.uint8]:
+    red, green, blue = np.moveaxis(pixels.astype(np.int32), 2, 0)
+    found, where = np.unique(red << 16 | green << 8 | blue, return_inverse=True)
+    known = {r << 16 | g << 8 | b: i for (r, g, b), i in colours.items()}
+    if unknown := [key for key in found.tolist() if key not in known]:
+        colour = [unknown[0] >> 16, unknown[0] >> 8 & 255, unknown[0] & 255]
+        raise ImageError(f"{path}: holds the colour {colour}, which is of no class")
+    ids = np.array([known[key] for key in found.tolist()], dtype=np.uint8)
+    return ids[where].reshape(pixels.shape[:2])
 
 
 def _unreadable(path: str, error: Exception) -> ImageError:

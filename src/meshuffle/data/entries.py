@@ -148,6 +148,12 @@ def absent(root: Path, paths: Iterable[str]) -> list[str]:
     return missing
 
 
+def with_slashes(root: Path, paths: Sequence[str]) -> list[str]:
+    """Return `paths` with / for Windows' backslashes, where the path as written is no file."""
+    gone = set(absent(root, [path for path in paths if "\\" in path]))
+    return [path.replace("\\", "/") if path in gone else path for path in paths]
+
+
 def _file_names(folder: Path) -> frozenset[str]:
     try:
         with os.scandir(folder) as entries:

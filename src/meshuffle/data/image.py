@@ -3,7 +3,8 @@
     bytes ──header──▶ pixel limit ──decode──▶ EXIF orientation ──▶ 8-bit RGB
 
 16-bit grey values are scaled (65535 → 255), never clipped. Transparency is composited on white.
-CMYK and palettes are converted. An animation is reduced to its first frame.
+CMYK and palettes are converted. An animation is reduced to its first frame. A TIFF of several
+pages, of fractions, or of numbers beyond 65535 is refused: eight bits would not show it.
 """
 
 from __future__ import annotations
@@ -25,13 +26,16 @@ from PIL import (
     Image,
     JpegImagePlugin,  # noqa: F401
     PngImagePlugin,  # noqa: F401
+    TiffImagePlugin,  # noqa: F401
     WebPImagePlugin,  # noqa: F401
 )
 
 from meshuffle.errors import ImageError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif"})
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+)
 MAX_PIXELS = 89_478_485  # Pillow's own threshold of suspicion: 256 MiB as RGB
 
 # What Pillow's parsers raise on broken files. Tests fuzz every format against this list.
@@ -45,7 +49,7 @@ BROKEN = (
     struct.error,
     zlib.error,
 )
-_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"BM", b"GIF8")
+_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*")
 EXIF_ORIENTATION = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -101,6 +105,8 @@ def _decode(file: BinaryIO, num_bytes: int, label: str, max_pixels: int) -> Imag
             "large",
         )
     try:
+        if image.format == "TIFF":
+            _check_tiff(image, label)
         image.load()
         upright = _upright(image)
         return _to_rgb(upright)
@@ -111,6 +117,14 @@ def _decode(file: BinaryIO, num_bytes: int, label: str, max_pixels: int) -> Imag
 def _open(file: BinaryIO) -> Image.Image:
     with _no_warnings():
         return Image.open(file, formats=FORMATS)
+
+
+def _check_tiff(image: Image.Image, label: str) -> None:
+    """Raise `ImageError` for what eight bits do not show."""
+    if (pages := getattr(image, "n_frames", 1)) > 1:
+        raise ImageError(f"{label}: a TIFF of {pages} pages; save each as an image of its own")
+    if image.mode == "F" or (image.mode == "I" and np.asarray(image).max() > 65535):
+        raise ImageError(f"{label}: a TIFF of mode {image.mode}; save it with 8 or 16 bits")
 
 
 @contextmanager
@@ -160,7 +174,7 @@ def _unopened(file: BinaryIO, label: str) -> ImageError:
     file.seek(0)
     start = file.read(12)
     return ImageError(
-        f"{label}: not a JPEG, PNG, WebP, BMP or GIF image, or its header is broken "
+        f"{label}: not a JPEG, PNG, WebP, BMP, GIF or TIFF image, or its header is broken "
         f"(begins with {start!r})",
         "broken" if start.startswith(_STARTS) else "unknown",
     )

@@ -95,7 +95,8 @@ def _checked(
     """Return the boxes cut to their images, and a mask of the good ones.
 
     A box that reaches out by more than a pixel (or 1/500 of the image), which is more than
-    rounding, is noted. One that is outside its image, not finite or without area is a problem.
+    rounding, is noted. One that is not finite or without area is a problem, and so is one outside
+    its image; more than a tenth of these are an error, because the coordinates are then wrong.
     """
     far = np.ones((len(xyxy), 2)) if sizes is None else sizes.astype(np.float64)
     slack = 0.002 if sizes is None else 1.0
@@ -112,8 +113,10 @@ def _checked(
         problems.add(f"{name(m)}: box {_text(xyxy[m])} is not finite")
     for m in np.flatnonzero(empty).tolist():
         problems.add_empty(f"{name(m)}: box {_text(xyxy[m])} has no area")
-    for m in np.flatnonzero(finite & ~empty & ~inside).tolist():
-        problems.add(f"{name(m)}: box {_text(xyxy[m])} lies outside its image{_of(limits[m])}")
+    outside = np.flatnonzero(finite & ~empty & ~inside)
+    add = problems.add if 10 * len(outside) > len(xyxy) else problems.add_empty
+    for m in outside.tolist():
+        add(f"{name(m)}: box {_text(xyxy[m])} lies outside its image{_of(limits[m])}")
     for m in np.flatnonzero(moved).tolist():
         problems.notes.append(
             f"{name(m)}: box {_text(xyxy[m])} reaches out of its image{_of(limits[m])}: cut"

@@ -125,7 +125,9 @@ def _check_task(spec: str, form: Format, task: str) -> None:
     if task in form.tasks or (task == "generate" and "classify" in form.tasks):
         return
     ways = " or ".join(f"--task {name}" for name in form.tasks)
-    raise DataError(f"{spec}: these data have nothing for --task {task}; use {ways}")
+    others = ", ".join(f"{name}:PATH" for name, other in FORMATS.items() if task in other.tasks)
+    hint = f", or name their format: {others}" if form.module == "folder" and spec != DIGITS else ""
+    raise DataError(f"{spec}: these data have nothing for --task {task}; use {ways}{hint}")
 
 
 def _finished(data: Data, spec: str, task: str) -> Data:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshuffle.data.annotated import image_size, path_below
-from meshuffle.data.entries import Problems, absent, read_text, repeated
+from meshuffle.data.entries import Problems, absent, read_text, repeated, with_slashes
 from meshuffle.data.image import MAX_PIXELS
 from meshuffle.errors import DataError, ImageError
 
@@ -78,10 +78,10 @@ def read_instances(file: Path, split: str, *, outlines: bool, strict: bool = Fal
         problems.add(f"image {name} comes twice")
     for key in repeated(entry["id"] for entry in images):
         problems.add(f"image id {key} comes twice")
-    root = _image_root(file, split, paths)
+    root, paths = _image_root(file, split, with_slashes(file.parent, paths))
     for name in absent(root, paths):
         problems.add(f"image {name} is not in {root}")
-    sizes = [_size(entry, root, problems) for entry in images]
+    sizes = [_size(entry, path, root, problems) for entry, path in zip(images, paths, strict=True)]
     return Instances(
         file=file,
         root=root,
@@ -145,9 +145,9 @@ def _is_image_entry(entry: Mapping[str, Any], problems: Problems) -> bool:
     return True
 
 
-def _size(entry: Mapping[str, Any], root: Path, problems: Problems) -> tuple[int, int]:
+def _size(entry: Mapping[str, Any], name: str, root: Path, problems: Problems) -> tuple[int, int]:
     """Return the annotated (width, height), or that of the file if there is none."""
-    name, width, height = entry["file_name"], entry.get("width"), entry.get("height")
+    width, height = entry.get("width"), entry.get("height")
     if width is None and height is None:
         try:
             return image_size(path_below(root, name))
@@ -169,8 +169,11 @@ def is_number(number: Any) -> TypeGuard[int | float]:
     return type(number) in (int, float) and math.isfinite(number)
 
 
-def _image_root(file: Path, split: str, paths: Sequence[str]) -> Path:
-    """Return the folder that holds most of the images, among the usual ones for COCO."""
+def _image_root(file: Path, split: str, paths: list[str]) -> tuple[Path, list[str]]:
+    """Return the folder that holds most of the images, among the usual ones for COCO, and paths.
+
+    Where none of `paths` is there, as those of Label Studio's server, the names alone are tried.
+    """
     year = file.stem.removeprefix("instances_")
     here, above = file.parent, file.parent.parent
     base = above if here.name == "annotations" else here
@@ -179,10 +182,13 @@ def _image_root(file: Path, split: str, paths: Sequence[str]) -> Path:
     there = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
     held = {folder: len(paths) - len(absent(folder, paths)) for folder in there}
     best = max(there, key=held.__getitem__)
+    names = [path.rpartition("/")[2] for path in paths]
+    if paths and not held[best] and names != paths and not repeated(names):
+        return _image_root(file, split, names)
     if paths and not held[best]:
         places = ", ".join(str(folder) for folder in there)
         raise DataError(f"{file}: none of its {len(paths)} images ({paths[0]}, …) is in {places}")
-    return best
+    return best, paths
 
 
 def _categories(entries: Iterable[dict[str, Any]], problems: Problems) -> dict[Any, str]:

@@ -24,6 +24,14 @@ from meshuffle.data.scan import (
 from meshuffle.errors import DataError
 
 _WANTED = "looked for one folder per class, or train/ and val/ with one folder per class in each"
+_ELSEWHERE = (
+    "other layouts need their format: masks:PATH, coco:PATH, voc:PATH, yolo:PATH or hf:PATH"
+)
+_NO_CLASSES = {
+    *SPLITS,
+    *("image", "images", "img", "imgs", "jpegimages", "mask", "masks", "label", "labels"),
+    *("annotation", "annotations", "segmentationclass", "segmentationobject"),
+}
 
 
 def open_folder(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "val")) -> Data:
@@ -94,11 +102,25 @@ def _check_content(root: Path, scans: Mapping[str, ClassFolders]) -> None:
     if not any(scan.files for scan in scans.values()):
         loose = count_images(root)
         what = f"{loose} images but no class folders" if loose else "no class folders"
-        raise DataError(f"{root} holds {what}; {_WANTED}; saw {contents(root)}")
+        raise DataError(f"{root} holds {what}; {_WANTED}; saw {contents(root)}; {_ELSEWHERE}")
     if not any(any(scan.files.values()) for scan in scans.values()):
         count = sum(len(scan.files) for scan in scans.values())
         raise DataError(
             f"{root}: no image file in {count} class folders; {_WANTED}; saw {contents(root)}"
+        )
+    filled = sorted(
+        {name for scan in scans.values() for name, files in scan.files.items() if files}
+    )
+    inner = root / filled[0]
+    alone = len(filled) == 1 and inner.is_dir()
+    below = {name.lower() for name in subfolders(inner)} - set(SPLITS) if alone else ()
+    if len(below) > 1 and not count_images(inner):
+        raise DataError(
+            f"{root}: {filled[0]}/ is no class, it holds folders; did you mean {inner}?"
+        )
+    if {name.lower() for name in filled} <= _NO_CLASSES:
+        raise DataError(
+            f"{root}: {shortened(filled)} are no names of classes; {_WANTED}; {_ELSEWHERE}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -71,9 +72,10 @@ class HubSource:
 def open_hf(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "val")) -> Data:
     """Open a data set by its name on the hub, or a folder that `save_to_disk` wrote.
 
-    It needs a column of images and one of class labels; `NAME?label=fine_label` chooses among
-    several, `?image=` and `?config=` likewise. Any other folder is opened as `load_dataset`
-    does it. Where the set has no validation split, 20 % of train chosen by `seed` become val.
+    It needs a column of images and one of class labels, or of their names; `NAME?label=fine_label`
+    chooses among several, `?image=` and `?config=` likewise. Any other folder is opened as
+    `load_dataset` does it. Where the set has no validation split, 20 % of train chosen by `seed`
+    become val.
 
     Raises `DataError`, one line, also where `datasets` is not installed, or the hub cannot
     be reached.
@@ -85,11 +87,14 @@ def open_hf(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "val"))
     tables = _splits(_load(library, name, options.get("config")), name, need, notes)
     features = next(iter(tables.values())).features
     image = _column(name, features, library.Image, "image", options.get("image"))
-    label = _column(name, features, library.ClassLabel, "label", options.get("label"))
-    classes = tuple(features[label].names)
+    label = options.get("label") or "label"
+    classes = _names(tables, label)
+    if not classes:
+        label = _column(name, features, library.ClassLabel, "label", options.get("label"))
+        classes = tuple(features[label].names)
     splits: dict[str, ImageSource] = {}
     for split, table in tables.items():
-        labels = _labels(table, label)
+        labels = _labels(table, label, classes)
         if (labels == _UNLABELLED).all() and split == "test" and split not in need:
             notes.append("the test split has no labels: left out")
             continue
@@ -154,6 +159,15 @@ def _splits(loaded: Any, name: str, need: Sequence[str], notes: list[str]) -> di
     return found
 
 
+def _names(tables: Mapping[str, Any], column: str) -> tuple[str, ...]:
+    """Return the names in a column of text, such as a metadata.csv has; () for any other."""
+    kinds = {getattr(table.features.get(column), "dtype", None) for table in tables.values()}
+    if not kinds <= {"string", "large_string"}:
+        return ()
+    found = {name for table in tables.values() for name in table.unique(column)}
+    return tuple(sorted(found - {None, ""}, key=os.fsencode))
+
+
 def _column(
     name: str, features: Mapping[str, Any], kind: type, usual: str, chosen: str | None
 ) -> str:
@@ -169,6 +183,8 @@ def _column(
     raise DataError(f"hf:{name} has no column of {what}; its columns: {shortened(list(features))}")
 
 
-def _labels(table: Any, column: str) -> NDArray[np.int64]:
+def _labels(table: Any, column: str, classes: Sequence[str]) -> NDArray[np.int64]:
+    label_of = {name: label for label, name in enumerate(classes)}
     cells = table.select_columns([column])[:][column]
-    return np.array([_UNLABELLED if cell is None else cell for cell in cells], dtype=np.int64)
+    labels = (label_of.get(cell) if isinstance(cell, str) else cell for cell in cells)
+    return np.array([_UNLABELLED if x is None else x for x in labels], dtype=np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,8 +12,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from meshuffle.data.annotated import NUM_IDS, bounded, path_below, read_ids
-from meshuffle.data.entries import SPLITS, Problems, image_names, only_split, repeated, stem, suffix
+from meshuffle.data.annotated import NUM_IDS, Colours, bounded, path_below, read_ids
+from meshuffle.data.entries import (
+    SPLITS,
+    Problems,
+    check_names,
+    image_names,
+    only_split,
+    read_text,
+    repeated,
+    stem,
+    suffix,
+)
 from meshuffle.data.paired import IMAGES, Folders, in_words, paired_folders, split_folders
 from meshuffle.data.scan import contents, find_folder
 from meshuffle.errors import DataError, ImageError
@@ -20,7 +31,9 @@ from meshuffle.errors import DataError, ImageError
 _MASKS = ("masks", "mask", "labels", "label", "annotations", "segmentations")
 _FOLDER_ENDS = ("annot", "_annot", "_masks", "_mask", "_labels", "_label", "masks", "labels")
 _ENDS = ("_mask", "_label", "-mask", "-label", "_seg", "_gt")
-_EXTENSIONS = (".gif", ".bmp", ".png")  # the last one wins
+_EXTENSIONS = (".tif", ".tiff", ".gif", ".bmp", ".png")  # the last one wins
+_NAMED = re.compile(r"(?P<name>[^:]+):(?P<colour>[\d, ]*):.*")
+_COLOUR = re.compile(r"\s*(?P<colour>(\d+\s+){3})(?P<name>\S.*)")
 _LOSSY = (".jpg", ".jpeg")
 _CHUNK = 64
 _LOOKED_FOR = (
@@ -109,7 +122,36 @@ def _no_mask(root: Path, image: str, mask: str) -> str:
     return f"{image} has no mask {mask}.png"
 
 
-def count_ids(root: Path, masks: Sequence[str], enough: Collection[int] = ()) -> NDArray[np.int64]:
+def read_colours(file: Path) -> tuple[list[str], Colours | None]:
+    """Return the names of the classes, by id, and their colours, from the file that a tool writes.
+
+    labelmap.txt has `name:r,g,b:…` in each line, CamVid's label_colors.txt `r g b name`. Without
+    any colour there are none.
+    """
+    names: list[str] = []
+    colours: dict[tuple[int, int, int], int] = {}
+    for line in read_text(file).splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        found = _COLOUR.fullmatch(line) or _NAMED.fullmatch(line)
+        if found is None:
+            raise DataError(f"{file}: {line!r} is neither `name:r,g,b::` nor `r g b name`")
+        numbers = re.findall(r"\d+", found["colour"])
+        if len(numbers) == 3:
+            colours[int(numbers[0]), int(numbers[1]), int(numbers[2])] = len(names)
+        names.append(found["name"].strip())
+    if colours and len(colours) < len(names):
+        raise DataError(f"{file}: {len(names)} classes have {len(colours)} different colours")
+    check_names(str(file), names)
+    return names, colours or None
+
+
+def count_ids(
+    root: Path,
+    masks: Sequence[str],
+    enough: Collection[int] = (),
+    colours: Colours | None = None,
+) -> NDArray[np.int64]:
     """Return how many pixels of each id every mask has, int64 [N, 257]; broken masks none.
 
     The last column counts the ids beyond 255. `enough`: stop, with less than N rows, when each of
@@ -119,7 +161,7 @@ def count_ids(root: Path, masks: Sequence[str], enough: Collection[int] = ()) ->
 
     def count(i: int) -> None:
         try:
-            ids = read_ids(path_below(root, masks[i]))
+            ids = read_ids(path_below(root, masks[i]), colours)
         except ImageError:  # it is reported when the mask is read
             return
         counts[i] = np.bincount(bounded(ids).ravel(), minlength=NUM_IDS + 1)

@@ -8,16 +8,25 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from meshuffle.data.annotated import NUM_IDS, AnnotatedSource, MaskTargets
+from meshuffle.data.annotated import (
+    NUM_IDS,
+    AnnotatedSource,
+    Colours,
+    MaskTargets,
+    has_colours,
+    path_below,
+)
 from meshuffle.data.base import Data, shortened
 from meshuffle.data.entries import Problems, assemble, check_names, read_text, split_options
-from meshuffle.data.formats.mask_files import count_ids, find_pairs
+from meshuffle.data.formats.mask_files import count_ids, find_pairs, read_colours
 from meshuffle.data.objects import note_unused, path_table
 from meshuffle.data.scan import existing_folder
 from meshuffle.data.target import VOID
 from meshuffle.errors import DataError
 
 _NOT_A_CLASS = -1
+_COLOURS = "label_colors.txt"
+_BLACK = (0, 0, 0)
 _OBJECTS = ("background", "thing")
 
 
@@ -30,8 +39,9 @@ def open_masks(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "val
     The mask of images/train/a.jpg is masks/train/a.png: grey, or with a palette, whose index
     is the label id. Id 255 counts nothing, and so does the one of `PATH?void=ID`. Names come
     from classes.txt where it is there: one a line, from id 0 on, `#` comments, and perhaps
-    `void: ID`. Otherwise all masks are read, and the ids found are the classes: "class 0", …
-    Masks of 0 and 255 only have two classes, background and thing; with `PATH?instances=1` each
+    `void: ID`. Masks in colours need CamVid's label_colors.txt; what is black and not named there
+    is the background. Otherwise all masks are read, and the ids found are the classes: "class 0",
+    … Masks of 0 and 255 only have two classes, background and thing; with `PATH?instances=1` each
     id but 0 is an object, a thing. Where val is missing, or there are no splits, 20 % of train
     chosen by `seed` become val.
 
@@ -47,10 +57,13 @@ def open_masks(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "val
     layout, pairs = find_pairs(root, need, problems)
     problems.raise_any()
     names, void = _names(root, void)
-    enough = () if names is None or not need or "val" not in pairs else range(len(names))
     main = "train" if "train" in pairs else next(iter(pairs))
+    colours: Colours | None = None
+    if names is None and pairs[main].masks and has_colours(path_below(root, pairs[main].masks[0])):
+        names, colours = _coloured(root / _COLOURS)
+    enough = () if names is None or not need or "val" not in pairs else range(len(names))
     counts = {
-        split: count_ids(root, pair.masks, [i for i in enough if i != void])
+        split: count_ids(root, pair.masks, [i for i in enough if i != void], colours)
         for split, pair in pairs.items()
         if split == main or not enough
     }
@@ -59,6 +72,8 @@ def open_masks(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "val
         table, classes = _table(None, void), _two(root, names)
     else:
         ids = _ids(root, names, counts.values(), void)
+        if colours and names and names[0] == _OBJECTS[0] and not counts[main][:, 0].any():
+            ids.remove(0)
         table = _table(ids, void)
         classes = tuple(f"class {i}" if names is None else names[i] for i in ids)
     if is_binary:
@@ -73,7 +88,7 @@ def open_masks(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "val
         labels = np.zeros(len(images), dtype=np.int64)
         if not enough:
             labels = pixels[split].argmax(axis=1)
-        targets = MaskTargets(root, images, path_table(pair.masks), table)
+        targets = MaskTargets(root, images, path_table(pair.masks), table, colours)
         splits[split] = AnnotatedSource(root, images, labels, classes, targets)
     shown = pixels["train"] > 0 if "train" in pixels else None
     layout = f"masks: {layout}"
@@ -104,6 +119,16 @@ def _names(root: Path, void: int | None) -> tuple[list[str] | None, int | None]:
     if len(names) > VOID:
         raise DataError(f"{file}: {len(names)} classes; a mask holds at most {VOID}")
     return names, void
+
+
+def _coloured(file: Path) -> tuple[list[str] | None, Colours | None]:
+    """Return the names and colours of the classes where they are declared, the black one first."""
+    if not file.is_file():
+        return None, None
+    names, colours = read_colours(file)
+    if colours is None or _BLACK in colours:
+        return names, colours
+    return [_OBJECTS[0], *names], {_BLACK: 0, **{key: i + 1 for key, i in colours.items()}}
 
 
 def _binary(counts: NDArray[np.int64], names: Sequence[str] | None, void: int | None) -> bool:

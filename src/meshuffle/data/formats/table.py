@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from meshuffle.data.entries import (
     existing_file,
     only_split,
     split_options,
+    with_slashes,
 )
 from meshuffle.data.formats.table_rows import TARGETS, Table, read_csv, read_json
 from meshuffle.data.objects import note_unused, path_table
@@ -33,6 +35,7 @@ _SPLIT = ("split",)
 _LABEL = ("label", "class")
 _LABELS = ("labels",)
 _SEPARATORS = ("|", ";")
+_COMMA = re.compile(r"[+-]?\d*,\d+(e[+-]?\d+)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +137,7 @@ def _paths(table: Table) -> list[str]:
             table.problems.add(f"{table.name_of(row, column)}, as in {first[key]} already")
         else:
             first[key] = table.rows[row]
+    paths = with_slashes(table.file.parent, paths)
     gone = set(absent(table.file.parent, [path for path in paths if path]))
     for row, path in enumerate(paths):
         if path in gone:
@@ -208,11 +212,27 @@ def _indicators(table: Table) -> _Known:
 
 
 def _regress(table: Table) -> _Known:
+    _read_decimal_commas(table)
     names = _number_columns(table, math.isfinite, "numbers")
     if not names:
         _lack(table, "a column of numbers", [])
     values = _numbers(table, names, math.isfinite, "no number").astype(np.float32)
     return _Known(tuple(names), np.zeros(len(values), dtype=np.int64), values)
+
+
+def _read_decimal_commas(table: Table) -> None:
+    """Write 3.5 for 3,5 in columns of such numbers, unless commas separate the columns.
+
+    A column that has a point as well is left as it is: 1.234 may be a thousand or one.
+    """
+    others = {_image_column(table), table.column(_SPLIT)}
+    names = []
+    for name, cells in table.columns.items() if table.separator in (";", "\t") else ():
+        if name not in others and any(map(_COMMA.fullmatch, cells)) and "." not in "".join(cells):
+            table.columns[name] = [cell.replace(",", ".") for cell in cells]
+            names.append(name)
+    if names:
+        table.problems.notices.append(f"decimal commas in {shortened(names)}: 3,5 is read as 3.5")
 
 
 def _generate(table: Table) -> _Known:

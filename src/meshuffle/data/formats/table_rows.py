@@ -28,6 +28,7 @@ class Table:
         chosen: the columns that the caller named.
         problems: collects bad cells.
         layout: how the file is written, in words.
+        separator: what separates the columns, or nothing.
     """
 
     file: Path
@@ -36,6 +37,7 @@ class Table:
     chosen: Sequence[str]
     problems: Problems
     layout: str
+    separator: str = ""
 
     def column(self, names: Sequence[str]) -> str | None:
         """Return the first column that has one of `names`, in any case, with `_` for a space."""
@@ -79,7 +81,7 @@ def read_csv(file: Path, chosen: Sequence[str], problems: Problems) -> Table:
     if len(set(header)) < len(header) or "" in list(left)[1:]:
         raise DataError(f"{file}: its header has a column twice or without a name: {header}")
     layout = f"CSV: {_SEPARATORS[delimiter]} between columns, {encoding}"
-    return Table(file, left, rows, chosen, problems, layout)
+    return Table(file, left, rows, chosen, problems, layout, delimiter)
 
 
 def _delimiter(text: str, usual: str) -> str:
@@ -123,6 +125,8 @@ def read_json(file: Path, chosen: Sequence[str], problems: Problems) -> Table:
     if text.lstrip().startswith("{"):
         entries = [(f"line {i}", line) for i, line in enumerate(text.splitlines(), 1)]
         named = [(row, _parse(file, line, row)) for row, line in entries if line.strip()]
+        if len(named) == 1 and (columns_of := _by_column(named[0][1])):
+            named = columns_of
     else:
         tree = _parse(file, text, "")
         if not isinstance(tree, list):
@@ -138,6 +142,16 @@ def read_json(file: Path, chosen: Sequence[str], problems: Problems) -> Table:
     }
     rows = [row for row, _ in flat]
     return Table(file, _targets(columns, chosen, problems), rows, chosen, problems, "JSON")
+
+
+def _by_column(tree: Any) -> list[tuple[str, Any]]:
+    """Return the rows of `{"image": {"0": …}, "label": {"0": …}}`, as pandas' `to_json` writes."""
+    if not isinstance(tree, dict) or len(tree) < 2:
+        return []
+    if not all(isinstance(column, dict) for column in tree.values()):
+        return []
+    keys = dict.fromkeys(key for column in tree.values() for key in column)
+    return [(f"row {key}", {name: tree[name].get(key) for name in tree}) for key in keys]
 
 
 def _parse(file: Path, text: str, row: str) -> Any:

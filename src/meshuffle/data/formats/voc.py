@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from meshuffle.data.annotated import NUM_IDS, AnnotatedSource, MaskTargets, image_size
+from meshuffle.data.annotated import NUM_IDS, AnnotatedSource, Colours, MaskTargets, image_size
 from meshuffle.data.base import Data, shortened
 from meshuffle.data.entries import (
     NEED,
@@ -32,7 +32,7 @@ from meshuffle.data.entries import (
     stem,
     suffix,
 )
-from meshuffle.data.formats.mask_files import count_ids
+from meshuffle.data.formats.mask_files import count_ids, read_colours
 from meshuffle.data.objects import BoxList, Objects, check_classes, object_source, path_table
 from meshuffle.data.paired import IMAGES, Folders, paired_folders, split_folders
 from meshuffle.data.scan import contents, existing_folder, find_folder, subfolders
@@ -86,17 +86,22 @@ def open_voc(
     the class of the largest object, multilabel all of them. segment reads
     SegmentationClass/*.png: palette index k is class k (class_names.txt where it is there,
     else those of VOC's own 20 that occur, else the sorted names), 0 the background, 255 counts
-    nothing; a class without a pixel in train is an error. Boxes
-    are VOC's: pixels count from 1, and the last one belongs to the box. One without area is
-    left out and named in `Data.ignored`; with `strict` it is an error. Raises `DataError`.
+    nothing; a class without a pixel in train is an error. With CVAT's labelmap.txt the masks are
+    read by its colours. Boxes are VOC's: pixels count from 1, and the last one belongs to the
+    box. One without area is left out and named in `Data.ignored`; with `strict` it is an error.
+    Raises `DataError`.
     """
     root = existing_folder(path)
     layout, folders = _layout(root, task)
     problems = Problems(str(root), strict=strict)
     one = folders.get("")
     lists = {split: _stems(root, task, pair) for split, pair in folders.items()}
+    if one is not None and (listed := _lists(root, task, one, need, problems)):
+        lists = listed
+    else:
+        _note_bare(root, folders, lists, problems)
+        lists = {split or only_split(need): stems for split, stems in lists.items()}
     if one is not None:
-        lists = _lists(root, task, one, need, problems) or {only_split(need): lists[""]}
         _check_disjoint(lists, problems)
     splits = {
         split: _read_split(root, one or folders[split], stems, task, problems)
@@ -124,7 +129,11 @@ def _layout(root: Path, task: str) -> tuple[str, Mapping[str, Folders]]:
         beside = {SPLITS[n.lower()]: (n, n) for n in names if _files(root / n, ".xml")}
         if beside or _files(root, ".xml"):
             return "x.jpg with x.xml", beside or {"": ("", "")}
-    inner = [name for name in subfolders(root) if paired_folders(root / name, images, others)[1]]
+    names = [
+        *subfolders(root),
+        *(f"{a}/{b}" for a in subfolders(root) for b in subfolders(root / a)),
+    ]
+    inner = [name for name in names if paired_folders(root / name, images, others)[1]]
     hint = f"; did you mean {root / inner[0]}?" if inner else ""
     besides = "" if task == "segment" else ", and x.jpg with x.xml"
     raise DataError(
@@ -155,16 +164,37 @@ def _lists(
     names = ["Segmentation", "Main"] if task == "segment" else ["Main"]
     folder = sets / (find_folder(sets, names) or "")
     found: dict[str, list[str]] = {}
+    images = {stem(name) for name in image_names(root / folders[0])}
     for split, texts in _LISTS.items():
         for file in (folder / f"{text}.txt" for text in texts):
             if split not in found and file.is_file():
-                lines = read_text(file).splitlines()
-                found[split] = [line.split()[0] for line in lines if line.strip()]
+                found[split] = _listed(file, images)
+    if not found and len(others := _files(folder, ".txt")) == 1:  # CVAT's default.txt
+        found[only_split(need)] = _listed(folder / f"{others[0]}.txt", images)
     known = set(_stems(root, task, folders))
     if "test" in found and "test" not in need and not known.intersection(found["test"]):
         problems.notes.append("test.txt: its images have no annotations: left out")
         del found["test"]
     return found
+
+
+def _listed(file: Path, images: Collection[str]) -> list[str]:
+    """Return the images of a list; VOC's own lists of a class have a number behind each name."""
+    lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    return [line if line in images else line.split()[0] for line in lines]
+
+
+def _note_bare(
+    root: Path,
+    folders: Mapping[str, Folders],
+    lists: Mapping[str, Sequence[str]],
+    problems: Problems,
+) -> None:
+    """Note the images that no annotation names, where no list says which images there are."""
+    named = {name for stems in lists.values() for name in stems}
+    every = [name for pair in folders.values() for name in image_names(root / pair[0])]
+    if bare := [name for name in every if stem(name) not in named]:
+        problems.notes.append(f"{len(bare)} images without annotations left out: {shortened(bare)}")
 
 
 def _check_disjoint(lists: Mapping[str, Sequence[str]], problems: Problems) -> None:
@@ -188,21 +218,34 @@ def _read_split(
     kept, annotations = [], []
     for name in stems:
         file = f"{behind}{name}.xml"
-        if name not in images:
-            problems.add(f"{folders[0] or root} has no image {name}")
-        elif (found := _read(root, file, images[name], task, problems)) is not None:
+        no_image = f"{folders[0] or root} has no image {name}"
+        if name not in images and not (root / file).is_file():
+            problems.add(no_image)
+        elif (found := _read(root, file, images.get(name, ""), task, problems)) is None:
+            continue
+        elif name not in images:
+            problems.add(no_image)
+        else:
             kept.append(name)
             annotations.append(found)
     masks = [f"{folders[1]}/{name}.png" for name in kept]
     files = [f"{behind}{name}.xml" for name in kept]
+    bare = absent(root, files) if task != "segment" else []
+    if 2 * len(bare) > len(files):
+        problems.add(f"{shortened(bare)}: {len(bare)} of {len(files)} annotations are missing")
+    elif bare:
+        problems.notes.append(f"{len(bare)} images have no XML and so no object: {shortened(bare)}")
     return _Split([images[name] for name in kept], files, masks, annotations)
 
 
 def _read(root: Path, file: str, image: str, task: str, problems: Problems) -> _Annotation | None:
     """Return what the XML says; None where that is a problem."""
-    if task == "segment" and not (root / file).is_file():
+    is_there = (root / file).is_file()
+    if task == "segment" and not is_there:
         return _Annotation((0, 0))
     try:
+        if not is_there:
+            return _Annotation(image_size(str(root / image)))
         return _parsed(_tree(root / file), root / image)
     except (OSError, ValueError, ImageError) as error:
         problems.add(f"{file}: {getattr(error, 'strerror', None) or error}")
@@ -226,6 +269,8 @@ def _tree(file: Path) -> ElementTree.Element:
 
 
 def _parsed(tree: ElementTree.Element, image: Path) -> _Annotation:
+    if tree.tag == "annotations":  # CVAT's own
+        raise ValueError(f"is <{tree.tag}>, not VOC's <annotation>: export it as VOC or COCO")
     boxes, difficult = [], 0
     for i, entry in enumerate(tree.iter("object"), 1):
         name = (entry.findtext("name") or "").strip()
@@ -275,6 +320,8 @@ def _box_sources(
     objects = {key: _objects(root, split, label_of, problems) for key, split in splits.items()}
     problems.raise_any()
     if not classes:
+        if not any(split.files for split in splits.values()):
+            raise DataError(f"{root}: no XML directly in its folders of annotations")
         raise DataError(f"{root}: its annotations hold no object")
     check_classes(str(root), task, objects.get("train"), classes, problems.notes)
     annotations = [one for split in splits.values() for one in split.annotations]
@@ -292,9 +339,9 @@ def _mask_sources(
     for file in absent(root, [file for split in splits.values() for file in split.masks]):
         problems.add(f"{file} is missing")
     problems.raise_any()
-    names = _mask_classes(root, _names(splits))
+    names, colours = _mask_classes(root, _names(splits))
     enough = range(len(names)) if "val" in splits and need else ()
-    counts = {key: count_ids(root, split.masks, enough) for key, split in splits.items()}
+    counts = {key: count_ids(root, split.masks, enough, colours) for key, split in splits.items()}
     ids = list(range(len(names)))
     if names[1:] == OFFICIAL:
         shown = np.sum([count.any(axis=0) for count in counts.values()], axis=0)
@@ -309,7 +356,7 @@ def _mask_sources(
     for key, split in splits.items():
         labels = _objects(root, split, label_of, Problems(str(root))).heaviest(len(classes))
         images = path_table(split.paths)
-        targets = MaskTargets(root, images, path_table(split.masks), table)
+        targets = MaskTargets(root, images, path_table(split.masks), table, colours)
         sources[key] = AnnotatedSource(root, images, labels, classes, targets)
     shown = counts["train"][:, ids] > 0 if "train" in counts else None
     if shown is not None:
@@ -317,17 +364,23 @@ def _mask_sources(
     return classes, sources, shown
 
 
-def _mask_classes(root: Path, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the class of each palette index."""
-    file = root / "class_names.txt"
-    if file.is_file():
+def _mask_classes(root: Path, names: Sequence[str]) -> tuple[tuple[str, ...], Colours | None]:
+    """Return the class of each palette index, and the colours if CVAT's labelmap.txt has them."""
+    file, colours = root / "class_names.txt", None
+    if not file.is_file() and (root / "labelmap.txt").is_file():
+        file = root / "labelmap.txt"
+        classes, colours = read_colours(file)
+    elif file.is_file():
         lines = [line.strip() for line in read_text(file).splitlines()]
         classes = [line for line in lines if line and line != "__ignore__"]
     elif names:
         classes = [BACKGROUND, *(OFFICIAL if set(names) <= set(OFFICIAL) else names)]
     else:
-        raise DataError(f"{root}: no class_names.txt and no object in Annotations/ names a class")
+        raise DataError(
+            f"{root}: no class_names.txt and no object in Annotations/ names a class; nor is there "
+            "a labelmap.txt"
+        )
     check_names(str(file if file.is_file() else root), classes)
     if len(classes) > VOID:
         raise DataError(f"{root}: {shortened(classes)}: a mask holds at most {VOID} classes")
-    return tuple(classes)
+    return tuple(classes), colours

@@ -17,12 +17,14 @@ from meshuffle.data.entries import (
     SPLITS,
     Need,
     Problems,
+    absent,
     assemble,
     check_names,
     existing_file,
     read_text,
     repeated,
     suffix,
+    with_slashes,
 )
 from meshuffle.data.objects import BoxList, Objects, check_classes, object_source
 from meshuffle.data.paired import split_folders
@@ -31,6 +33,7 @@ from meshuffle.errors import DataError, did_you_mean
 from meshuffle.files import expanded
 
 _NAMES = "classes.txt"
+_DARKNET = "obj.data"
 _SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 
 
@@ -38,6 +41,8 @@ def open_yolo(
     path: str, *, task: str = "classify", seed: int = 0, need: Need = NEED, strict: bool = False
 ) -> Data:
     """Open a data.yaml, or the folder that it lies in, or classes.txt with images/ and labels/.
+
+    Also the obj.data of Darknet and CVAT; and a YAML that names no folder, beside images/.
 
     The YAML holds `names` (a list, or {0: name, …}) and train, val, test: folders of images,
     or texts that list them, or lists of these, relative to `path` where that is given, else
@@ -52,13 +57,15 @@ def open_yolo(
     With `strict` the latter are errors. Raises `DataError`.
     """
     file = _main_file(expanded(path))
-    tree = _parse(file) if file.name != _NAMES else _plain(file)
+    tree = _READERS.get(file.name, _parse)(file)
     classes = _classes(file, tree)
     problems = Problems(str(file), strict=strict)
     folders = {split: _value(file, tree, names) for split, names in _SPLITS.items()}
     if folders["val"] and folders["val"] == folders["train"]:
         problems.notes.append("val is the same folder as train: part of train is set aside instead")
         folders["val"] = []
+    if not any(folders.values()) and (file.parent / "images").is_dir():
+        folders |= {split: [place] for split, place in _places(file).items()}
     if not any(folders.values()):
         raise DataError(f"{file}: names no folder of images: it needs train, val or test")
     resolved = {split: _resolved(file, tree, places) for split, places in folders.items() if places}
@@ -90,22 +97,39 @@ def _main_file(path: Path) -> Path:
     named = [file for file in files if file.stem in ("data", "dataset")]
     if not files and (path / _NAMES).is_file() and (path / "images").is_dir():
         return path / _NAMES
+    if not files and (path / _DARKNET).is_file():
+        return path / _DARKNET
     if len(named or files) != 1:
         names = shortened([file.name for file in files]) or "none"
         raise DataError(
-            f"{path} is not recognised as YOLO: looked for one data.yaml, or {_NAMES} with "
-            f"images/; it holds {len(files)} YAML files ({names}); saw {contents(path)}"
+            f"{path} is not recognised as YOLO: looked for one data.yaml, {_DARKNET}, or {_NAMES} "
+            f"with images/; it holds {len(files)} YAML files ({names}); saw {contents(path)}"
         )
     return (named or files)[0]
 
 
 def _plain(file: Path) -> Mapping[str, Any]:
     """Return what a data.yaml would say for classes.txt with images/ and labels/."""
-    names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
-    splits = {
-        SPLITS[name.lower()]: f"images/{name}" for name in split_folders(file.parent / "images")
-    }
-    return {"names": names, **(splits or {"train": "images"})}
+    return {"names": _lines(file), **_places(file)}
+
+
+def _darknet(file: Path) -> Mapping[str, Any]:
+    """Return what a data.yaml would say for obj.data, whose paths begin with data/ at CVAT."""
+    pairs = (line.partition("=") for line in _lines(file))
+    tree = {key.strip(): value.strip() for key, _, value in pairs}
+    names = file.parent / Path(tree.get("names", "obj.names")).name
+    places = {key: value.removeprefix("data/") for key, value in tree.items() if key in SPLITS}
+    return {"names": _lines(existing_file(names)), **places}
+
+
+def _lines(file: Path) -> list[str]:
+    return [line.strip() for line in read_text(file).splitlines() if line.strip()]
+
+
+def _places(file: Path) -> dict[str, str]:
+    """Return the folders of images beside a file that names none."""
+    inner = split_folders(file.parent / "images")
+    return {SPLITS[name.lower()]: f"images/{name}" for name in inner} or {"train": "images"}
 
 
 def _parse(file: Path) -> Mapping[str, Any]:
@@ -167,10 +191,16 @@ def _images(found: Path) -> Iterator[str]:
     if found.is_dir():
         yield from (os.path.join(found, path) for path in image_paths(found))  # noqa: PTH118
     elif suffix(found.name) == ".txt":
-        lines = (line.strip() for line in read_text(found).splitlines())
-        yield from (str(found.parent / line) for line in lines if line)
+        yield from (str(found.parent / line) for line in _listed(found))
     else:
         raise DataError(f"{found} is neither a folder of images nor a text that lists them")
+
+
+def _listed(found: Path) -> list[str]:
+    """Return the lines of a list, without data/ where CVAT wrote it and there is no such folder."""
+    lines = with_slashes(found.parent, _lines(found))
+    gone = set(absent(found.parent, lines))
+    return [line.removeprefix("data/") if line in gone else line for line in lines]
 
 
 def _label_file(image: str) -> str:
@@ -238,3 +268,6 @@ def _check_disjoint(objects: Mapping[str, Objects], problems: Problems) -> None:
             problems.add(f"{path} comes twice in {split}")
     for path in repeated(path for one in objects.values() for path in dict.fromkeys(one.paths)):
         problems.add(f"{path} is in two splits")
+
+
+_READERS = {_NAMES: _plain, _DARKNET: _darknet}

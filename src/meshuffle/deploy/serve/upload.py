@@ -23,6 +23,7 @@ RAW_TYPES = (
     "image/webp",
     "image/bmp",
     "image/gif",
+    "image/tiff",
     "application/octet-stream",
 )
 _RAW_NAME = "body"
