@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
 
 from meshuffle.deploy.formats import FORMATS, find_format
+from meshuffle.deploy.formats.executorch import _quiet
 from meshuffle.errors import ConfigError
 
 
@@ -35,3 +37,18 @@ def test_finding_a_format_imports_no_toolchain() -> None:
     loaded = set(done.stdout.split())
     assert "meshuffle.deploy.formats.pt2" in loaded
     assert not loaded & {"torch", "onnx", "onnxruntime", "openvino", "executorch"}
+
+
+def test_a_runtime_is_quiet_while_it_starts(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ExecuTorch writes about files of the CPU that are not there, past Python's sys.stderr."""
+    monkeypatch.delenv("MESHUFFLE_DEBUG", raising=False)
+    with _quiet():
+        os.write(2, b"[cpuinfo_utils.cpp:87] Failed to open")
+    os.write(2, b"seen\n")
+    assert capfd.readouterr().err == "seen\n"
+    monkeypatch.setenv("MESHUFFLE_DEBUG", "1")
+    with _quiet():
+        os.write(2, b"cpuinfo\n")
+    assert capfd.readouterr().err == "cpuinfo\n"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import signal
 import sys
@@ -70,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Warnings of other libraries are for their developers.
     if not debug and arguments is None and not sys.warnoptions:
         warnings.simplefilter("ignore")
+        logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao makes it warn
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
     let_threads_sleep()
     if arguments is None:

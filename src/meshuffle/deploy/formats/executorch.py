@@ -5,8 +5,10 @@ The metadata are methods of the program that return text.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -62,11 +64,13 @@ class ExecuTorch(Format):
     def load(self, path: Path, threads: int, precision: Precision) -> Run:
         """Return the function that executes the program; `threads` applies to the whole process."""
         import torch
-        from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
 
-        if threads:
-            _unsafe_reset_threadpool(threads)
-        method = _program(path).load_method("forward")
+        with _quiet():
+            from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+
+            if threads:
+                _unsafe_reset_threadpool(threads)
+            method = _program(path).load_method("forward")
 
         def run(x: NDArray[Any]) -> NDArray[np.float32]:
             (outputs,) = method.execute([torch.from_numpy(x)])
@@ -87,6 +91,22 @@ class ExecuTorch(Format):
         from importlib.metadata import version
 
         return f"ExecuTorch {version('executorch')}, XNNPACK"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what the runtime writes about this CPU while it starts, unless `--debug` is on."""
+    if os.environ.get("MESHUFFLE_DEBUG") == "1":
+        yield
+        return
+    error, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(error, 2)
+        os.close(error)
+        os.close(nowhere)
 
 
 def _program(path: Path) -> Any:
