@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision.models
@@ -306,5 +308,18 @@ def load_matching(
     shared = [name for name in tensors if name in own]
     reshaped = [name for name in shared if tensors[name].shape != own[name].shape]
     fitting = {n: tensors[n].to(own[n].dtype) for n in shared if n not in reshaped}
-    model.load_state_dict(fitting, strict=False, assign=assign)
+    load_tensors(model, fitting, strict=False, assign=assign)
     return missing, unexpected, reshaped
+
+
+def load_tensors(
+    module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = True, assign: bool = False
+) -> None:
+    """Load a module's tensors as if it had saved them itself.
+
+    A file of tensors has no versions of layers, and some modules load nothing without them:
+    torchvision's MNASNet.
+    """
+    versioned: OrderedDict[str, Any] = OrderedDict(tensors)
+    versioned._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
+    module.load_state_dict(versioned, strict=strict, assign=assign)

@@ -61,6 +61,23 @@ def order(num_classes: int = 10) -> nn.Module:
     return Order(num_classes)
 
 
+class Versioned(Several):
+    """Loads nothing without a version, as torchvision's MNASNet."""
+
+    _version = 2
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        if local_metadata.get("version") != 2:
+            raise ValueError(f"version {local_metadata.get('version')}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def versioned(num_classes: int = 10) -> nn.Module:
+    return Versioned(num_classes, "tuple")
+
+
 def pair(num_classes: int = 10) -> nn.Module:
     return Several(num_classes, "tuple")
 

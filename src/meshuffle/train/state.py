@@ -199,7 +199,7 @@ class TrainState:
         """Load the weights of a plain model into the judged one."""
         whole = {f"model.{k}": v for k, v in tensors.items()}
         own = _under(checkpoint.own_tensors(self.model, whole), "model.")
-        self.judged.load_state_dict(own)
+        weights.load_tensors(self.judged, own)
 
     def restore(self, folder: Path) -> None:
         """Continue from a checkpoint, whatever plan wrote it.
@@ -223,9 +223,9 @@ class TrainState:
 
     def _load(self, whole: Mapping[str, Tensor]) -> None:
         tensors = checkpoint.own_tensors(self.model, whole)
-        self.model.load_state_dict(_under(tensors, "model."))
+        weights.load_tensors(self.model, _under(tensors, "model."))
         if self.average is not None:
-            self.average.load_state_dict(_under(tensors, "ema."))
+            weights.load_tensors(self.average, _under(tensors, "ema."))
         if self.step.parallel.updates_here:
             keeps = self.step.parallel.keeps_state_of
             checkpoint.load_optimizer(self.model, self.step.optimizer, tensors, keeps)
@@ -299,7 +299,7 @@ def build_state(
     """
     model = new_model(config, card)
     if start is not None:
-        model.load_state_dict(start)
+        weights.load_tensors(model, start)
     frozen = _freeze(model, config)
     model.to(device)
     if card.channels_last:
