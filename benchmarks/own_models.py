@@ -36,7 +36,7 @@ MODELS = {
     "own_models:Auxiliary": ("digits", ["--input-size", "32", "--epochs", "8"]),
     "own_models:functional": ("digits", ["--input-size", "32", "--epochs", "8"]),
     "own_models:mnasnet": ("digits", ["--input-size", "64", "--epochs", "10"]),
-    "own_models:UNet": ("squares", ["--task", "segment", "--epochs", "20"]),
+    "own_models:UNet": ("squares", ["--task", "segment", "--input-size", "64", "--epochs", "20"]),
 }
 COLUMNS = ("model", "data", "plan", "seeds", "metric", "values", "to_dp1", "dp1_range", "torch")
 
