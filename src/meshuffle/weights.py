@@ -187,7 +187,8 @@ def open_weights(target: Path, model: str | None = None) -> Opened:
     if card is not None:
         return Opened(path, tensors, card)
     try:
-        found, prefix, own = saved_pretrained(path), "", tensors
+        named = model is not None and not model.startswith("transformers:")
+        found, prefix, own = None if named else saved_pretrained(path), "", tensors
         if found is None or model not in (None, found.model):
             own, prefix = unwrap(tensors, model)
             found = recognise(own, model)

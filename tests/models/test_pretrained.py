@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from PIL import Image
+from safetensors.torch import save_file
 
-from meshuffle.errors import RunError
+from meshuffle.errors import ModelError, RunError
 from meshuffle.infer.predict import predict
 from meshuffle.models.outputs import with_main_output
 from meshuffle.models.pretrained import _preprocess, saved_pretrained
@@ -82,3 +84,13 @@ def test_preprocessing_is_that_of_the_file() -> None:
     assert convnext.size == (224, 224) and convnext.resize == 256
     plain = _preprocess({"size": 32, "do_normalize": False, "image_mean": [0.5] * 3})
     assert plain.mean == (0.0, 0.0, 0.0) and plain.std == (1.0, 1.0, 1.0)
+
+
+def test_a_config_of_another_program_does_not_hinder_a_model_that_is_named(tmp_path: Path) -> None:
+    model = torchvision.models.resnet18(num_classes=3)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "of another program"}')
+    network, _ = load_model(tmp_path, "torchvision:resnet18")
+    torch.testing.assert_close(network.state_dict()["fc.weight"], model.fc.weight.detach())
+    with pytest.raises(ModelError, match="no model type 'of another program'"):
+        load_model(tmp_path)

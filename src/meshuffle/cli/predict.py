@@ -24,7 +24,9 @@ def predict(
     *,
     out: Annotated[
         Path | None,
-        doc("Folder for copies of the images with the prediction drawn; of a video default: here."),
+        doc(
+            "Folder for copies with the prediction drawn; without it a video's copy goes to the current folder."
+        ),
     ] = None,
     features: Annotated[
         Path | None, doc("Save each image's feature vector to a .npy file (N×F).")
@@ -52,8 +54,8 @@ def predict(
     target
         A run folder, a weights file, or torchvision:NAME for its published weights.
     images
-        Image files, folders of them, or videos, of which it writes an annotated copy and a CSV
-        file with a row per frame.
+        Image files, folders of them, or videos. A video gets an annotated copy and a CSV file
+        with a row per frame.
     """
     say_remarks(target, model)
     if features or nearest:
@@ -89,7 +91,9 @@ def _videos(
         other = next(path for path in paths if path not in videos)
         raise ConfigError(f"{videos[0]} is a video and {other} is not: predict them one by one")
     if len({path.stem for path in videos}) < len(videos):
-        raise ConfigError("two of these videos have one name, and so would what is written of them")
+        raise ConfigError(
+            "two of these videos have the same name, and their copies would too: predict them one by one"
+        )
     if plan not in ("auto", "dp=1") or rank_env() is not None:
         raise ConfigError(f"--plan {plan}: a video is predicted by one process; leave it out")
     values = [
