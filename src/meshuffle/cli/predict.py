@@ -25,7 +25,8 @@ def predict(
     out: Annotated[
         Path | None,
         doc(
-            "Folder for copies with the prediction drawn; without it a video's copy goes to the current folder."
+            "Folder for copies with the prediction drawn; without it a video's copy goes to the "
+            "current folder."
         ),
     ] = None,
     features: Annotated[
@@ -92,7 +93,8 @@ def _videos(
         raise ConfigError(f"{videos[0]} is a video and {other} is not: predict them one by one")
     if len({path.stem for path in videos}) < len(videos):
         raise ConfigError(
-            "two of these videos have the same name, and their copies would too: predict them one by one"
+            "two of these videos have the same name, and their copies would too; "
+            "predict them one by one"
         )
     if plan not in ("auto", "dp=1") or rank_env() is not None:
         raise ConfigError(f"--plan {plan}: a video is predicted by one process; leave it out")
