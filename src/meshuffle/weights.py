@@ -87,10 +87,7 @@ def find_weights(target: Path) -> Path:
         return _downloaded(str(target).removeprefix(_HUB))
     if not target.exists():
         raise RunError(f"{target}: no such run folder or weights file")
-    for name in ("best", "last"):
-        if (path := target / "weights" / f"{name}.safetensors").is_file():
-            return path
-    for name in FILES:
+    for name in ("weights/best.safetensors", "weights/last.safetensors", *FILES):
         if (path := target / name).is_file():
             return path
     raise RunError(f"{target}: no weights/best.safetensors in it; is it a run folder?")

@@ -279,6 +279,15 @@ def test_a_class_without_a_pixel_in_train(pair):
     assert open_coco(str(pair), task="segment", need=()).classes == ("background", "dog", "cat")
 
 
+def test_the_background_of_labelme_is_no_class_of_its_own(tmp_path):
+    categories = [{"id": 0, "name": "_background_"}, {"id": 1, "name": "cat"}]
+    outline = {"segmentation": [[1, 1, 8, 1, 8, 8]]}
+    file = write(
+        tmp_path, "x.json", tree([image(1)], [thing(1, 1, 1, [1, 1, 7, 7], **outline)], categories)
+    )
+    assert open_coco(str(file), task="segment", need=()).classes == ("background", "cat")
+
+
 def test_a_class_whose_pixels_are_all_set_aside(tmp_path):
     """A dog in one image of ten: the seed decides on which side it is."""
     outline = {"segmentation": [square(0, 0, 4).tolist()]}

@@ -170,6 +170,7 @@ def pairs_in(root: Path, *names: str) -> None:
 LAYOUTS = {
     "masks: Images/ with Masks/": ["Images/{s}/a.jpg", "Masks/{s}/a.png"],
     "masks: images/ with labels/": ["images/{s}/a.jpg", "labels/{s}/a_label.png"],
+    "masks: images/ with annotations/masks/": ["images/{s}/a.jpg", "annotations/masks/{s}/a.png"],
     "masks: train/images/ with train/masks/": ["{s}/images/a.jpg", "{s}/masks/a.png"],
     "masks: train/ with trainannot/": ["{s}/a.jpg", "{s}annot/a.png"],
     "masks: train/ with train_masks/": ["{s}/a.jpg", "{s}_masks/a_mask.gif"],

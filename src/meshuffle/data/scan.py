@@ -94,7 +94,10 @@ def scan_classes(root: Path, relative: str = "") -> ClassFolders:
         if entry.is_dir() and not _hidden(entry):
             images: list[bytes] = []
             for file in _walk(root, path, frozenset()):
-                _sort_in(file, images, found.ignored)
+                if _is_image(file):
+                    images.append(file)
+                else:
+                    found.ignored.append(os.fsdecode(file))
             found.files[entry.name] = images
         elif not entry.is_dir():
             found.ignored.append(os.fsdecode(path))
@@ -142,13 +145,6 @@ def _walk(root: Path, relative: bytes, above: frozenset[tuple[int, int]]) -> Ite
             yield path
         elif not _hidden(entry):
             yield from _walk(root, path, above | {identity})
-
-
-def _sort_in(file: bytes, images: list[bytes], ignored: list[str]) -> None:
-    if _is_image(file):
-        images.append(file)
-    else:
-        ignored.append(os.fsdecode(file))
 
 
 def _is_image(file: bytes) -> bool:

@@ -126,7 +126,7 @@ def _check_task(spec: str, form: Format, task: str) -> None:
         return
     ways = " or ".join(f"--task {name}" for name in form.tasks)
     others = ", ".join(f"{name}:PATH" for name, other in FORMATS.items() if task in other.tasks)
-    hint = f", or name their format: {others}" if form.module == "folder" and spec != DIGITS else ""
+    hint = f", or name their format: {others}" if others and spec != DIGITS else ""
     raise DataError(f"{spec}: these data have nothing for --task {task}; use {ways}{hint}")
 
 

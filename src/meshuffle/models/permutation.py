@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from meshuffle.data.base import shortened
 from meshuffle.errors import ModelError, did_you_mean
 
 PERMUTATION_KINDS = ("paper", "inverse", "random")
@@ -85,7 +86,7 @@ def _checked_bijection(perm: Sequence[int], num_channels: int) -> tuple[int, ...
     repeated = [channel for channel, count in counts.items() if count > 1]
     missing = [channel for channel, count in counts.items() if count == 0]
     faults = [
-        f"{_few(channels)} {what}"
+        f"{shortened([*map(str, channels)])} {what}"
         for channels, what in (
             (outside, "out of range"),
             (repeated, "repeated"),
@@ -100,12 +101,6 @@ def _checked_bijection(perm: Sequence[int], num_channels: int) -> tuple[int, ...
             f"{', '.join(PERMUTATION_KINDS)}"
         )
     return given
-
-
-def _few(channels: Sequence[int], limit: int = 5) -> str:
-    """Write the first `limit` channels, and how many more there are."""
-    more = f" and {len(channels) - limit} more" if len(channels) > limit else ""
-    return f"{', '.join(map(str, channels[:limit]))}{more}"
 
 
 class ChannelShuffle(nn.Module):

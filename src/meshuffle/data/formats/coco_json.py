@@ -201,5 +201,5 @@ def _categories(entries: Iterable[dict[str, Any]], problems: Problems) -> dict[A
         elif key in names:
             problems.add(f"category id {key} comes twice")
         else:
-            names[key] = name
+            names[key] = "background" if name == "_background_" else name  # labelme's
     return names
