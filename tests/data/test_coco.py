@@ -279,6 +279,21 @@ def test_a_class_without_a_pixel_in_train(pair):
     assert open_coco(str(pair), task="segment", need=()).classes == ("background", "dog", "cat")
 
 
+def test_a_project_that_is_called_as_its_class(tmp_path):
+    """Roboflow's first category is the project; here the project's name is a class's as well."""
+    categories = [
+        {"id": 0, "name": "house", "supercategory": "none"},
+        {"id": 1, "name": "car", "supercategory": "house"},
+        {"id": 2, "name": "house", "supercategory": "house"},
+    ]
+    things = [thing(1, 1, 1, [1, 1, 7, 7]), thing(2, 1, 2, [1, 1, 7, 7])]
+    data = open_coco(
+        str(write(tmp_path, "x.json", tree([image(1)], things, categories))), task="detect", need=()
+    )
+    assert data.classes == ("car", "house")
+    assert data.splits["train"].target(0).labels.tolist() == [0, 1]
+
+
 def test_the_background_of_labelme_is_no_class_of_its_own(tmp_path):
     categories = [{"id": 0, "name": "_background_"}, {"id": 1, "name": "cat"}]
     outline = {"segmentation": [[1, 1, 8, 1, 8, 8]]}

@@ -198,6 +198,14 @@ def test_masks_beside_their_images(tmp_path):
     assert "c.jpg has no mask c.png" in error_of(tmp_path)
 
 
+def test_names_in_the_table_of_roboflow(tmp_path):
+    """It names classes that no mask has, and those are no classes."""
+    pairs_in(tmp_path, "train/a.jpg", "train/a_mask.png", "train/b.jpg", "train/b_mask.png")
+    text = "Pixel Value, Class\n0, background\n1, Cow statue\n2, Grass\n"
+    (tmp_path / "train" / "_classes.csv").write_text(text)
+    assert open_masks(str(tmp_path)).classes == ("background", "Cow statue")
+
+
 def test_a_test_split_without_masks(tmp_path):
     pairs_in(tmp_path, "train/a.jpg", "trainannot/a.png", "val/b.jpg", "valannot/b.png")
     pairs_in(tmp_path, "test/c.jpg")

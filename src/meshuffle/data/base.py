@@ -96,8 +96,7 @@ class ArraySource:
 
     def image(self, index: int) -> Image.Image:
         """Return image `index` in mode RGB."""
-        grey_or_rgb = Image.fromarray(self.pixels[index])
-        return grey_or_rgb if grey_or_rgb.mode == "RGB" else grey_or_rgb.convert("RGB")
+        return Image.fromarray(self.pixels[index]).convert("RGB")
 
     def target(self, index: int) -> int:
         """Return the label."""

@@ -201,5 +201,7 @@ def _categories(entries: Iterable[dict[str, Any]], problems: Problems) -> dict[A
         elif key in names:
             problems.add(f"category id {key} comes twice")
         else:
+            if entry.get("supercategory") == name in names.values():  # Roboflow's, above its class
+                names = {other: title for other, title in names.items() if title != name}
             names[key] = "background" if name == "_background_" else name  # labelme's
     return names

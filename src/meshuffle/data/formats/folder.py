@@ -56,9 +56,8 @@ def open_folder(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "va
     problems.notes += [name for scan in scans.values() for name in scan.ignored]
     layout = f"folder: {'/, '.join(folders.values())}/ with" if folders else "folder:"
     layout = f"{layout} one folder per class"
-    name = str(root)
     return assemble(
-        name, "classify", classes, splits, problems, seed=seed, need=need, layout=layout
+        path, "classify", classes, splits, problems, seed=seed, need=need, layout=layout
     )
 
 

@@ -104,9 +104,8 @@ def _open(
     if task == "multilabel":
         shown = np.nonzero(known.targets[split_of_row == "train"])[1]
         note_unused(shown, known.classes, problems.notes if len(splits["train"]) else [])
-    layout = table.layout
     return assemble(
-        path, task, known.classes, splits, problems, seed=seed, need=need, layout=layout
+        path, task, known.classes, splits, problems, seed=seed, need=need, layout=table.layout
     )
 
 

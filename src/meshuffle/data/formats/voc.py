@@ -325,8 +325,7 @@ def _box_sources(
             raise DataError(f"{root}: no XML directly in its folders of annotations")
         raise DataError(f"{root}: its annotations hold no object")
     check_classes(str(root), task, objects.get("train"), classes, problems.notes)
-    annotations = [one for split in splits.values() for one in split.annotations]
-    if difficult := sum(one.difficult for one in annotations):
+    if difficult := sum(one.difficult for split in splits.values() for one in split.annotations):
         problems.notes.append(f"{difficult} difficult objects left out")
     return classes, {
         key: object_source(task, one, classes, key, problems.notes) for key, one in objects.items()
