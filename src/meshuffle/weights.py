@@ -90,7 +90,10 @@ def find_weights(target: Path) -> Path:
     for name in ("weights/best.safetensors", "weights/last.safetensors", *FILES):
         if (path := target / name).is_file():
             return path
-    raise RunError(f"{target}: no weights/best.safetensors in it; is it a run folder?")
+    hint = "is it a run folder?"
+    if (target / ".metadata").is_file():
+        hint = "join its parts with dcp_to_torch of torch.distributed.checkpoint.format_utils"
+    raise RunError(f"{target}: no weights/best.safetensors or {' or '.join(FILES)} in it; {hint}")
 
 
 def _downloaded(name: str) -> Path:

@@ -203,8 +203,7 @@ def relabel(data: Data, classes: Sequence[str]) -> Data:
 
 
 def _relabelled(source: ImageSource, lookup: NDArray[np.int64], classes: Sequence[str]) -> View:
-    every = np.arange(len(source))
-    return View(source, every, lookup[source.labels], tuple(classes), lookup)
+    return View(source, np.arange(len(source)), lookup[source.labels], tuple(classes), lookup)
 
 
 def shortened(names: Sequence[str], limit: int = 5) -> str:

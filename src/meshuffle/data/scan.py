@@ -122,8 +122,7 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = image_paths(path)
-            if not inside:
+            if not (inside := image_paths(path)):
                 known = ", ".join(sorted(EXTENSIONS))
                 raise DataError(f"{path}: no image in this folder ({known}); saw {contents(path)}")
             found += [path / name for name in inside]

@@ -60,8 +60,7 @@ def channel_permutation(
         )
     if kind == "random":
         generator = torch.Generator(device="cpu").manual_seed(seed)
-        drawn = torch.randperm(num_channels, generator=generator, device="cpu")
-        return tuple(drawn.tolist())
+        return tuple(torch.randperm(num_channels, generator=generator, device="cpu").tolist())
     if groups < 1 or num_channels % groups:
         raise ModelError(
             f"`num_channels` (={num_channels}) must be divisible by `groups` (={groups}) "

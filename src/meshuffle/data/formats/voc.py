@@ -146,8 +146,9 @@ def _layout(root: Path, task: str) -> tuple[str, Mapping[str, Folders]]:
 def _files(folder: Path, extension: str) -> list[str]:
     """Return the stems of the files in `folder` of this extension, sorted by their bytes."""
     names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
-    found = [stem(name) for name in names if suffix(name) == extension and name[0] != "."]
-    return sorted(found, key=os.fsencode)
+    return sorted(
+        (stem(n) for n in names if suffix(n) == extension and n[0] != "."), key=os.fsencode
+    )
 
 
 def _stems(root: Path, task: str, folders: Folders) -> list[str]:
