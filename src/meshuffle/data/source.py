@@ -146,4 +146,8 @@ def _check_exists(spec: str) -> None:
             raise DataError(f"{spec!r} lacks its path: {spec}:PATH")
         if hint := did_you_mean(spec, [DIGITS, *FORMATS]):
             raise DataError(f"no such folder or data set: {spec}{hint}")
+    if expanded(spec).is_file():
+        raise DataError(
+            f"{spec} is a file; write its format before it: csv:, json:, coco: or yolo:"
+        )
     existing_folder(spec)

@@ -19,7 +19,7 @@ from meshuffle.errors import DataError, ImageError
 
 WANTED = (
     "wanted: annotations/instances_train2017.json (and val) with train2017/ beside annotations/, "
-    "or one JSON of instances"
+    "or one JSON of instances, which VIA and labelme can export"
 )
 
 
