@@ -165,6 +165,16 @@ def test_a_json_in_each_split_folder(tmp_path):
     assert "1 classes without any object in train: cat" in error_of(tmp_path, "classify")
 
 
+def test_files_of_another_name_beside_the_folders_of_coco(tmp_path):
+    """As DETR's fine-tuning has it: custom_train.json for train2017/."""
+    for split in ("train", "val"):
+        name = f"annotations/custom_{split}.json"
+        content = tree([image(1)], [thing(1, 1, 3, [1, 1, 7, 7])], [{"id": 3, "name": "cat"}])
+        write(tmp_path, name, content, images=f"{split}2017")
+    data = open_coco(str(tmp_path), task="detect")
+    assert {key: len(source) for key, source in data.splits.items()} == {"train": 1, "val": 1}
+
+
 def test_a_size_that_is_missing_is_read(tmp_path):
     bare = {"id": 1, "file_name": "1.png"}
     write(tmp_path, "a.json", tree([bare], [thing(1, 1, 3, [6, 5, 6, 5])]))

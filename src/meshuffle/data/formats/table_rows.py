@@ -86,7 +86,10 @@ def read_csv(file: Path, chosen: Sequence[str], problems: Problems) -> Table:
     columns = dict(zip(header, zip(*cells, strict=True), strict=True)) if cells else {}
     left = _targets(columns, chosen, problems)
     if len(set(header)) < len(header) or "" in list(left)[1:]:
-        raise DataError(f"{file}: its header has a column twice or without a name: {header}")
+        raise DataError(
+            f"{file}: its header has a column twice or without a name: {', '.join(header[:9])}; "
+            "wanted: a header such as image,label; a row names a file of an image, not its pixels"
+        )
     layout = f"CSV: {_SEPARATORS.get(delimiter, 'spaces')} between columns, {encoding}"
     return Table(file, left, rows, chosen, problems, layout, delimiter)
 
