@@ -291,3 +291,15 @@ def test_paths_that_begin_where_darknet_ran(tmp_path):
         (tmp_path / place / "own.data").write_text(text)
         data = open_yolo(str(tmp_path / place), task="detect", need=("train",))
         assert data.classes == ("cat", "dog") and data.splits["train"].labels.tolist() == [1, 0]
+
+
+def test_places_below_the_folder_that_roboflow_unpacks(pets):
+    """Its notebooks write the name of that folder, which need not be there any more."""
+    for split in ("train", "val"):
+        (pets / split).mkdir()
+        (pets / "images" / split).rename(pets / split / "images")
+        (pets / "labels" / split).rename(pets / split / "labels")
+    text = "train: Pets-2/train/images\nval: Pets-2/val/images\nnames: [cat, dog]"
+    (pets / "data.yaml").write_text(text)
+    data = open_yolo(str(pets), task="detect")
+    assert {key: len(source) for key, source in data.splits.items()} == {"train": 3, "val": 1}

@@ -23,6 +23,7 @@ from meshuffle.data.entries import (
     existing_file,
     read_text,
     repeated,
+    split_of,
     suffix,
     with_slashes,
 )
@@ -179,14 +180,15 @@ def _value(file: Path, tree: Mapping[str, Any], names: Sequence[str]) -> list[st
 def _resolved(file: Path, tree: Mapping[str, Any], places: Sequence[str]) -> list[Path]:
     """Return where `places` are: relative to `path`, else to the YAML; the latter if nowhere.
 
-    A `path` of another machine, CVAT's data/, and Roboflow's `../train/images` beside the YAML,
-    occur.
+    A `path` of another machine, CVAT's data/, and Roboflow's `../train/images` or
+    `Project-2/train/images` beside the YAML occur.
     """
     here = file.parent
     found = []
     for place in (name.replace("\\", "/") for name in places):
         tried = [here / str(tree.get("path") or ".") / place, here / place]
-        tried += [here / place.removeprefix(before) for before in ("data/", "../")]
+        first, slash, rest = place.partition("/")
+        tried += [here / rest] if slash and split_of(first) is None else []
         found.append(next((path for path in tried if path.exists()), tried[-1]))
     return found
 
