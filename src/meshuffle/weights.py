@@ -87,13 +87,13 @@ def find_weights(target: Path) -> Path:
         return _downloaded(str(target).removeprefix(_HUB))
     if not target.exists():
         raise RunError(f"{target}: no such run folder or weights file")
-    for name in ("best", "last"):
-        if (path := target / "weights" / f"{name}.safetensors").is_file():
-            return path
-    for name in FILES:
+    for name in ("weights/best.safetensors", "weights/last.safetensors", *FILES):
         if (path := target / name).is_file():
             return path
-    raise RunError(f"{target}: no weights/best.safetensors in it; is it a run folder?")
+    hint = "is it a run folder?"
+    if (target / ".metadata").is_file():
+        hint = "join its parts with dcp_to_torch of torch.distributed.checkpoint.format_utils"
+    raise RunError(f"{target}: no weights/best.safetensors or {' or '.join(FILES)} in it; {hint}")
 
 
 def _downloaded(name: str) -> Path:

@@ -165,6 +165,16 @@ def test_a_json_in_each_split_folder(tmp_path):
     assert "1 classes without any object in train: cat" in error_of(tmp_path, "classify")
 
 
+def test_files_of_another_name_beside_the_folders_of_coco(tmp_path):
+    """As DETR's fine-tuning has it: custom_train.json for train2017/."""
+    for split in ("train", "val"):
+        name = f"annotations/custom_{split}.json"
+        content = tree([image(1)], [thing(1, 1, 3, [1, 1, 7, 7])], [{"id": 3, "name": "cat"}])
+        write(tmp_path, name, content, images=f"{split}2017")
+    data = open_coco(str(tmp_path), task="detect")
+    assert {key: len(source) for key, source in data.splits.items()} == {"train": 1, "val": 1}
+
+
 def test_a_size_that_is_missing_is_read(tmp_path):
     bare = {"id": 1, "file_name": "1.png"}
     write(tmp_path, "a.json", tree([bare], [thing(1, 1, 3, [6, 5, 6, 5])]))
@@ -277,6 +287,30 @@ def test_a_class_without_a_pixel_in_train(pair):
     write(pair, "annotations/instances_train2017.json", content, "train2017")
     assert "1 classes without any pixel in train: dog; remove them" in error_of(pair, "segment")
     assert open_coco(str(pair), task="segment", need=()).classes == ("background", "dog", "cat")
+
+
+def test_a_project_that_is_called_as_its_class(tmp_path):
+    """Roboflow's first category is the project; here the project's name is a class's as well."""
+    categories = [
+        {"id": 0, "name": "house", "supercategory": "none"},
+        {"id": 1, "name": "car", "supercategory": "house"},
+        {"id": 2, "name": "house", "supercategory": "house"},
+    ]
+    things = [thing(1, 1, 1, [1, 1, 7, 7]), thing(2, 1, 2, [1, 1, 7, 7])]
+    data = open_coco(
+        str(write(tmp_path, "x.json", tree([image(1)], things, categories))), task="detect", need=()
+    )
+    assert data.classes == ("car", "house")
+    assert data.splits["train"].target(0).labels.tolist() == [0, 1]
+
+
+def test_the_background_of_labelme_is_no_class_of_its_own(tmp_path):
+    categories = [{"id": 0, "name": "_background_"}, {"id": 1, "name": "cat"}]
+    outline = {"segmentation": [[1, 1, 8, 1, 8, 8]]}
+    file = write(
+        tmp_path, "x.json", tree([image(1)], [thing(1, 1, 1, [1, 1, 7, 7], **outline)], categories)
+    )
+    assert open_coco(str(file), task="segment", need=()).classes == ("background", "cat")
 
 
 def test_a_class_whose_pixels_are_all_set_aside(tmp_path):

@@ -315,4 +315,4 @@ def test_folders_of_another_layout_are_no_classes(make_folder, counts, expected)
 
 def test_another_task_names_the_formats_that_have_it(make_folder):
     root = make_folder({"images": 4, "masks": 4})
-    assert "their format: coco:PATH, masks:PATH, voc:PATH" in error_of(root, task="segment")
+    assert "a format for it: coco:PATH, masks:PATH, voc:PATH" in error_of(root, task="segment")

@@ -170,6 +170,7 @@ def pairs_in(root: Path, *names: str) -> None:
 LAYOUTS = {
     "masks: Images/ with Masks/": ["Images/{s}/a.jpg", "Masks/{s}/a.png"],
     "masks: images/ with labels/": ["images/{s}/a.jpg", "labels/{s}/a_label.png"],
+    "masks: images/ with annotations/masks/": ["images/{s}/a.jpg", "annotations/masks/{s}/a.png"],
     "masks: train/images/ with train/masks/": ["{s}/images/a.jpg", "{s}/masks/a.png"],
     "masks: train/ with trainannot/": ["{s}/a.jpg", "{s}annot/a.png"],
     "masks: train/ with train_masks/": ["{s}/a.jpg", "{s}_masks/a_mask.gif"],
@@ -195,6 +196,14 @@ def test_masks_beside_their_images(tmp_path):
     assert data.layout == "masks: x.jpg with x_label.png" and len(data.splits["train"]) == 5
     (tmp_path / "c_label.png").unlink()
     assert "c.jpg has no mask c.png" in error_of(tmp_path)
+
+
+def test_names_in_the_table_of_roboflow(tmp_path):
+    """It names classes that no mask has, and those are no classes."""
+    pairs_in(tmp_path, "train/a.jpg", "train/a_mask.png", "train/b.jpg", "train/b_mask.png")
+    text = "Pixel Value, Class\n0, background\n1, Cow statue\n2, Grass\n"
+    (tmp_path / "train" / "_classes.csv").write_text(text)
+    assert open_masks(str(tmp_path)).classes == ("background", "Cow statue")
 
 
 def test_a_test_split_without_masks(tmp_path):

@@ -62,6 +62,15 @@ def test_misspelt(spec, text, tmp_path, monkeypatch):
     assert text in error_of(spec)
 
 
+def test_a_table_names_the_formats_that_have_boxes(tmp_path):
+    assert error_of_task(f"csv:{tmp_path}", "detect").endswith("coco:PATH, voc:PATH, yolo:PATH")
+
+
+def test_a_file_needs_its_format(tmp_path):
+    (tmp_path / "t.csv").write_text("image,label")
+    assert "t.csv is a file; write its format before it: csv:" in error_of(str(tmp_path / "t.csv"))
+
+
 def test_a_folder_with_a_colon_in_its_name(make_folder):
     root = make_folder({"a": 2, "b": 2})
     root.rename(root.with_name("day:1"))

@@ -182,7 +182,10 @@ def test_what_is_no_voc(tmp_path):
 
 @pytest.mark.parametrize(
     ("images", "annotations"),
-    [("images", "annotations"), ("Images", "ANNOTATIONS"), ("JPEGImages", "annotation")],
+    [
+        *(("images", "annotations"), ("Images", "ANNOTATIONS"), ("JPEGImages", "annotation")),
+        *(("images", "annots"), ("images", "annotations/xmls")),
+    ],
 )
 @pytest.mark.parametrize("nested", [False, True])
 def test_folders_as_tools_name_them(tmp_path, images, annotations, nested):
@@ -271,6 +274,16 @@ def test_segment_by_names_of_its_own(tmp_path):
     (tmp_path / "SegmentationClass" / "a.png").unlink()
     lists(tmp_path, train="a b")
     assert "SegmentationClass/a.png is missing" in error_of(tmp_path, "segment")
+
+
+def test_masks_beside_the_arrays_of_labelme(tmp_path):
+    """Its older versions name the folder of pictures SegmentationClassPNG."""
+    write(tmp_path, "a", xml(thing("cat", (1, 1, 2, 2))))
+    mask(tmp_path, "a", np.eye(HEIGHT, WIDTH, dtype=np.uint8))
+    (tmp_path / "SegmentationClass").rename(tmp_path / "SegmentationClassPNG")
+    (tmp_path / "SegmentationClass").mkdir()
+    (tmp_path / "SegmentationClass" / "a.npy").write_bytes(b"")
+    assert len(open_voc(str(tmp_path), task="segment", need=()).splits["train"]) == 1
 
 
 def test_segment_needs_names(tmp_path):

@@ -277,3 +277,29 @@ def test_few_boxes_outside_are_left_out(pets):
     assert len(data.splits["train"].target(0)) == 20
     assert any("lies outside its image: left out" in note for note in data.ignored)
     assert "lies outside" in error_of(pets, strict=True)
+
+
+def test_paths_that_begin_where_darknet_ran(tmp_path):
+    """As in PyTorch-YOLOv3 and Yolo_mark: above the list and the .data file, of any name."""
+    write(tmp_path / "data/own", "a.png", "1 .5 .5 .5 .5")
+    write(tmp_path / "data/own", "b.png", "0 .5 .5 .5 .5")
+    (tmp_path / "data/own/classes.names").write_text("cat\ndog\n")
+    (tmp_path / "data/own/train.txt").write_text("data/own/images/a.png\ndata/own/images/b.png\n")
+    text = "classes = 2\ntrain = data/own/train.txt\nnames = data/own/classes.names\n"
+    for place in ("config", "data/own"):
+        (tmp_path / place).mkdir(exist_ok=True)
+        (tmp_path / place / "own.data").write_text(text)
+        data = open_yolo(str(tmp_path / place), task="detect", need=("train",))
+        assert data.classes == ("cat", "dog") and data.splits["train"].labels.tolist() == [1, 0]
+
+
+def test_places_below_the_folder_that_roboflow_unpacks(pets):
+    """Its notebooks write the name of that folder, which need not be there any more."""
+    for split in ("train", "val"):
+        (pets / split).mkdir()
+        (pets / "images" / split).rename(pets / split / "images")
+        (pets / "labels" / split).rename(pets / split / "labels")
+    text = "train: Pets-2/train/images\nval: Pets-2/val/images\nnames: [cat, dog]"
+    (pets / "data.yaml").write_text(text)
+    data = open_yolo(str(pets), task="detect")
+    assert {key: len(source) for key, source in data.splits.items()} == {"train": 3, "val": 1}

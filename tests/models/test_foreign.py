@@ -10,12 +10,14 @@ import pathlib
 import pickle
 import sys
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint
 import torchvision.models
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -266,3 +268,33 @@ def test_weights_two_levels_down(tmp_path: Path, tensors: dict[str, Tensor]) -> 
     torch.save({"state": {"model": tensors, "ema": tensors}}, path)
     assert "?key=state.ema" in read_torch(path)[1][0]
     assert read_torch(path, "state.ema")[0].keys() == tensors.keys()
+
+
+def test_weights_quantized_to_integers(tmp_path: Path) -> None:
+    """PyTorch's own, static (torch.qint8) and dynamic (packed)."""
+    with warnings.catch_warnings(action="ignore"):
+        whole = torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.qint8)
+    for state in (
+        {"fc.weight": whole},
+        {"fc._packed_params.dtype": torch.qint8, "a.weight": torch.ones(1)},
+    ):
+        torch.save(state, tmp_path / "int8.pth")
+        with pytest.raises(RunError, match=r"int8\.pth: quantized to integers; give the weights"):
+            read_torch(tmp_path / "int8.pth")
+
+
+def test_a_distributed_checkpoint_in_parts(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    torch.distributed.checkpoint.save({"model": tensors}, checkpoint_id=tmp_path, no_dist=True)
+    with pytest.raises(RunError, match="join its parts with dcp_to_torch"):
+        open_weights(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["R-50.pkl", "model.pdparams", "model.weights.h5"])
+def test_files_of_other_libraries(tmp_path: Path, name: str) -> None:
+    """Detectron2's, PaddlePaddle's and Keras's."""
+    content = b"\x89HDF\r\n" + bytes(99)
+    if name != "model.weights.h5":
+        content = pickle.dumps({"w": np.ones(3)}, protocol=2)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RunError, match="wanted: safetensors, or a state_dict that"):
+        open_weights(tmp_path / name)

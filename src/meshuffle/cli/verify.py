@@ -54,8 +54,7 @@ def verify(
         error = MeshuffleError(verdict.error)
         error.exit_code = verdict.exit_code
         raise error
-    text = "" if json else _text(verdict)
-    return Answer(verdict.to_dict(), text, exit_code=verdict.exit_code)
+    return Answer(verdict.to_dict(), "" if json else _text(verdict), exit_code=verdict.exit_code)
 
 
 def _text(verdict: Verdict) -> str:

@@ -167,8 +167,7 @@ def transpose(x: Tensor, route: TransposeRoute, group: dist.ProcessGroup) -> Ten
     Returns:
         `route.from_dim` whole and in order; along `route.to_dim` what this rank needs.
     """
-    size = x.shape[route.to_dim]
-    return _Linear.apply(x, _transpose, _transpose_back, route, size, group)
+    return _Linear.apply(x, _transpose, _transpose_back, route, x.shape[route.to_dim], group)
 
 
 class _Linear(Function):

@@ -101,8 +101,7 @@ class SharedExchange(Exchange):
         slot[self.rank, : own.nbytes] = own
         self._counters[8 * self.rank] = self._number
         self._wait()
-        gathered = slot[:, : own.nbytes].copy()
-        return torch.from_numpy(gathered).view(vector.dtype)
+        return torch.from_numpy(slot[:, : own.nbytes].copy()).view(vector.dtype)
 
     def _wait(self) -> None:
         counters, number = self._counters, self._number

@@ -98,8 +98,7 @@ _INPUT_NAMES = ("input_tensors", "input_tensor", "input", "inputs", "tensors", "
 def _input_bytes(given: dict[str, Any]) -> int:
     """Return the bytes of a call's input, whatever its schema calls it."""
     value = next(given[name] for name in _INPUT_NAMES if name in given)
-    leaves = pytree.tree_leaves(value)
-    return sum(x.numel() * x.itemsize for x in leaves if isinstance(x, Tensor))
+    return sum(x.numel() * x.itemsize for x in pytree.tree_leaves(value) if isinstance(x, Tensor))
 
 
 def _share(factor: int) -> Cost:

@@ -96,8 +96,7 @@ class ArraySource:
 
     def image(self, index: int) -> Image.Image:
         """Return image `index` in mode RGB."""
-        grey_or_rgb = Image.fromarray(self.pixels[index])
-        return grey_or_rgb if grey_or_rgb.mode == "RGB" else grey_or_rgb.convert("RGB")
+        return Image.fromarray(self.pixels[index]).convert("RGB")
 
     def target(self, index: int) -> int:
         """Return the label."""
@@ -204,8 +203,7 @@ def relabel(data: Data, classes: Sequence[str]) -> Data:
 
 
 def _relabelled(source: ImageSource, lookup: NDArray[np.int64], classes: Sequence[str]) -> View:
-    every = np.arange(len(source))
-    return View(source, every, lookup[source.labels], tuple(classes), lookup)
+    return View(source, np.arange(len(source)), lookup[source.labels], tuple(classes), lookup)
 
 
 def shortened(names: Sequence[str], limit: int = 5) -> str:

@@ -138,9 +138,7 @@ def absent(root: Path, paths: Iterable[str]) -> list[str]:
     listings: dict[str, frozenset[str]] = {}
     missing = []
     for path in paths:
-        folder, _, name = path.rpartition("/")
-        if folder == "" and path.startswith("/"):
-            folder = "/"
+        folder, name = os.path.split(path)
         if folder not in listings:
             listings[folder] = _file_names(root / folder)
         if name not in listings[folder]:
@@ -211,12 +209,6 @@ def check_names(where: str, classes: Sequence[str]) -> None:
         raise DataError(f"{where}: class {list(classes).index('')} has no name")
     if twice := repeated(classes):
         raise DataError(f"{where}: class names that come twice: {shortened(twice)}")
-
-
-def check_train(where: str, labels: NDArray[np.int64], classes: Sequence[str], entry: str) -> None:
-    """Raise `DataError` if a class has no `entry` in train, or if there is only one class."""
-    check_filled(where, labels, classes, entry)
-    _check_two(where, classes)
 
 
 def _check_two(where: str, classes: Sequence[str]) -> None:

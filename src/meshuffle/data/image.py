@@ -108,8 +108,7 @@ def _decode(file: BinaryIO, num_bytes: int, label: str, max_pixels: int) -> Imag
         if image.format == "TIFF":
             _check_tiff(image, label)
         image.load()
-        upright = _upright(image)
-        return _to_rgb(upright)
+        return _to_rgb(_upright(image))
     except BROKEN as error:
         raise ImageError(f"{label}: broken or truncated: {_one_line(error)}") from error
 

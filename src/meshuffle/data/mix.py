@@ -60,8 +60,7 @@ def mix_batch(
 
 def _pairs(positions: Tensor) -> list[int]:
     """Return each i where samples i and i + 1 sit at positions 2k and 2k + 1."""
-    places = positions.tolist()
-    return [i for i, (a, b) in enumerate(pairwise(places)) if a % 2 == 0 and b == a + 1]
+    return [i for i, (a, b) in enumerate(pairwise(positions.tolist())) if a % 2 == 0 and b == a + 1]
 
 
 def _draw(config: AugmentConfig, draw: int, images: Tensor) -> tuple[float, Box, float]:

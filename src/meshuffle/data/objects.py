@@ -136,9 +136,10 @@ def _of(limits: NDArray[np.float64]) -> str:
 def largest(objects: Objects) -> NDArray[np.int64]:
     """Return the class of each image's largest object, int64 [N]; −1 if it has none."""
     labels = np.full(len(objects.paths), -1, dtype=np.int64)
-    owners = objects.owners
-    order = np.lexsort((objects.areas, owners))
-    labels[owners[order]] = objects.labels[order]  # the last value written for an image stays
+    order = np.lexsort((objects.areas, objects.owners))
+    labels[objects.owners[order]] = objects.labels[
+        order
+    ]  # the last value written for an image stays
     return labels
 
 

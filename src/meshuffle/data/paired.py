@@ -33,8 +33,8 @@ def paired_folders(
     """Return the layout in words, and the folders by split; the split is "" if there is only one.
 
     Known are images/ with others/, each perhaps with train/ and val/ inside, and train/images/
-    with train/others/. The names in `images` and `others` match in any case. Where there are none,
-    the answer is ("", {}).
+    with train/others/; others/ may be annotations/xmls/, as in the Oxford pets. The names in
+    `images` and `others` match in any case. Where there are none, the answer is ("", {}).
     """
     if (pair := _pair(root, "", images, others)) is not None:
         inner = {
@@ -58,6 +58,8 @@ def _pair(root: Path, folder: str, images: Sequence[str], others: Sequence[str])
     image, other = (find_folder(root / folder, names) for names in (images, others))
     if not image or not other:
         return None
+    if inner := find_folder(root / folder / other, others):
+        other = f"{other}/{inner}"
     return path_below(folder, image), path_below(folder, other)
 
 

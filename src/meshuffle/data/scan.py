@@ -94,7 +94,10 @@ def scan_classes(root: Path, relative: str = "") -> ClassFolders:
         if entry.is_dir() and not _hidden(entry):
             images: list[bytes] = []
             for file in _walk(root, path, frozenset()):
-                _sort_in(file, images, found.ignored)
+                if _is_image(file):
+                    images.append(file)
+                else:
+                    found.ignored.append(os.fsdecode(file))
             found.files[entry.name] = images
         elif not entry.is_dir():
             found.ignored.append(os.fsdecode(path))
@@ -119,8 +122,7 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = image_paths(path)
-            if not inside:
+            if not (inside := image_paths(path)):
                 known = ", ".join(sorted(EXTENSIONS))
                 raise DataError(f"{path}: no image in this folder ({known}); saw {contents(path)}")
             found += [path / name for name in inside]
@@ -142,13 +144,6 @@ def _walk(root: Path, relative: bytes, above: frozenset[tuple[int, int]]) -> Ite
             yield path
         elif not _hidden(entry):
             yield from _walk(root, path, above | {identity})
-
-
-def _sort_in(file: bytes, images: list[bytes], ignored: list[str]) -> None:
-    if _is_image(file):
-        images.append(file)
-    else:
-        ignored.append(os.fsdecode(file))
 
 
 def _is_image(file: bytes) -> bool:

@@ -126,7 +126,7 @@ def _check_task(spec: str, form: Format, task: str) -> None:
         return
     ways = " or ".join(f"--task {name}" for name in form.tasks)
     others = ", ".join(f"{name}:PATH" for name, other in FORMATS.items() if task in other.tasks)
-    hint = f", or name their format: {others}" if form.module == "folder" and spec != DIGITS else ""
+    hint = f", or a format for it: {others}" if others and spec != DIGITS else ""
     raise DataError(f"{spec}: these data have nothing for --task {task}; use {ways}{hint}")
 
 
@@ -141,10 +141,13 @@ def _finished(data: Data, spec: str, task: str) -> Data:
 
 def _check_exists(spec: str) -> None:
     """Raise `DataError` for a path that does not exist; a word may be a misspelt data set."""
-    known = [DIGITS, *FORMATS]
     if not expanded(spec).exists() and "/" not in spec:
         if spec in FORMATS:
             raise DataError(f"{spec!r} lacks its path: {spec}:PATH")
-        if hint := did_you_mean(spec, known):
+        if hint := did_you_mean(spec, [DIGITS, *FORMATS]):
             raise DataError(f"no such folder or data set: {spec}{hint}")
+    if expanded(spec).is_file():
+        raise DataError(
+            f"{spec} is a file; write its format before it: csv:, json:, coco: or yolo:"
+        )
     existing_folder(spec)

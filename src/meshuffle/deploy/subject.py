@@ -96,8 +96,7 @@ class Subject:
     @property
     def shape(self) -> list[int | None]:
         """The shape of the inputs, with None for open sizes."""
-        fixed = self.example.shape[1 + len(self.sides) :]
-        return [None, *[None for _ in self.sides], *fixed]
+        return [None, *[None for _ in self.sides], *self.example.shape[1 + len(self.sides) :]]
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -51,8 +51,7 @@ def _einsum(equation: str, operands: Sequence[Shape], *, out: Sequence[Shape], *
     for term, shape in zip(terms, operands, strict=True):
         front, dots, back = term.partition("...")
         spread = [f"{dots}{i}" for i in range(len(shape) - len(front) - len(back), 0, -1)]
-        named = [*front, *spread, *back]
-        for label, size in zip(named, shape, strict=True):
+        for label, size in zip([*front, *spread, *back], shape, strict=True):
             sizes[label] = max(size, sizes.get(label, 1))
     return 2 * math.prod(sizes.values())
 

@@ -42,8 +42,7 @@ def routes(owners: Owners, needs: Sequence[Sequence[int]]) -> list[Route]:
 @functools.lru_cache(maxsize=1024)
 def whole_route(owners: Owners, rank: int) -> Route:
     """Return a rank's part in an exchange behind which every rank has the whole."""
-    whole = tuple(range(sum(map(len, owners))))
-    return routes(owners, [whole] * len(owners))[rank]
+    return routes(owners, [tuple(range(sum(map(len, owners))))] * len(owners))[rank]
 
 
 def _route(

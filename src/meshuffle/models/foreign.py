@@ -30,6 +30,7 @@ from meshuffle.errors import RunError, did_you_mean
 _KEYS = ("model", "state_dict", "model_state_dict", "net", "network", "weights", "params")
 """Where training scripts keep the weights; averaged ones are read on request, by `?key=`."""
 _LIGHTNING = ("fabric.utilities.data", "pytorch.utilities.parsing", "utilities.parsing")
+_WANTED = "wanted: safetensors, or a state_dict that torch.save wrote"
 _CODE = "if you trust the file, save its weights alone, in Python: "
 
 
@@ -78,7 +79,9 @@ def read_torch(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], l
         raise RunError(f"{path}: expected a state_dict, found {type(content).__name__}")
     parts = _parts(content)
     if key is None:
-        key = next((name for usual in _KEYS for name in parts if _last(name) == usual), None)
+        key = next(
+            (name for usual in _KEYS for name in parts if name.split(".")[-1] == usual), None
+        )
         if key is None and not _has_weights(content):
             key = _only(path, parts)
     elif key not in parts:
@@ -90,6 +93,10 @@ def read_torch(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], l
         how = " or ".join(shlex.quote(f"{path}?key={name}") for name in others[:3])
         lines.append(f"{path}: took the weights of {key or 'its top level'!r}; for others: {how}")
     tensors = {name: value for name, value in chosen.items() if isinstance(value, Tensor)}
+    if any("_packed_params" in str(n) or getattr(v, "is_quantized", 0) for n, v in chosen.items()):
+        raise RunError(
+            f"{path}: quantized to integers; give the weights from before the conversion"
+        )
     if rest := [str(name) for name in chosen if name not in tensors]:
         lines.append(left_out(path, rest, "are no tensors"))
     return tensors, lines
@@ -115,10 +122,6 @@ def _parts(content: Mapping[Any, Any], depth: int = 2) -> dict[str, Mapping[str,
         elif depth > 1 and isinstance(part, Mapping):
             found |= {f"{name}.{inner}": value for inner, value in _parts(part, depth - 1).items()}
     return found
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def _has_weights(part: object) -> bool:
@@ -150,7 +153,7 @@ def _load(path: Path) -> Any:
             raise _refusal(path, str(error)) from None
         except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise RunError(f"{path}: not a readable weights file ({reason})") from None
+            raise RunError(f"{path}: not a readable weights file ({reason}); {_WANTED}") from None
 
 
 def _refusal(path: Path, text: str) -> RunError:
@@ -160,7 +163,7 @@ def _refusal(path: Path, text: str) -> RunError:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
         names = sorted(found, key=lambda name: (name not in names, name))
     if not names:
-        return RunError(f"{path}: not a readable weights file: neither safetensors nor torch's")
+        return RunError(f"{path}: not a readable weights file; {_WANTED}")
     is_module = any(name.startswith("torch.nn.modules.") for name in names)
     what, how = f"holds {', '.join(names[:3])}", 'c.get("state_dict", c.get("model", c))'
     if is_module:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from meshuffle.data.base import shortened
 from meshuffle.errors import ModelError, did_you_mean
 
 PERMUTATION_KINDS = ("paper", "inverse", "random")
@@ -59,8 +60,7 @@ def channel_permutation(
         )
     if kind == "random":
         generator = torch.Generator(device="cpu").manual_seed(seed)
-        drawn = torch.randperm(num_channels, generator=generator, device="cpu")
-        return tuple(drawn.tolist())
+        return tuple(torch.randperm(num_channels, generator=generator, device="cpu").tolist())
     if groups < 1 or num_channels % groups:
         raise ModelError(
             f"`num_channels` (={num_channels}) must be divisible by `groups` (={groups}) "
@@ -85,7 +85,7 @@ def _checked_bijection(perm: Sequence[int], num_channels: int) -> tuple[int, ...
     repeated = [channel for channel, count in counts.items() if count > 1]
     missing = [channel for channel, count in counts.items() if count == 0]
     faults = [
-        f"{_few(channels)} {what}"
+        f"{shortened([*map(str, channels)])} {what}"
         for channels, what in (
             (outside, "out of range"),
             (repeated, "repeated"),
@@ -100,12 +100,6 @@ def _checked_bijection(perm: Sequence[int], num_channels: int) -> tuple[int, ...
             f"{', '.join(PERMUTATION_KINDS)}"
         )
     return given
-
-
-def _few(channels: Sequence[int], limit: int = 5) -> str:
-    """Write the first `limit` channels, and how many more there are."""
-    more = f" and {len(channels) - limit} more" if len(channels) > limit else ""
-    return f"{', '.join(map(str, channels[:limit]))}{more}"
 
 
 class ChannelShuffle(nn.Module):

@@ -197,8 +197,7 @@ def _common(tensors: Mapping[str, Tensor]) -> str:
 
 def _maker_of(tensors: Mapping[str, Tensor]) -> Maker | None:
     """Return the first maker whose sign is among the keys."""
-    signed = (m for m in MAKERS if any(re.fullmatch(m.sign, key) for key in tensors))
-    return next(signed, None)
+    return next((m for m in MAKERS if any(re.fullmatch(m.sign, key) for key in tensors)), None)
 
 
 def recognise(tensors: Mapping[str, Tensor], model: str | None = None) -> Published:

@@ -96,8 +96,7 @@ class Gallery:
             return None, (1, 1)
         if not self.task.dense:
             return page.thumbnail(image), image.size
-        drawn = self.task.picture(image, self.rows, row, truth)
-        return page.thumbnail(drawn, _LARGE), image.size
+        return page.thumbnail(self.task.picture(image, self.rows, row, truth), _LARGE), image.size
 
     def _caption(self, row: int, size: tuple[int, int]) -> tuple[str, tuple[Line, ...]]:
         """Return the card's kind and its lines."""

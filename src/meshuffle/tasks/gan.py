@@ -91,8 +91,7 @@ class Gan(nn.Module):
         key_N1 = (pixels_NP * weights_P).sum(1, keepdim=True)
         shape = (x_NCHW.shape[0], self.generator.noise)
         same_row = {0: torch.zeros(shape[0], dtype=torch.int64, device=x_NCHW.device)}
-        bits_NZ = random_bits(shape, key_N1, _FOR_EVALUATION, 0, own=same_row)
-        return normals(bits_NZ, x_NCHW.dtype)
+        return normals(random_bits(shape, key_N1, _FOR_EVALUATION, 0, own=same_row), x_NCHW.dtype)
 
     def noise(self, key: int, num: int, draw: int = 0, first: int = 0) -> Tensor:
         """Return noise (num, Z) for the samples `first` … of a whole batch with this key."""

@@ -49,8 +49,7 @@ def train(
     if model is not None:
         return _train_object(config, origins or {}, model, env)
     if env is not None:
-        ready = partial(prepare, config, origins or {}, env)
-        return _train_launched(ready, config.device, env)
+        return _train_launched(partial(prepare, config, origins or {}, env), config.device, env)
     return _run(prepare(config, origins or {}))
 
 
@@ -83,8 +82,7 @@ def resume(
     env, run = rank_env(), expanded(run).resolve()
     with given(model) as name:
         if env is not None:
-            ready = partial(reopen, run, env, name, plan)
-            return _train_launched(ready, read_run(run).device, env)
+            return _train_launched(partial(reopen, run, env, name, plan), read_run(run).device, env)
         result = _run(reopen(run, env, name, plan))
         if isinstance(model, nn.Module):
             model.load_state_dict(load_model(run)[0].state_dict())

@@ -151,8 +151,7 @@ class Step:
     def _loss(self, outputs: Tensor, targets: Tensor, total: int) -> tuple[Tensor, Tensor]:
         """Return what goes backward, and [loss sum, score sum, samples], (3,)."""
         if not len(outputs):  # another rank has samples of this micro-batch
-            nothing = outputs.sum()
-            return nothing, torch.zeros(3, dtype=self._sum_dtype, device=self.device)
+            return outputs.sum(), torch.zeros(3, dtype=self._sum_dtype, device=self.device)
         loss_sum = self.task.loss_sum(outputs, targets)
         with torch.no_grad():
             score = self.task.score_sum(outputs, targets)

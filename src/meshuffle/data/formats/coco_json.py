@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshuffle.data.annotated import image_size, path_below
-from meshuffle.data.entries import Problems, absent, read_text, repeated, with_slashes
+from meshuffle.data.entries import Problems, absent, read_text, repeated, split_of, with_slashes
 from meshuffle.data.image import MAX_PIXELS
+from meshuffle.data.scan import subfolders
 from meshuffle.errors import DataError, ImageError
 
 WANTED = (
     "wanted: annotations/instances_train2017.json (and val) with train2017/ beside annotations/, "
-    "or one JSON of instances"
+    "or one JSON of instances, which VIA and labelme can export"
 )
 
 
@@ -179,6 +180,7 @@ def _image_root(file: Path, split: str, paths: list[str]) -> tuple[Path, list[st
     base = above if here.name == "annotations" else here
     folders = [base / year, base / "images" / year, base / "images" / split, base / split]
     folders += [base / "images", base, here]
+    folders += [base / name for name in subfolders(base) if split_of(name) == split]
     there = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
     held = {folder: len(paths) - len(absent(folder, paths)) for folder in there}
     best = max(there, key=held.__getitem__)
@@ -201,5 +203,7 @@ def _categories(entries: Iterable[dict[str, Any]], problems: Problems) -> dict[A
         elif key in names:
             problems.add(f"category id {key} comes twice")
         else:
-            names[key] = name
+            if entry.get("supercategory") == name in names.values():  # Roboflow's, above its class
+                names = {other: title for other, title in names.items() if title != name}
+            names[key] = "background" if name == "_background_" else name  # labelme's
     return names

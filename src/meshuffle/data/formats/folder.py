@@ -11,7 +11,7 @@ import numpy as np
 
 from meshuffle.data.annotated import AnnotatedSource, LabelTargets
 from meshuffle.data.base import Data, shortened
-from meshuffle.data.entries import SPLITS, Problems, assemble, check_train, only_split
+from meshuffle.data.entries import SPLITS, Problems, assemble, check_filled, only_split
 from meshuffle.data.scan import (
     ClassFolders,
     PathTable,
@@ -51,14 +51,13 @@ def open_folder(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "va
     classes = _classes(root, scans, need)
     splits = {split: _source(root, scan, classes) for split, scan in scans.items()}
     if "train" in need and "train" in splits:
-        check_train(str(root), splits["train"].labels, classes, "image")
+        check_filled(str(root), splits["train"].labels, classes, "image")
     problems = Problems(str(root))
     problems.notes += [name for scan in scans.values() for name in scan.ignored]
     layout = f"folder: {'/, '.join(folders.values())}/ with" if folders else "folder:"
     layout = f"{layout} one folder per class"
-    name = str(root)
     return assemble(
-        name, "classify", classes, splits, problems, seed=seed, need=need, layout=layout
+        path, "classify", classes, splits, problems, seed=seed, need=need, layout=layout
     )
 
 

@@ -18,7 +18,7 @@ from meshuffle.data.entries import (
     SPLITS,
     Problems,
     assemble,
-    check_train,
+    check_filled,
     only_split,
     split_options,
 )
@@ -103,7 +103,7 @@ def open_hf(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "val"))
         encoded = table.select_columns([image]).cast_column(image, library.Image(decode=False))
         splits[split] = HubSource(f"{name}/{split}", encoded, image, labels, classes)
     if "train" in need and "train" in splits:
-        check_train(f"hf:{name}", splits["train"].labels, classes, "image")
+        check_filled(f"hf:{name}", splits["train"].labels, classes, "image")
     return assemble(path, "classify", classes, splits, problems, seed=seed, need=need)
 
 

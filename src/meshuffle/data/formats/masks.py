@@ -41,9 +41,9 @@ def open_masks(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "val
     from classes.txt where it is there: one a line, from id 0 on, `#` comments, and perhaps
     `void: ID`. Masks in colours need CamVid's label_colors.txt; what is black and not named there
     is the background. Otherwise all masks are read, and the ids found are the classes: "class 0",
-    … Masks of 0 and 255 only have two classes, background and thing; with `PATH?instances=1` each
-    id but 0 is an object, a thing. Where val is missing, or there are no splits, 20 % of train
-    chosen by `seed` become val.
+    …, or what Roboflow's _classes.csv calls them. Masks of 0 and 255 only have two classes,
+    background and thing; with `PATH?instances=1` each id but 0 is an object, a thing. Where val is
+    missing, or there are no splits, 20 % of train chosen by `seed` become val.
 
     Raises `DataError`, also for a class without a pixel in train. A mask of another size than its
     image, or with an id that has no name, is an `ImageError` when it is read.
@@ -75,7 +75,8 @@ def open_masks(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "val
         if colours and names and names[0] == _OBJECTS[0] and not counts[main][:, 0].any():
             ids.remove(0)
         table = _table(ids, void)
-        classes = tuple(f"class {i}" if names is None else names[i] for i in ids)
+        titles = _titles(root) if names is None else dict(enumerate(names))
+        classes = tuple(titles.get(i, f"class {i}") for i in ids)
     if is_binary:
         zero, other = classes
         problems.notices.append(f"masks hold 0 and 255 only: 0 is {zero}, and 255 is {other}")
@@ -119,6 +120,13 @@ def _names(root: Path, void: int | None) -> tuple[list[str] | None, int | None]:
     if len(names) > VOID:
         raise DataError(f"{file}: {len(names)} classes; a mask holds at most {VOID}")
     return names, void
+
+
+def _titles(root: Path) -> dict[int, str]:
+    """Return the names of ids in a _classes.csv, which Roboflow writes beside the images."""
+    lines = [line for file in root.glob("*/_classes.csv") for line in read_text(file).splitlines()]
+    rows = (line.partition(",") for line in lines)
+    return {int(key): name.strip() for key, _, name in rows if key.strip().isdecimal()}
 
 
 def _coloured(file: Path) -> tuple[list[str] | None, Colours | None]:

@@ -20,7 +20,7 @@ from meshuffle.data.entries import (
     Problems,
     absent,
     assemble,
-    check_train,
+    check_filled,
     existing_file,
     only_split,
     split_options,
@@ -100,13 +100,12 @@ def _open(
         for split in ("train", "val", "test")
     }
     if task == "classify" and need and len(splits["train"]):
-        check_train(str(file), splits["train"].labels, known.classes, "row")
+        check_filled(str(file), splits["train"].labels, known.classes, "row")
     if task == "multilabel":
         shown = np.nonzero(known.targets[split_of_row == "train"])[1]
         note_unused(shown, known.classes, problems.notes if len(splits["train"]) else [])
-    layout = table.layout
     return assemble(
-        path, task, known.classes, splits, problems, seed=seed, need=need, layout=layout
+        path, task, known.classes, splits, problems, seed=seed, need=need, layout=table.layout
     )
 
 
@@ -133,15 +132,13 @@ def _paths(table: Table) -> list[str]:
         paths.append(cell if good else "")
         if not good:
             table.problems.add(f"{table.name_of(row, column)}, not the path of an image")
-        elif (key := os.path.normpath(cell)) in first:
-            table.problems.add(f"{table.name_of(row, column)}, as in {first[key]} already")
-        else:
-            first[key] = table.rows[row]
+        elif (line := first.setdefault(os.path.normpath(cell), table.rows[row])) != table.rows[row]:
+            table.problems.add(f"{table.name_of(row, column)}, as in {line}; one row per image")
     paths = with_slashes(table.file.parent, paths)
     gone = set(absent(table.file.parent, [path for path in paths if path]))
     for row, path in enumerate(paths):
         if path in gone:
-            table.problems.add(f"{table.rows[row]}: no such image: {path}")
+            table.problems.add(f"{table.rows[row]}: no such image in {table.file.parent}: {path}")
     return paths
 
 
@@ -160,9 +157,9 @@ def _splits(table: Table, need: Sequence[str]) -> NDArray[Any]:
 
 
 def _classify(table: Table) -> _Known:
-    column = table.column(_LABEL)
-    if column is None:
-        _lack(table, "a column `label` or `class`", _LABEL)
+    column = next(iter(table.chosen), None) or table.column(_LABEL) or ""
+    if column not in table.columns:
+        _lack(table, "a column `label` or `class`, or ?targets=NAME", [column, *_LABEL])
     names = []
     for row, cell in enumerate(table.columns[column]):
         if not isinstance(cell, str | int) or cell == "":

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from meshuffle.data.entries import Problems, decoded, read_text, suffix
+from meshuffle.data.image import EXTENSIONS
 from meshuffle.errors import DataError
 
 TARGETS = "targets"
@@ -50,10 +52,12 @@ class Table:
 
 
 def read_csv(file: Path, chosen: Sequence[str], problems: Problems) -> Table:
-    """Return the rows of a CSV with a header; see `Table` for `chosen` and `problems`.
+    """Return the rows of a CSV; see `Table` for `chosen` and `problems`.
 
-    Comma, semicolon or tab separate the columns: the one that splits the header most. The text is
-    UTF-8, UTF-16, or cp1252 (latin-1), as spreadsheets write it.
+    Comma, semicolon or tab separate the columns: the one that splits the first line most. That is
+    the header, unless it begins with the name of an image: then the file is a list of image and
+    label, which a space may separate as well. The text is UTF-8, UTF-16, or cp1252 (latin-1), as
+    spreadsheets write it.
     """
     text, encoding = decoded(file, _FALLBACK)
     if encoding == _FALLBACK:
@@ -67,9 +71,12 @@ def read_csv(file: Path, chosen: Sequence[str], problems: Problems) -> Table:
         for row in reader:
             if not any(cell.strip() for cell in row):
                 continue
-            if not header:
+            if not header and suffix(row[0].strip()) in EXTENSIONS:
+                header = ["image", "label", *map(str, range(2, len(row)))][: len(row)]
+            elif not header:
                 header = [name.strip() for name in row]
-            elif len(row) != len(header):
+                continue
+            if len(row) != len(header):
                 problems.add(f"line {reader.line_num}: {len(row)} cells for {len(header)} columns")
             else:
                 cells.append([cell.strip() for cell in row])
@@ -79,14 +86,19 @@ def read_csv(file: Path, chosen: Sequence[str], problems: Problems) -> Table:
     columns = dict(zip(header, zip(*cells, strict=True), strict=True)) if cells else {}
     left = _targets(columns, chosen, problems)
     if len(set(header)) < len(header) or "" in list(left)[1:]:
-        raise DataError(f"{file}: its header has a column twice or without a name: {header}")
-    layout = f"CSV: {_SEPARATORS[delimiter]} between columns, {encoding}"
+        raise DataError(
+            f"{file}: its header has a column twice or without a name: {', '.join(header[:9])}; "
+            "wanted: a header such as image,label; a row names a file of an image, not its pixels"
+        )
+    layout = f"CSV: {_SEPARATORS.get(delimiter, 'spaces')} between columns, {encoding}"
     return Table(file, left, rows, chosen, problems, layout, delimiter)
 
 
 def _delimiter(text: str, usual: str) -> str:
-    """Return the separator that splits the header most; `usual` where they are equal."""
+    """Return the separator that splits the first line most; `usual` where they are equal."""
     head = next((line for line in text.splitlines() if line.strip()), "")
+    if suffix(head.partition(" ")[0]) in EXTENSIONS:
+        return " "
     marks = [usual, *(mark for mark in _SEPARATORS if mark != usual)]
     return max(marks, key=lambda mark: len(next(csv.reader([head], delimiter=mark))))
 
@@ -122,16 +134,20 @@ def _numbers_rows(column: Sequence[Any]) -> bool:
 def read_json(file: Path, chosen: Sequence[str], problems: Problems) -> Table:
     """Return the objects of a JSON list or of JSON lines; a missing key is None."""
     text = read_text(file)
-    if text.lstrip().startswith("{"):
+    if re.match(r"\s*\{.*\}\s*$", text, re.MULTILINE):
         entries = [(f"line {i}", line) for i, line in enumerate(text.splitlines(), 1)]
         named = [(row, _parse(file, line, row)) for row, line in entries if line.strip()]
         if len(named) == 1 and (columns_of := _by_column(named[0][1])):
             named = columns_of
     else:
         tree = _parse(file, text, "")
-        if not isinstance(tree, list):
-            raise DataError(f"{file}: wanted: a list of objects, or one object a line")
-        named = [(f"entry {i}", entry) for i, entry in enumerate(tree, 1)]
+        if isinstance(tree, list):
+            named = [(f"entry {i}", entry) for i, entry in enumerate(tree, 1)]
+        elif not (named := _by_column(tree)):
+            raise DataError(
+                f"{file}: wanted: a list of objects, or one object a line, each with its image and "
+                "label; a COCO file is opened as coco:PATH"
+            )
     for row, entry in named:
         if not isinstance(entry, dict):
             problems.add(f"{row}: {entry!r} is no object")
@@ -146,9 +162,7 @@ def read_json(file: Path, chosen: Sequence[str], problems: Problems) -> Table:
 
 def _by_column(tree: Any) -> list[tuple[str, Any]]:
     """Return the rows of `{"image": {"0": …}, "label": {"0": …}}`, as pandas' `to_json` writes."""
-    if not isinstance(tree, dict) or len(tree) < 2:
-        return []
-    if not all(isinstance(column, dict) for column in tree.values()):
+    if not isinstance(tree, dict) or {*map(type, tree.values())} != {dict} or len(tree) < 2:
         return []
     keys = dict.fromkeys(key for column in tree.values() for key in column)
     return [(f"row {key}", {name: tree[name].get(key) for name in tree}) for key in keys]
@@ -159,8 +173,7 @@ def _parse(file: Path, text: str, row: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = row or f"line {error.lineno}"
-        hint = "; a COCO file is opened as coco:PATH" if '"annotations"' in text else ""
-        raise DataError(f"{file}: {where}, column {error.colno}: {error.msg}{hint}") from error
+        raise DataError(f"{file}: {where}, column {error.colno}: {error.msg}") from error
     except RecursionError as error:
         raise DataError(f"{file}: nested too deeply") from error
 

@@ -46,8 +46,8 @@ OFFICIAL = (
     *("train", "tvmonitor"),
 )
 _LISTS = {"train": ("train", "trainval"), "val": ("val",), "test": ("test",)}
-_MASKS = "SegmentationClass"
-_ANNOTATIONS = ("Annotations", "annotation", "xmls", "xml", "labels")
+_MASKS = ("SegmentationClassPNG", "SegmentationClass")  # the first is labelme's, beside arrays
+_ANNOTATIONS = ("Annotations", "annotation", "annots", "xmls", "xml", "labels")
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def open_voc(
 
 def _layout(root: Path, task: str) -> tuple[str, Mapping[str, Folders]]:
     """Return the layout in words, and by split the folders of images and annotations, or masks."""
-    images, others = ("JPEGImages", *IMAGES), (_MASKS,) if task == "segment" else _ANNOTATIONS
+    images, others = ("JPEGImages", *IMAGES), _MASKS if task == "segment" else _ANNOTATIONS
     layout, found = paired_folders(root, images, others)
     if found:
         return layout, found
@@ -136,17 +136,19 @@ def _layout(root: Path, task: str) -> tuple[str, Mapping[str, Folders]]:
     inner = [name for name in names if paired_folders(root / name, images, others)[1]]
     hint = f"; did you mean {root / inner[0]}?" if inner else ""
     besides = "" if task == "segment" else ", and x.jpg with x.xml"
+    usual = others[0].removesuffix("PNG")
     raise DataError(
-        f"{root} is not recognised as VOC: looked for JPEGImages/ or images/ with {others[0]}/, "
-        f"the same in train/ and val/{besides}; saw {contents(root)}{hint}"
+        f"{root} is not recognised as VOC: looked for JPEGImages/ or images/ with {usual}/, the "
+        f"same in train/ and val/{besides}; saw {contents(root)}{hint}"
     )
 
 
 def _files(folder: Path, extension: str) -> list[str]:
     """Return the stems of the files in `folder` of this extension, sorted by their bytes."""
     names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
-    found = [stem(name) for name in names if suffix(name) == extension and name[0] != "."]
-    return sorted(found, key=os.fsencode)
+    return sorted(
+        (stem(n) for n in names if suffix(n) == extension and n[0] != "."), key=os.fsencode
+    )
 
 
 def _stems(root: Path, task: str, folders: Folders) -> list[str]:
@@ -324,8 +326,7 @@ def _box_sources(
             raise DataError(f"{root}: no XML directly in its folders of annotations")
         raise DataError(f"{root}: its annotations hold no object")
     check_classes(str(root), task, objects.get("train"), classes, problems.notes)
-    annotations = [one for split in splits.values() for one in split.annotations]
-    if difficult := sum(one.difficult for one in annotations):
+    if difficult := sum(one.difficult for split in splits.values() for one in split.annotations):
         problems.notes.append(f"{difficult} difficult objects left out")
     return classes, {
         key: object_source(task, one, classes, key, problems.notes) for key, one in objects.items()

@@ -23,6 +23,7 @@ from meshuffle.data.entries import (
     existing_file,
     read_text,
     repeated,
+    split_of,
     suffix,
     with_slashes,
 )
@@ -33,7 +34,6 @@ from meshuffle.errors import DataError, did_you_mean
 from meshuffle.files import expanded
 
 _NAMES = "classes.txt"
-_DARKNET = "obj.data"
 _SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 
 
@@ -42,7 +42,8 @@ def open_yolo(
 ) -> Data:
     """Open a data.yaml, or the folder that it lies in, or classes.txt with images/ and labels/.
 
-    Also the obj.data of Darknet and CVAT; and a YAML that names no folder, beside images/.
+    Also the obj.data of Darknet and CVAT, or a .data of another name; and a YAML that names no
+    folder, beside images/.
 
     The YAML holds `names` (a list, or {0: name, …}) and train, val, test: folders of images,
     or texts that list them, or lists of these, relative to `path` where that is given, else
@@ -57,7 +58,8 @@ def open_yolo(
     With `strict` the latter are errors. Raises `DataError`.
     """
     file = _main_file(expanded(path))
-    tree = _READERS.get(file.name, _parse)(file)
+    read = _darknet if suffix(file.name) == ".data" else _parse
+    tree = (_plain if file.name == _NAMES else read)(file)
     classes = _classes(file, tree)
     problems = Problems(str(file), strict=strict)
     folders = {split: _value(file, tree, names) for split, names in _SPLITS.items()}
@@ -93,16 +95,14 @@ def _main_file(path: Path) -> Path:
     """Return the YAML, or the list of names that labelImg and Label Studio write in its place."""
     if not path.is_dir():
         return existing_file(path)
-    files = sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
+    files = sorted([*path.glob("*.yaml"), *path.glob("*.yml")]) or sorted(path.glob("*.data"))
     named = [file for file in files if file.stem in ("data", "dataset")]
     if not files and (path / _NAMES).is_file() and (path / "images").is_dir():
         return path / _NAMES
-    if not files and (path / _DARKNET).is_file():
-        return path / _DARKNET
     if len(named or files) != 1:
         names = shortened([file.name for file in files]) or "none"
         raise DataError(
-            f"{path} is not recognised as YOLO: looked for one data.yaml, {_DARKNET}, or {_NAMES} "
+            f"{path} is not recognised as YOLO: looked for one data.yaml, obj.data, or {_NAMES} "
             f"with images/; it holds {len(files)} YAML files ({names}); saw {contents(path)}"
         )
     return (named or files)[0]
@@ -114,12 +114,17 @@ def _plain(file: Path) -> Mapping[str, Any]:
 
 
 def _darknet(file: Path) -> Mapping[str, Any]:
-    """Return what a data.yaml would say for obj.data, whose paths begin with data/ at CVAT."""
+    """Return what a data.yaml would say for obj.data.
+
+    Its paths begin where darknet ran, above the file, or with a data/ that CVAT does not write.
+    """
     pairs = (line.partition("=") for line in _lines(file))
     tree = {key.strip(): value.strip() for key, _, value in pairs}
-    names = file.parent / Path(tree.get("names", "obj.names")).name
-    places = {key: value.removeprefix("data/") for key, value in tree.items() if key in SPLITS}
-    return {"names": _lines(existing_file(names)), **places}
+    names = Path(tree.get("names", "obj.names"))
+    root = next((up for up in file.absolute().parents if (up / names).is_file()), None)
+    names = root / names if root else file.parent / names.name
+    places = {key: value for key, value in tree.items() if key in SPLITS}
+    return {"path": root, "names": _lines(existing_file(names)), **places}
 
 
 def _lines(file: Path) -> list[str]:
@@ -175,13 +180,15 @@ def _value(file: Path, tree: Mapping[str, Any], names: Sequence[str]) -> list[st
 def _resolved(file: Path, tree: Mapping[str, Any], places: Sequence[str]) -> list[Path]:
     """Return where `places` are: relative to `path`, else to the YAML; the latter if nowhere.
 
-    A `path` of another machine, and Roboflow's `../train/images` beside the YAML, occur.
+    A `path` of another machine, CVAT's data/, and Roboflow's `../train/images` or
+    `Project-2/train/images` beside the YAML occur.
     """
     here = file.parent
     found = []
     for place in (name.replace("\\", "/") for name in places):
         tried = [here / str(tree.get("path") or ".") / place, here / place]
-        tried.append(here / place.removeprefix("../"))
+        first, slash, rest = place.partition("/")
+        tried += [here / rest] if slash and split_of(first) is None else []
         found.append(next((path for path in tried if path.exists()), tried[-1]))
     return found
 
@@ -191,16 +198,21 @@ def _images(found: Path) -> Iterator[str]:
     if found.is_dir():
         yield from (os.path.join(found, path) for path in image_paths(found))  # noqa: PTH118
     elif suffix(found.name) == ".txt":
-        yield from (str(found.parent / line) for line in _listed(found))
+        yield from _listed(found)
     else:
         raise DataError(f"{found} is neither a folder of images nor a text that lists them")
 
 
 def _listed(found: Path) -> list[str]:
-    """Return the lines of a list, without data/ where CVAT wrote it and there is no such folder."""
-    lines = with_slashes(found.parent, _lines(found))
-    gone = set(absent(found.parent, lines))
-    return [line.removeprefix("data/") if line in gone else line for line in lines]
+    """Return the images of a list; they are below it, without CVAT's data/, or below a parent."""
+    lines = _lines(found)
+    here, *above = found.absolute().parents
+    bare = [line.replace("\\", "/").removeprefix("data/") for line in lines]
+    for folder, names in [(here, lines), (here, bare), *((up, lines) for up in above)]:
+        paths = with_slashes(folder, names)
+        if len(absent(folder, paths)) < len(paths):
+            return [str(folder / path) for path in paths]
+    return [str(here / line) for line in lines]
 
 
 def _label_file(image: str) -> str:
@@ -268,6 +280,3 @@ def _check_disjoint(objects: Mapping[str, Objects], problems: Problems) -> None:
             problems.add(f"{path} comes twice in {split}")
     for path in repeated(path for one in objects.values() for path in dict.fromkeys(one.paths)):
         problems.add(f"{path} is in two splits")
-
-
-_READERS = {_NAMES: _plain, _DARKNET: _darknet}

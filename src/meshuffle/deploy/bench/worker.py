@@ -177,8 +177,7 @@ class _Bench:
 
 def _open(job: Job) -> Run:
     if job.backend.format is not None:
-        form = find_format(job.backend.format)
-        return form.open(job.path, job.threads, job.backend.precision)
+        return find_format(job.backend.format).open(job.path, job.threads, job.backend.precision)
     os.environ["OMP_NUM_THREADS"] = str(job.threads)
     import torch
 

@@ -245,8 +245,7 @@ def _error(status: int, message: str, headers: Mapping[str, str] | None = None) 
 
 def _json(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return plain data as a response; names that are not UTF-8 are escaped."""
-    content = json.dumps(value).encode()
-    return Response(content, status, dict(headers or {}), "application/json")
+    return Response(json.dumps(value).encode(), status, dict(headers or {}), "application/json")
 
 
 class _Counted:

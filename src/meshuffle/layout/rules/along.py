@@ -44,8 +44,7 @@ def _dims(value: Any, num: int) -> set[int]:
 
 def _padded(call: Call) -> set[int]:
     num = len(call.out)
-    pads = list(call["pad"])
-    return {num - 1 - i // 2 for i, amount in enumerate(pads) if amount != 0}
+    return {num - 1 - i // 2 for i, amount in enumerate(list(call["pad"])) if amount != 0}
 
 
 def _normalised(call: Call) -> set[int]:

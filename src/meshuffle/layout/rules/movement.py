@@ -301,6 +301,5 @@ def drop_or_add(call: Query) -> Choices:
 def _shifted(layout: Split, dim: int, change: int) -> Split | None:
     """Return the layout with dim `dim` taken away (-1) or put in (+1); None for that dim."""
     if change < 0:
-        moved = layout.dim - (layout.dim > dim)
-        return None if layout.dim == dim else layout.on(moved)
+        return None if layout.dim == dim else layout.on(layout.dim - (layout.dim > dim))
     return layout.on(layout.dim + (layout.dim >= dim))
