@@ -179,8 +179,7 @@ def _refusal(path: Path, text: str) -> RunError:
         code = "from fastai.learner import load_learner; c = load_learner({!r})"
     elif any(name.startswith("torch.nn.modules.") for name in names):
         what = f"holds a whole pickled module ({names[0]})"
-        if names[0].partition(".")[0] not in _PACKAGES:
-            what += _NO_MODEL
+        what += "" if names[0].partition(".")[0] in _PACKAGES else _NO_MODEL
         how = '(c["model"] if isinstance(c, dict) else c).state_dict()'
     return RunError(
         f"{path}: {what}, which is code and not weights alone; {_CODE}{code.format(str(path))}; "
