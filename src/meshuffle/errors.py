@@ -87,10 +87,14 @@ class RankFailed(MeshuffleError):
 
 
 class Interrupted(MeshuffleError):
-    """Ctrl-C (SIGINT) or SIGTERM arrived; the state has been saved."""
+    """Ctrl-C (SIGINT) or SIGTERM arrived; the state has been saved.
 
-    def __init__(self, message: str, signal_number: int) -> None:
+    `is_printed`: the message is on the screen already.
+    """
+
+    def __init__(self, message: str, signal_number: int, *, is_printed: bool = False) -> None:
         super().__init__(message)
+        self.is_printed = is_printed
         self.exit_code = 128 + signal_number
 
 

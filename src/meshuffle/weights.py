@@ -21,10 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from meshuffle.data.base import shortened
 from meshuffle.data.entries import split_options
 from meshuffle.errors import ConfigError, ModelError, RunError, did_you_mean
 from meshuffle.files import disk_errors, replaced
-from meshuffle.models.foreign import left_out, read_torch
+from meshuffle.models.foreign import kind_of, left_out, read_torch
 from meshuffle.models.given import PREFIX
 from meshuffle.models.pretrained import FILES, saved_pretrained
 from meshuffle.models.published import recognise, unwrap
@@ -150,7 +151,9 @@ def _read(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], Card |
             text = (file.metadata() or {}).get(_KEY)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise RunError(f"{path}: not a readable safetensors file ({error})") from None
+        raise RunError(
+            f"{path}: not a readable safetensors file: {kind_of(path)} ({error})"
+        ) from None
     try:
         return tensors, Card.from_json(text) if text else None, []
     except (ValueError, TypeError, LookupError, AttributeError, ConfigError) as error:
@@ -197,7 +200,7 @@ def open_weights(target: Path, model: str | None = None) -> Opened:
     if prefix:
         remarks.append(f"{path}: took the prefix {prefix!r} off {len(own)} keys")
     if rest := [key for key in tensors if not key.startswith(prefix)]:
-        remarks.append(left_out(path, rest, "count for a wrapper"))
+        remarks.append(left_out(path, rest, "are beside the model"))
     card = Card(
         model=found.model,
         classes=found.classes or tuple(map(str, range(found.num_classes))),
@@ -251,11 +254,9 @@ def load_model(
     path, card = opened.path, opened.card
     network = _to_load(card, model, opened.tensors.keys())
     missing, unexpected, reshaped = load_matching(network, opened.tensors, assign=mapped)
-    if missing or unexpected or reshaped:
-        raise ModelError(
-            f"{path} does not fit {card.model}: {_listed('missing', missing)}"
-            f"{_listed('unexpected', unexpected)}{_listed('other shape', reshaped)}"
-        )
+    differing = {"missing": missing, "unexpected": unexpected, "other shape": reshaped}
+    if faults := [f"{what} {shortened(names, 3)}" for what, names in differing.items() if names]:
+        raise ModelError(f"{path} does not fit {card.model}: {'; '.join(faults)}")
     return network.eval(), card
 
 
@@ -266,11 +267,6 @@ def _to_load(card: Card, model: str | None, names: Collection[str]) -> nn.Module
         if all(name in names for name, _ in network.named_parameters(remove_duplicate=False)):
             return network
     return build_model(card, model)
-
-
-def _listed(what: str, names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{what} {', '.join(names[:3])}{more}; " if names else ""
 
 
 def build_model(card: Card, model: str | None = None, *, seed: int = 0) -> nn.Module:

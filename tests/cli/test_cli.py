@@ -12,12 +12,15 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
-from meshuffle.cli import main
+from meshuffle.cli import _Stopped, main
 from meshuffle.cli.options import DATA_FORMATS
+from meshuffle.cli.verify import _text
 from meshuffle.data.source import FORMATS
+from meshuffle.errors import Interrupted
 from meshuffle.train import api
 from tests.cli.conftest import FAST, Fails, make_photos
 
@@ -287,7 +290,7 @@ def test_predict_says_which_image_is_broken(
     assert main(["predict", str(trained), good, "bad.png"]) == 2
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{good}: ")
-    assert lines[1].startswith("bad.png: ")
+    assert lines[1].startswith("bad.png: ") and lines[1].count("bad.png") == 1
     assert lines[2] == "1 of 2 images could not be read"
 
 
@@ -323,6 +326,46 @@ def test_a_fault_of_ours_is_one_line_and_debug_shows_where(
     )
     assert main(["train", str(photos), "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_eval_names_no_split_of_other_data_without_splits(
+    trained: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", str(trained), "--data", str(photos / "val")]) == 0
+    assert capsys.readouterr().out.startswith(f"{photos / 'val'}: top-1 ")
+
+
+def test_where_a_verb_was_stopped_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for is_printed, says in ((True, ""), (False, "stopped here\n")):
+        stopped = Interrupted("stopped here", signal.SIGTERM, is_printed=is_printed)
+        monkeypatch.setattr(api, "train", Mock(side_effect=stopped))
+        assert main(["train", "digits"]) == 143
+        assert capsys.readouterr().err == says
+    monkeypatch.setattr("meshuffle.deploy.serve.require", Mock(side_effect=_Stopped))
+    assert main(["serve", "run"]) == 143
+    assert capsys.readouterr().err == "error: stopped before the service was ready\n"
+
+
+def test_other_libraries_are_silent() -> None:
+    """Here and in the ranks, which inherit the environment."""
+    code = "import logging, subprocess, sys; from meshuffle.cli import main; main(); "
+    code += "import torch; from transformers.utils import logging as theirs; "
+    code += "level = logging.getLogger('torch.utils._pytree').level; "
+    code += "print(level, theirs.is_progress_bar_enabled())"
+    done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True)
+    assert (done.stdout.splitlines()[-1], done.stderr) == ("40 False", "")
+
+
+@pytest.mark.parametrize("num", [0, 3])
+def test_verify_says_what_the_floor_judged(num: int) -> None:
+    verdict = Mock(
+        **{"num_floor_tensors": num, "plan": "dp=2", "parameter_bytes_fraction": 1.0},
+        **{"sent_bytes_predicted": 1, "sent_bytes_measured": 1, "median_ratio": None},
+        **{"first_diverging": None, "worst_tensors": [], "whole_ops": []},
+    )
+    assert ("judged by the floor" in _text(verdict)) is bool(num)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pickle
 import sys
 import types
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,22 @@ def test_prefixes_of_wrappers_are_taken_off_and_said(
     assert same(tmp_path / "a.safetensors", tensors) == (says,)
 
 
-def test_a_prefix_of_some_keys_stays(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
-    torch.save({**under("model.", tensors), "loss.weight": torch.ones(2)}, tmp_path / "a.pth")
-    with pytest.raises(ModelError, match=r"of keys model\.conv1.*: give --model NAME"):
+def test_a_few_tensors_beside_the_model_do_not_keep_its_prefix(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    """As Lightning saves a module with class weights and a metric beside its `model`."""
+    path, beside = tmp_path / "a.pth", {"cw": torch.ones(3), "loss.weight": torch.ones(2)}
+    torch.save({"state_dict": {**beside, **under("model.", tensors)}}, path)
+    says = f"took the prefix 'model.' off {len(tensors)} keys"
+    assert same(path, tensors) == (says, "left out 2 that are beside the model: cw, loss.weight")
+    own = {**beside, **under("model.", create_model("torchvision:resnet18").state_dict())}
+    torch.save(own, path)
+    load_model(path, "torchvision:resnet18")
+
+
+def test_a_prefix_of_half_the_keys_stays(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    torch.save(under("student.", tensors) | under("teacher.", tensors), tmp_path / "a.pth")
+    with pytest.raises(ModelError, match=r"does not say which model .*keys: student\.conv1"):
         load_model(tmp_path / "a.pth")
 
 
@@ -157,7 +171,7 @@ def test_averaged_weights_are_read_on_request(tmp_path: Path, tensors: dict[str,
     assert same(path, model.state_dict(), "?key=model_ema") == (
         f"took the weights of 'model_ema'; for others: '{path}?key=model'",
         f"took the prefix 'module.' off {len(tensors)} keys",
-        "left out 1 that count for a wrapper: n_averaged",
+        "left out 1 that are beside the model: n_averaged",
     )
     torch.save({"state_dict": tensors, "state_dict_ema": model.state_dict()}, path)
     same(path, model.state_dict(), "?key=state_dict_ema")
@@ -217,14 +231,56 @@ def test_code_is_refused_by_name_with_the_way_out(
         same(Path("a b-weights.pth"), tensors)
 
 
+_ZIP = b"PK\x05\x06" + bytes(18)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 @pytest.mark.parametrize(
-    "content", [b"", b"PK\x03\x04 not a zip", b"\x80\x02}q\x00.", pickle.dumps(print), b"x" * 99]
+    ("content", "says"),
+    [
+        (b"", "empty"),
+        (b"PK\x03\x04 not a zip", "zip archive that is cut off"),
+        (_ZIP, "zip archive"),
+        (b"PK\x03\x04" + b"x" * 30 + _ZIP, "zip archive"),
+        (
+            b"PK\x01\x02" + b"x" * 46 + b"PK\x05\x06" + bytes(4) + b"\x01\0\x01\0002" + bytes(9),
+            "zip",
+        ),
+        (b"\x80\x02}q\x00.", "pickle"),
+        (pickle.dumps({"a": (1, 2)}), "pickle"),
+        (b"\x80\x04\x95", "pickle"),
+        (b"x" * 99, "text file"),
+        (b"epoch,loss\n1,0.5\n", "text file"),
+        (b"\n<!DOCTYPE html><html>404", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "git lfs pull"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(99), "HDF5"),
+        (bytes(range(7)), "damaged, or another program"),
+    ],
 )
-def test_what_is_no_weights_file(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "a.pth"
+def test_what_is_no_weights_file(tmp_path: Path, content: bytes, says: str, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
     path.write_bytes(content)
-    with pytest.raises(RunError, match=r"a\.pth: "):
-        read_torch(path)
+    with pytest.raises(RunError, match=rf"a\.{suffix}: not a readable .*({says})") as error:
+        open_weights(path)
+    assert "\n" not in str(error.value)
+
+
+def test_code_that_torchs_list_of_names_cannot_read(tmp_path: Path) -> None:
+    """An opcode that it does not know, behind the name of a class: an exported fastai Learner."""
+    path = tmp_path / "export.pkl"
+    for name, says in (("fastai.learner\nLearner", "load_learner"), ("a.b\nC", "holds a.b.C,")):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("export/data.pkl", f"\x80\x02c{name}\nq\x000.".encode("latin-1"))
+            archive.writestr("export/version", "3")
+            archive.writestr("export/byteorder", "little")
+        with pytest.raises(RunError, match=says):
+            read_torch(path)
+
+
+def test_keys_of_a_model_that_we_do_not_have(tmp_path: Path) -> None:
+    torch.save({"model.0.conv.weight": torch.ones(1)}, tmp_path / "yolo.pth")
+    with pytest.raises(ModelError, match="YOLO's, and Meshuffle has no such model; give your own"):
+        open_weights(tmp_path / "yolo.pth")
 
 
 def test_train_lists_what_was_done(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import os
 import signal
 import sys
@@ -23,22 +22,13 @@ from meshuffle.comm.launch import let_threads_sleep
 from meshuffle.errors import Interrupted, in_words
 from meshuffle.files import finite
 
-_VERBS = (
-    "doctor",
-    "models",
-    "data",
-    "verify",
-    "train",
-    "evaluate",
-    "predict",
-    "export",
-    "bench",
-    "serve",
-)
-_LATER = {
-    "profile": "the planner",
-    "plan": "the planner",
-    "simulate": "the planner",
+_VERBS = "doctor models data verify train evaluate predict export bench serve"
+_QUIET = {
+    "PYTHONWARNINGS": "ignore",
+    "TORCH_LOGS": "-torch.utils._pytree",  # torchao makes it warn
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers' too
+    "HF_HUB_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
 }
 
 
@@ -55,7 +45,7 @@ def build_app() -> App:
         help_format="plaintext",  # markdown would cost a third of the time that --help takes
         suppress_keyboard_interrupt=False,
     )
-    for verb in _VERBS:
+    for verb in _VERBS.split():
         import_module(f"meshuffle.cli.{verb}").register(app)
     return app
 
@@ -71,9 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Warnings of other libraries are for their developers.
     if not debug and arguments is None and not sys.warnoptions:
         warnings.simplefilter("ignore")
-        logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao makes it warn
-        os.environ.setdefault("PYTHONWARNINGS", "ignore")
+        for variable, value in _QUIET.items():  # the ranks inherit them
+            os.environ.setdefault(variable, value)
     let_threads_sleep()
+    early = " before the service was ready" if tokens[:1] == ["serve"] else ""
     if arguments is None:
         _print_any_path()
     try:
@@ -85,14 +76,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # kept until the process ends
         return 0
     except _Stopped:
-        return _fail("stopped", 143)
+        return _fail(f"stopped{early}", 143)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return _fail(f"interrupted{early}", 130)
     except Exception as error:  # noqa: BLE001  # contract: one line, and a traceback on request
         if debug:
             traceback.print_exc()
         if isinstance(error, Interrupted):
-            print(error, file=sys.stderr)  # noqa: T201
+            if not error.is_printed:
+                print(error, file=sys.stderr)  # noqa: T201
             return error.exit_code
         return _fail(in_words(error), getattr(error, "exit_code", 1))
 
@@ -105,8 +97,8 @@ def _print_any_path() -> None:
 
 
 def _run(tokens: list[str]) -> int:
-    if tokens and tokens[0] in _LATER:
-        return _fail(f"'{tokens[0]}' does not exist yet; it comes with {_LATER[tokens[0]]}", 2)
+    if tokens and tokens[0] in ("profile", "plan", "simulate"):
+        return _fail(f"'{tokens[0]}' does not exist yet; it comes with the planner", 2)
     answer = build_app()(
         tokens, exit_on_error=False, print_error=False, result_action="return_value"
     )

@@ -9,14 +9,9 @@ from typing import Annotated
 from cyclopts import Parameter
 
 Json = Annotated[
-    bool,
-    Parameter(
-        name="--json", negative=(), help="Print one JSON value on standard output, nothing else."
-    ),
+    bool, Parameter(negative=(), help="Print one JSON value on standard output, nothing else.")
 ]
-Debug = Annotated[
-    bool, Parameter(name="--debug", negative=(), help="Show the traceback of an error.")
-]
+Debug = Annotated[bool, Parameter(negative=(), help="Show the traceback of an error.")]
 Model = Annotated[
     str | None,
     Parameter(
@@ -39,26 +34,12 @@ def doc(text: str) -> Parameter:
 
 
 Force = Annotated[
-    bool,
-    Parameter(
-        name="--force", negative=(), help="Start the plan's ranks even if memory may not suffice."
-    ),
+    bool, Parameter(negative=(), help="Start the plan's ranks even if memory may not suffice.")
 ]
 
 
-DATA_FORMATS = {
-    "imagenet": "PATH",
-    "cifar10": "PATH",
-    "mnist": "PATH",
-    "fashion-mnist": "PATH",
-    "coco": "PATH",
-    "voc": "PATH",
-    "yolo": "PATH",
-    "masks": "PATH",
-    "csv": "FILE",
-    "json": "FILE",
-    "hf": "NAME",
-}
+_FOLDERS = ("imagenet", "cifar10", "mnist", "fashion-mnist", "coco", "voc", "yolo", "masks")
+DATA_FORMATS = {**dict.fromkeys(_FOLDERS, "PATH"), "csv": "FILE", "json": "FILE", "hf": "NAME"}
 """What follows each prefix of `data.source.FORMATS`, which `--help` may not import (torch)."""
 
 DATA_HELP = "digits, a folder, or " + ", ".join(

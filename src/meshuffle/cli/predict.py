@@ -70,7 +70,7 @@ def predict(
         plan = _fastest_plan(target, images, batch, model)
     values = run_prediction(target, images, batch=batch, model=model, plan=plan, pictures=out)
     broken = [value for value in values if "error" in value]
-    lines = [f"{value['file']}: {value.get('error') or value.pop('text')}" for value in values]
+    lines = [value.get("error") or f"{value['file']}: {value.pop('text')}" for value in values]
     if broken:
         lines.append(f"{len(broken)} of {len(values)} images could not be read")
     return from_main(Answer(values, "\n".join(lines), exit_code=2 if broken else 0))

@@ -66,6 +66,7 @@ def serve(
 
     fork_server(REPLICA)
     from meshuffle.deploy.serve import start
+    from meshuffle.deploy.serve.limits import Limits
     from meshuffle.planner.plan import parse_plan
 
     options = start.Options(
@@ -77,25 +78,17 @@ def serve(
         batch=batch,
         remeasure=remeasure,
         window_ms=window_ms,
-        limits=_limits(max_body_mb, max_megapixels, max_images, max_requests, time_limit),
+        limits=Limits(
+            round(max_body_mb * 1e6),
+            round(max_megapixels * 1e6),
+            *(max_images, max_requests, time_limit),
+        ),
         token=start.read_token(token_file),
         model=model,
         plan=parse_plan(plan or "dp=1"),
     )
     say_remarks(target, model)
     start.serve(target, options, say=say, ready=lambda facts: _print(facts, options, json))
-
-
-def _limits(body_mb: float, megapixels: float, images: int, requests: int, seconds: float) -> Any:
-    from meshuffle.deploy.serve.limits import Limits
-
-    return Limits(
-        body_bytes=round(body_mb * 1e6),
-        pixels=round(megapixels * 1e6),
-        images=images,
-        requests=requests,
-        seconds=seconds,
-    )
 
 
 def _print(facts: dict[str, Any], options: Any, as_json: bool) -> None:

@@ -65,8 +65,11 @@ def _text(verdict: Verdict) -> str:
         f"and on one device, {verdict.dtype}",
         _shares(verdict),
         f"sent by all ranks in a forward and backward: {measured:,} bytes, predicted {sent:,}",
-        f"{verdict.num_floor_tensors} tensors judged by the floor or the reference's own noise",
     ]
+    if verdict.num_floor_tensors:
+        lines.append(
+            f"{verdict.num_floor_tensors} tensors judged by the floor or the reference's own noise"
+        )
     if verdict.median_ratio is not None:
         lines.append(
             f"error over that of one device: median {verdict.median_ratio:.2f}, "

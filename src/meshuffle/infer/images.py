@@ -25,10 +25,11 @@ def open_split(data: str | None, split: str | None, card: Card) -> tuple[ImageSo
         DataError: no such data or split, or classes that the weights do not know.
     """
     opened, card = _opened(data, card)
+    is_whole = split is None and opened.splits.keys() == {"train"}  # not the train of a run
     split = split or _last_split(opened)
     if split not in opened.splits:
         raise DataError(f"{opened.spec} has no {split} split; it has {', '.join(opened.splits)}")
-    what = f"{opened.spec} {split}"
+    what = opened.spec if is_whole else f"{opened.spec} {split}"
     if not card.data:  # no run of ours
         what += f" by {card.source}{'' if card.named else _UNNAMED}"
     return opened.splits[split], what, card

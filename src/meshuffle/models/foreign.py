@@ -8,9 +8,9 @@ Reading runs no code: torch's unpickler builds tensors and the plain types of `_
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import pathlib
-import pickle
 import re
 import shlex
 import types
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from meshuffle.data.base import shortened
 from meshuffle.errors import RunError, did_you_mean
 
 _KEYS = ("model", "state_dict", "model_state_dict", "net", "network", "weights", "params")
@@ -32,6 +33,19 @@ _KEYS = ("model", "state_dict", "model_state_dict", "net", "network", "weights",
 _LIGHTNING = ("fabric.utilities.data", "pytorch.utilities.parsing", "utilities.parsing")
 _WANTED = "wanted: safetensors, or a state_dict that torch.save wrote"
 _CODE = "if you trust the file, save its weights alone, in Python: "
+_NO_MODEL = " of a model that Meshuffle lacks (--model package.module:function must build it)"
+_PACKAGES = ("torch", "torchvision", "timm", "transformers", "meshuffle")
+_SIGNS = {
+    rb"\s*\Z": "an empty file",
+    rb"version https://git-lfs": "a Git LFS pointer; fetch the file itself with: git lfs pull",
+    rb"\s*<": "a web page instead of the file; download it again",
+    rb"\x89HDF": "an HDF5 file, as Keras writes",
+    rb"PK": "a zip archive that is cut off, damaged, or not torch's",
+    rb"\x80[\x00-\x05]": "a Python pickle that torch.save did not write",
+    rb"[\t-\r -~]+\Z": "a text file",
+    rb"": "damaged, or another program's",
+}
+"""How files begin that are no weights, and what they are; the first that matches."""
 
 
 def _as_dict(*_: Any) -> dict[Any, Any]:
@@ -104,8 +118,7 @@ def read_torch(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], l
 
 def left_out(path: Path, names: list[str], why: str) -> str:
     """Return the line that counts what was left out, with the first names."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{path}: left out {len(names)} that {why}: {', '.join(names[:3])}{more}"
+    return f"{path}: left out {len(names)} that {why}: {shortened(names, 8)}"
 
 
 def is_counter(key: str, tensor: Tensor) -> bool:
@@ -141,38 +154,46 @@ def _only(path: Path, parts: Mapping[str, Any]) -> str:
 
 
 def _load(path: Path) -> Any:
-    if _is_script(path):
-        raise RunError(
-            f"{path}: a TorchScript archive, which is code; {_CODE}c = torch.jit.load({str(path)!r}"
-            f', "cpu"); torch.save(c.state_dict(), {_new_name(path)!r})'
-        )
     with torch.serialization.safe_globals(_inert()), warnings.catch_warnings(action="ignore"):
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise _refusal(path, str(error)) from None
-        except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise RunError(f"{path}: not a readable weights file ({reason}); {_WANTED}") from None
+            if not _is_script(path):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # bytes of any kind make unpicklers raise any
+            raise _refusal(path, str(error)) from error
+    raise RunError(
+        f"{path}: a TorchScript archive, which is code; {_CODE}c = torch.jit.load({str(path)!r}"
+        f', "cpu"); torch.save(c.state_dict(), {_new_name(path)!r})'
+    )
 
 
 def _refusal(path: Path, text: str) -> RunError:
-    """Return the error of a file that names classes; `text` is torch's, with the first of them."""
+    """Return the error of a file that torch does not read; `text` is torch's."""
     names = re.findall(r"GLOBAL ([\w.]*\w)", text)
-    if zipfile.is_zipfile(path):
+    with contextlib.suppress(Exception):  # it knows less of pickles than torch.load
         found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
         names = sorted(found, key=lambda name: (name not in names, name))
     if not names:
-        return RunError(f"{path}: not a readable weights file; {_WANTED}")
-    is_module = any(name.startswith("torch.nn.modules.") for name in names)
-    what, how = f"holds {', '.join(names[:3])}", 'c.get("state_dict", c.get("model", c))'
-    if is_module:
+        return RunError(f"{path}: not a readable weights file: {kind_of(path)}; {_WANTED}")
+    what, how = f"holds {shortened(names, 3)}", 'c.get("state_dict", c.get("model", c))'
+    code = 'c = torch.load({!r}, "cpu", weights_only=False)'
+    if names[0] == "fastai.learner.Learner":
+        what, how = "an exported fastai Learner", "c.model.state_dict()"
+        code = "from fastai.learner import load_learner; c = load_learner({!r})"
+    elif any(name.startswith("torch.nn.modules.") for name in names):
         what = f"holds a whole pickled module ({names[0]})"
+        what += "" if names[0].partition(".")[0] in _PACKAGES else _NO_MODEL
         how = '(c["model"] if isinstance(c, dict) else c).state_dict()'
     return RunError(
-        f"{path}: {what}, which is code and not weights alone; {_CODE}c = torch.load("
-        f'{str(path)!r}, "cpu", weights_only=False); torch.save({how}, {_new_name(path)!r})'
+        f"{path}: {what}, which is code and not weights alone; {_CODE}{code.format(str(path))}; "
+        f"torch.save({how}, {_new_name(path)!r})"
     )
+
+
+def kind_of(path: Path) -> str:
+    """Return what a file that cannot be read seems to be."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    return next(kind for sign, kind in _SIGNS.items() if re.match(sign, start))
 
 
 def _new_name(path: Path) -> str:

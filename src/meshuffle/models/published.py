@@ -8,6 +8,7 @@ Another maker is one more entry in `MAKERS`.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ import torchvision.models
 from torch import Tensor, nn
 
 from meshuffle.data import Preprocess
+from meshuffle.data.base import shortened
 from meshuffle.errors import ModelError
 from meshuffle.models.foreign import is_counter
 from meshuffle.models.heads import classifier_of
@@ -170,8 +172,9 @@ def unwrap(
     """Return the tensors under the model's own keys, and the prefix that was taken off them.
 
     Wrappers put a prefix in front of all keys: `module.` (DDP, averages), `_orig_mod.`
-    (torch.compile), the names of attributes (Lightning). It is taken off, and counters beside the
-    model are left out, where the rest has the keys of a known maker or of `model`.
+    (torch.compile), the names of attributes (Lightning). It is taken off, and the few tensors
+    beside the model (counters, a loss's weights) are left out, where the rest has the keys of a
+    known maker or of `model`.
     """
     given, prefix = dict(tensors), ""
     forms = [(given, prefix)]
@@ -179,20 +182,15 @@ def unwrap(
         given = {k.removeprefix(first): v for k, v in given.items() if k.startswith(first)}
         prefix += first
         forms.append((given, prefix))
-    if len(forms) == 1:
-        return forms[0]
-    for form in forms:
-        if _maker_of(form[0]) is not None:
-            return form
-    own = create_model(model).state_dict().keys() if model else ()
-    return max(forms, key=lambda form: len(own & form[0].keys()) if own else 0)
+    own = create_model(model).state_dict().keys() if model and len(forms) > 1 else set()
+    return max(forms, key=lambda form: (len(own & form[0].keys()), _maker_of(form[0]) is not None))
 
 
 def _common(tensors: Mapping[str, Tensor]) -> str:
-    """Return the first part of all keys but counters, with its dot, or ""."""
-    firsts = {key.partition(".")[0] for key, t in tensors.items() if not is_counter(key, t)}
-    one = f"{next(iter(firsts))}." if len(firsts) == 1 else ""
-    return one if any(key.startswith(one) for key in tensors) else ""
+    """Return the first part, with its dot, that 3 in 4 keys share, counters aside; else ""."""
+    keys = [key for key, tensor in tensors.items() if not is_counter(key, tensor)]
+    firsts = Counter(f"{key.partition('.')[0]}." for key in keys if "." in key)
+    return next((one for one, num in firsts.most_common(1) if num >= 0.75 * len(keys)), "")
 
 
 def _maker_of(tensors: Mapping[str, Tensor]) -> Maker | None:
@@ -214,8 +212,14 @@ def recognise(tensors: Mapping[str, Tensor], model: str | None = None) -> Publis
     maker = _maker_of(tensors)
     if maker is None or model not in (None, *maker.names()):
         if model is None:
-            few = ", ".join(list(tensors)[:3])
-            raise ModelError(f"weights without a card, of keys {few} …: give --model NAME")
+            what = "the file does not say which model it is"
+            keys = shortened(list(tensors), 3)
+            how = "--model, for example --model timm:resnet18, or your own"
+            if "model.0.conv.weight" in tensors:
+                what, how = "the keys are a YOLO's, and Meshuffle has no such model", "your own"
+            raise ModelError(
+                f"{what}; give {how} --model package.module:function (its keys: {keys})"
+            )
         return _plain(tensors, model)
     ours, knobs = maker.renamed(tensors), dict(maker.knobs)
     for name in maker.names() if model is None else [model]:

@@ -77,6 +77,6 @@ def _old_split(card: Card, loop: Loop) -> dict[tuple[str, str], ImageSource]:
     except DataError as error:
         why = str(error)
     if sum_over_ranks([float(not found)], loop.exchange)[0]:
-        loop.watch.event(f"the data of the weights before are not compared: {why or 'not found'}")
+        loop.watch.event(f"no comparison on the training data of --from: {why or 'not found'}")
         return {}
     return found

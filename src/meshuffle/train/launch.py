@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from meshuffle.comm.launch import torchrun
 from meshuffle.comm.lost_ranks import ranks_in_words, read_waiting
-from meshuffle.errors import RankFailed
+from meshuffle.errors import Interrupted, RankFailed
 from meshuffle.parallel.place import threads_per_rank
 from meshuffle.train.checkpoint.checkpoint import recovery_hint
 from meshuffle.train.rank import train_rank
@@ -18,9 +19,14 @@ def launch(prepared: Prepared, module: str = "meshuffle.train.rank") -> None:
     if prepared.plan.num_ranks == 1:
         train_rank(prepared.run)
     else:
-        threads = threads_per_rank(prepared.plan)
+        threads, begin = threads_per_rank(prepared.plan), time.time()
         try:
             torchrun(module, [str(prepared.run)], prepared.plan.num_ranks, threads=threads)
+        except Interrupted as stopped:
+            log = prepared.run / "log.jsonl"
+            is_new = log.is_file() and log.stat().st_mtime > begin
+            stopped.is_printed = is_new and '"stopped in' in log.read_text()[-999:]
+            raise
         except RankFailed as failed:
             raise explained(failed, prepared.run) from None
 

@@ -216,8 +216,9 @@ class Loop:
         if stop:
             progress = self.state.progress
             where = f"epoch {progress.epoch + 1}, step {progress.step}"
-            self.watch.event(f"stopped in {where}; continue with: {resume_command(self.run)}")
-            raise Interrupted(f"stopped in {where}; saved", self.stop.number or 15)
+            text = f"stopped in {where}; continue with: {resume_command(self.run)}"
+            self.watch.event(text)
+            raise Interrupted(text, self.stop.number or 15, is_printed=True)
 
     def _save(self, *, finish: bool = False) -> None:
         """Let a checkpoint be written; with `finish`, wait for it: a rank that ends stops all."""
