@@ -176,6 +176,28 @@ class Centred(nn.Module):
         return y - y.mean(0, keepdim=True)
 
 
+class Rows(nn.Module):
+    """Its rows are steps of time, and samples within them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x).transpose(0, 1).reshape(-1, 16)
+
+
+class Instance(Base):
+    """Running statistics of single images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.InstanceNorm2d(8, affine=True, track_running_stats=True)
+
+    def middle(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
 class Frequent(nn.Module):
     """A table whose gradient depends on how often an index is in the batch."""
 
@@ -219,6 +241,6 @@ class Grouped(nn.Module):
 
 
 IMAGES = (
-    *(Gate, GradAgain, Bounded, Recomputed, Average, NormTwice, Frozen, Complex),
+    *(Gate, GradAgain, Bounded, Recomputed, NormTwice, Frozen, Complex),
     *(ComplexWeights, Erased, Narrow, DropPath),
 )

@@ -18,8 +18,9 @@ IMAGE = "3x16x16"
 
 def test_each_kind_under_each_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", PYTHON_PATH)
-    plans = ("tp=2:channel", "tp=2:batch", "pp=2,mb=2")
+    plans = ("tp=2:channel", "tp=2:batch", "pp=2,mb=2", "dp=2")
     cases = [(kind, plan, IMAGE, 5) for kind in everyday.IMAGES for plan in plans]
+    cases += [(everyday.Average, plan, IMAGE, 5) for plan in ("tp=2:batch", "tp=2", "pp=2,mb=1")]
     cases += [(everyday.Frequent, plan, "6:int", 5) for plan in ("tp=2:batch", "tp=2:channel")]
     cases += [(everyday.Causal, plan, "6:int", 5) for plan in ("tp=2", "pp=2")]
     cases += [(everyday.Grouped, "tp=2:channel", "6x32", 5)]
@@ -30,6 +31,22 @@ def test_each_kind_under_each_plan(monkeypatch: pytest.MonkeyPatch) -> None:
         if not verdict.passed
     }
     assert not wrong
+
+
+def test_replicas_of_what_mixes_samples_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", PYTHON_PATH)
+    kinds = {
+        everyday.Centred: ("16", "aten.mean.dim in its forward"),
+        everyday.Average: (IMAGE, "aten.mean.dim in its forward"),
+        everyday.Frequent: ("6:int", "aten.embedding.default in table"),
+        everyday.Rows: ("6x16", "aten.reshape.default in its forward"),
+        everyday.Instance: (IMAGE, "aten.instance_norm.default in norm"),
+    }
+    cases = [(kind, "dp=2", given, 6) for kind, (given, _) in kinds.items()]
+    for (kind, *_), verdict in zip(cases, verify(cases), strict=True):
+        assert verdict.exit_code == 2
+        expected = f"{kind.__name__} mixes the samples of a batch: {kinds[kind][1]}. Plan dp=2"
+        assert str(verdict.error).startswith(expected), verdict.error
 
 
 def test_a_frozen_part_stays_frozen() -> None:

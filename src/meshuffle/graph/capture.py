@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 
-from meshuffle.errors import ModelError
+from meshuffle.errors import CaptureError, ModelError
 from meshuffle.graph.graph import Graph
 from meshuffle.graph.own_gradients import own_gradients, refuse_own_gradients
 from meshuffle.graph.regions import inline_regions
@@ -35,8 +35,8 @@ def capture(model: nn.Module, example: Tensor | Sequence[Tensor], *, train: bool
         train: capture what the model does in train mode, otherwise in eval mode.
 
     Raises:
-        ModelError: inputs of different or too small batches, or a model that torch.export
-            cannot capture.
+        CaptureError: torch.export cannot capture it, or the program would lose a part of it.
+        ModelError: inputs of different or too small batches.
     """
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     sizes = {x.shape[0] if x.ndim else 0 for x in inputs}
@@ -56,7 +56,7 @@ def capture(model: nn.Module, example: Tensor | Sequence[Tensor], *, train: bool
             _leave_caches(program.graph_module.graph)
         except Exception as error:
             name = type(model).__name__
-            raise ModelError(
+            raise CaptureError(
                 f"torch.export cannot capture {name}: {_first_line(error)}; parallelism within "
                 "its layers needs that, dp=N does not"
             ) from error

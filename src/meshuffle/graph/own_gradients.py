@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils.checkpoint import CheckpointFunction
 
-from meshuffle.errors import ModelError
+from meshuffle.errors import CaptureError
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def refuse_own_gradients(model: nn.Module, found: list[str] | None = None) -> No
         found: what `own_gradients` noted.
 
     Raises:
-        ModelError: it does; names what, and the plans that keep it.
+        CaptureError: it does; names what, and the plans that keep it.
     """
     lost = list(dict.fromkeys(found or []))  # torch.export runs a model several times
     for name, module in model.named_modules():
@@ -63,7 +63,7 @@ def refuse_own_gradients(model: nn.Module, found: list[str] | None = None) -> No
         lost += [f"a gradient hook ({_name(h)}) of the parameter {name}" for h in hooks]
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        raise ModelError(
+        raise CaptureError(
             f"{type(model).__name__} has {lost[0]}{more}, which plans with tp or pp would lose; "
             "dp=N keeps it, or remove it"
         )
