@@ -65,6 +65,9 @@ class TrainConfig:
     deterministic: Annotated[
         bool, _option("Use deterministic algorithms only; fail where there are none.")
     ] = False
+    allow_inexact: Annotated[
+        bool, _option("Train under a plan that computes something else than one device would.")
+    ] = False
 
     optimizer: Annotated[
         Literal["sgd", "adam", "adamw"] | None,

@@ -7,6 +7,7 @@
     │   ├── DataError                      a data set as a whole: path, format, classes
     │   │   └── ImageError                 one image; training reports it once and goes on
     │   ├── ModelError                     a model name, its knobs, or its weights
+    │   │   └── CaptureError               its program cannot be captured; dp=N needs none
     │   └── RunError                       a run folder that is missing, broken or in use
     ├── OutOfMemory                    1   names the largest batch that fits
     ├── ParityError                    1   an exported file disagrees with the model
@@ -64,6 +65,10 @@ class ImageError(DataError):
 
 class ModelError(InputError):
     """A model name, the knobs of a model, or its weights."""
+
+
+class CaptureError(ModelError):
+    """A model whose program cannot be captured whole, so that only plans of dp alone can run it."""
 
 
 class RunError(InputError):

@@ -189,6 +189,16 @@ def test_along_some_dims(function: Callable[..., Any], op: Any, dims: tuple[int,
         ok(check(Apply(function), r(4, 6, 5, 4), op=op, other_batch=other_batch), *dims)
 
 
+@pytest.mark.parametrize(
+    ("function", "sizes"),
+    [(lambda x: x.mean(0), (4, 6)), (lambda x: x.mean(), (4, 6, 5))],
+)
+def test_a_rank_without_a_sample_adds_nothing_to_a_mean(
+    function: Callable[..., Any], sizes: Any
+) -> None:
+    ok(check(Apply(function), r(*sizes), op=aten.mean, other_batch=1))
+
+
 @given(
     st.sampled_from([aten.add, aten.sub, aten.mul, aten.div, aten.maximum, aten.atan2]),
     st.sampled_from([(6, 5, 3), (1, 6, 1, 3), (5, 1), (1,), (), (1, 1, 5, 3)]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,14 +32,47 @@ def make_batch(batch: int) -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, NUM_CLASSES, (batch,), generator=generator)
 
 
+class Fused(nn.BatchNorm2d):
+    """A norm with its activation in one layer, as timm's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        tensors = (self.running_mean, self.running_var, self.weight, self.bias)
+        return F.batch_norm(input, *tensors, self.training, 0.2, self.eps).relu()
+
+
+class Own(nn.Module):
+    """A norm that is no subclass of torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+        self.register_buffer("var", torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.mean, self.var, training=self.training)
+
+
+def make_fused() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 5, 4), Fused(6), nn.Conv2d(6, 6, 3), Own(), nn.AdaptiveAvgPool2d(1)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(6, NUM_CLASSES)).double()
+
+
 def train_three_steps(
-    group: dist.ProcessGroup, batch: int, mode: data_parallel.Mode, shared: bool, fault: str = ""
+    group: dist.ProcessGroup,
+    batch: int,
+    mode: data_parallel.Mode,
+    shared: bool,
+    fault: str = "",
+    make: Callable[[], nn.Module] = make_model,
+    compiles: bool = False,
 ) -> dict[str, Any]:
     """Three steps of SGD with momentum on this rank's part of one batch."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     plant(fault, rank)
     exchange = (SharedExchange if shared else GroupExchange)(group)
-    model = synchronise_batch_norm(make_model(), exchange)
+    model = synchronise_batch_norm(make(), exchange)
+    compiled = torch.compile(model, dynamic=False) if compiles else model
     parallel = DataParallel(model, group, mode, bucket_bytes=1 << 20)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     x, y = make_batch(batch)
@@ -47,7 +81,8 @@ def train_three_steps(
     for step in range(3):
         optimizer.zero_grad()
         parallel.expect_last_backward()
-        loss = F.cross_entropy(model(x[start:stop]), y[start:stop], reduction="sum") / batch
+        forward = compiled if step else model
+        loss = F.cross_entropy(forward(x[start:stop]), y[start:stop], reduction="sum") / batch
         loss.backward()
         parallel.reduce_gradients()
         if step == 0:
@@ -84,9 +119,9 @@ def plant(fault: str, rank: int) -> None:
         batch_norm.update_running = lambda *_: None
 
 
-def reference(batch: int) -> dict[str, Any]:
+def reference(batch: int, make: Callable[[], nn.Module] = make_model) -> dict[str, Any]:
     """One process, torch's own batch norm, the whole batch."""
-    model = make_model()
+    model = make()
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     x, y = make_batch(batch)
     found: dict[str, Any] = {"loss": []}
@@ -136,6 +171,15 @@ def test_ranks_equal_one_process(world: int, batch: int, mode: str, shared: bool
         assert all(kept) and sorted(n for names in kept for n in names) == sorted(expected["grads"])
     updating = found[:1] if mode == "central" else found
     for rank in updating:
+        assert worst(rank["grads"], expected["grads"]) < 1e-8
+
+
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_norms_of_any_class_see_the_whole_batch(compiles: bool) -> None:
+    expected = reference(7, make_fused)
+    found = run_ranks(train_three_steps, 2, 7, "replicate", False, "", make_fused, compiles)
+    for rank in found:
+        assert worst(rank["state"], expected["state"]) < 1e-8
         assert worst(rank["grads"], expected["grads"]) < 1e-8
 
 

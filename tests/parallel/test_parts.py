@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from meshuffle.layout.layout import Shard
 from meshuffle.parallel.data_parallel import DataParallel
@@ -162,3 +163,21 @@ def test_dropout_of_a_whole_model_is_that_of_a_split_one() -> None:
     assert keyed.eval()(x) is x
     share = float((whole[0] == 0).double().mean())
     assert share == pytest.approx(0.3, abs=0.1)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_is_computed_again_gets_the_same_masks(reentrant: bool) -> None:
+    """Activation checkpointing of dropout, in a model that is run as it is written."""
+    state = DrawState()
+    drop = key_dropout(nn.Dropout(0.5), state)
+    gradients = []
+    for checkpoints in (False, True):
+        x = torch.ones(6, 40, dtype=torch.float64, requires_grad=True)
+        state.set(draw_key(1, 2), 0, 6)
+        y = x
+        for _ in range(3):
+            y = checkpoint(drop, y, use_reentrant=reentrant) if checkpoints else drop(y)
+        (y * torch.arange(40)).sum().backward()
+        gradients.append(x.grad)
+    assert gradients[0].count_nonzero() > 0
+    assert torch.equal(*gradients)

@@ -43,7 +43,10 @@ class Net(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Token ids in, (N, L, C) out: no classifier, so the loss is a projection."""
+    """Token ids in, (N, L, C) out: no classifier, so the loss is a projection.
+
+    A part is computed in float32, as language models do.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +57,8 @@ class Tokens(nn.Module):
 
     def forward(self, ids: Tensor) -> dict[str, Tensor]:
         x = self.table(ids)
-        y = self.norm(x + self.down(F.gelu(self.up(x))))
+        wide = F.gelu(self.up(x).float()).to(x.dtype)
+        y = self.norm(x + self.down(wide))
         return {"tokens": y, "pooled": y.mean(1).tanh()}
 
 
@@ -104,7 +108,7 @@ class Noisy(nn.Module):
         self.linear = nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x + torch.randn_like(x))
+        return self.linear(x + torch.poisson(x.abs()))
 
 
 def net() -> nn.Module:

@@ -11,13 +11,16 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 
-from meshuffle.errors import ModelError
+from meshuffle.errors import CaptureError, ModelError
 from meshuffle.graph.graph import Graph
+from meshuffle.graph.own_gradients import own_gradients, refuse_own_gradients
+from meshuffle.graph.regions import inline_regions
 
 
 def capture(model: nn.Module, example: Tensor | Sequence[Tensor], *, train: bool = True) -> Graph:
@@ -32,8 +35,8 @@ def capture(model: nn.Module, example: Tensor | Sequence[Tensor], *, train: bool
         train: capture what the model does in train mode, otherwise in eval mode.
 
     Raises:
-        ModelError: inputs of different or too small batches, or a model that torch.export
-            cannot capture.
+        CaptureError: torch.export cannot capture it, or the program would lose a part of it.
+        ModelError: inputs of different or too small batches.
     """
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     sizes = {x.shape[0] if x.ndim else 0 for x in inputs}
@@ -45,18 +48,35 @@ def capture(model: nn.Module, example: Tensor | Sequence[Tensor], *, train: bool
     with _in_mode(model, train), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are about torch's internals, not the caller's model
         try:
-            program = _export(model, inputs, Dim.AUTO)
-            if len(program.range_constraints) > 1:  # inputs whose batches nothing ties
-                program = _export(model, inputs, Dim("batch", min=2))
-            _inline_autocast(program.graph_module)
+            with own_gradients() as found, _given_masks():
+                program = _export(model, inputs, Dim.AUTO)
+                if len(program.range_constraints) > 1:  # inputs whose batches nothing ties
+                    program = _export(model, inputs, Dim("batch", min=2))
+            inline_regions(program.graph_module)
             _leave_caches(program.graph_module.graph)
         except Exception as error:
             name = type(model).__name__
-            raise ModelError(
+            raise CaptureError(
                 f"torch.export cannot capture {name}: {_first_line(error)}; parallelism within "
                 "its layers needs that, dp=N does not"
             ) from error
+    if train:
+        refuse_own_gradients(model, found)
     return Graph(program, batch=min(sizes), training=train, tied=tied_names(model))
+
+
+@contextmanager
+def _given_masks() -> Iterator[None]:
+    """Let nn.TransformerEncoder take the mask that it is given, and not ask if it is causal.
+
+    What it would ask depends on values, and makes a difference in speed only.
+    """
+
+    def asked(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+        return bool(is_causal)
+
+    with mock.patch("torch.nn.modules.transformer._detect_is_causal_mask", asked):
+        yield
 
 
 def _export(model: nn.Module, inputs: tuple[Tensor, ...], batch: Any) -> ExportedProgram:
@@ -66,34 +86,6 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...], batch: Any) -> Exporte
         first = next(i for i, p in enumerate(parameters) if p.kind is p.VAR_POSITIONAL)
         shapes = (*shapes[:first], shapes[first:])
     return export(model, inputs, dynamic_shapes=shapes, strict=False)
-
-
-def _inline_autocast(module: fx.GraphModule) -> None:
-    """Put calls that the model makes with autocast switched off among the others.
-
-    Raises:
-        NotImplementedError: it is switched on there: dtypes would depend on where a call runs.
-    """
-    for node in list(module.graph.nodes):
-        if node.target is not torch.ops.higher_order.wrap_with_autocast:
-            continue
-        arguments: Any = node.args
-        _, _, enabled, _, part, *given = arguments
-        if enabled:
-            raise NotImplementedError("the model switches autocast on in its forward")
-        inner: Any = module.get_submodule(part.target).graph
-        places = (n for n in inner.nodes if n.op == "placeholder")
-        copies = dict(zip(places, given, strict=True))
-        with module.graph.inserting_before(node):
-            for call in inner.nodes:
-                if call.op not in ("placeholder", "output"):
-                    copies[call] = module.graph.node_copy(call, copies.__getitem__)
-        (output,) = (n for n in inner.nodes if n.op == "output")
-        for user in list(node.users):  # each takes one of the results
-            user.replace_all_uses_with(copies[output.args[0][user.args[1]]])
-            module.graph.erase_node(user)
-        module.graph.erase_node(node)
-        module.graph.erase_node(part)
 
 
 def _leave_caches(graph: fx.Graph) -> None:
@@ -122,11 +114,15 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 @contextmanager
 def _in_mode(model: nn.Module, train: bool) -> Iterator[None]:
-    """Put `model` in train or eval mode inside, and each module back in its own afterwards."""
+    """Put `model` in train or eval mode inside, and each module back in its own afterwards.
+
+    A model that is in that mode stays as it is: some of its parts may be frozen in the other.
+    """
     modes = {module: module.training for module in model.modules()}
-    model.train(train)
+    if model.training != train:
+        model.train(train)
     try:
-        with torch.no_grad():
+        with torch.enable_grad():  # regions without gradients would be lost in one
             yield
     finally:
         for module, mode in modes.items():

@@ -22,7 +22,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from meshuffle.graph.graph import Graph
-from meshuffle.graph.node import is_in_place, is_tensor, memory_owners, packet_of
+from meshuffle.graph.node import is_in_place, is_tensor, memory_owners, original, packet_of
 from meshuffle.graph.random_ops import number_draws
 from meshuffle.graph.runtime_ops import reorder
 
@@ -58,7 +58,7 @@ def functional_program(graph: Graph) -> tuple[fx.Graph, frozenset[str]]:
             first[graph.names[node.name]] = copies[node]
         if node.op == "call_function" and is_in_place(node) and node.name not in pinned:
             target = node.args[0]
-            if target.op == "placeholder":
+            if original(target).op == "placeholder":
                 continue
             _make_functional(copies[node])
             # What reads the target from here on, by any name, reads the result.
@@ -171,6 +171,6 @@ def _run(graph: Graph, before: Node, node: Node, ids: Tensor, batch: int) -> Ten
 def _drop_unread(program: fx.Graph, pinned: set[str]) -> None:
     for node in reversed(list(program.nodes)):
         if node.op == "call_function" and not node.users and node.name not in pinned:
-            if is_in_place(node) and node.args[0].op == "placeholder":
+            if is_in_place(node) and original(node).op == "placeholder":
                 continue
             program.erase_node(node)

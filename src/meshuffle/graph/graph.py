@@ -76,11 +76,16 @@ class Graph:
         self.program, self.batch, self.training = program, batch, training
         tied = tied or {}
         self.names: dict[str, str] = {}
-        """The model's own name of each parameter and buffer, by placeholder."""
+        """The model's own name of each parameter, buffer and constant, by placeholder."""
+        self.constants: dict[str, Tensor] = {}
+        """Tensors that the program holds and the model does not register, by the same names."""
         self._kinds: dict[str, InputKind] = {}
         for spec in program.graph_signature.input_specs:
             self._kinds[spec.arg.name] = spec.kind
-            if spec.target is not None:
+            if spec.kind == InputKind.CONSTANT_TENSOR:  # train and eval mode may have others
+                self.names[spec.arg.name] = name = f"{spec.target}{'' if training else '_eval'}"
+                self.constants[name] = program.constants[spec.target]
+            elif spec.target is not None:
                 self.names[spec.arg.name] = tied.get(spec.target, spec.target)
         self.symbol = self._find_symbol()
         self._ops: dict[int | None, tuple[Op, ...]] = {}

@@ -83,3 +83,10 @@ def is_in_place(node: Node) -> bool:
     """Tell whether a call changes one of its arguments."""
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def original(node: Node) -> Node:
+    """Return the value that `node` is after in-place calls; itself where there are none."""
+    while is_in_place(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node

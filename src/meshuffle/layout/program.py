@@ -56,7 +56,7 @@ class Program:
         if node not in self._grads:
             value = node.meta.get("val")
             floating = isinstance(value, Tensor | tuple | list) and (
-                not isinstance(value, Tensor) or value.is_floating_point()
+                not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex()
             )
             if node.op == "placeholder":
                 self._grads[node] = self.graph.is_trained(node.name)

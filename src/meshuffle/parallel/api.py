@@ -33,6 +33,7 @@ def parallelize(
     plan: str | Plan = "",
     *,
     device: str = "auto",
+    allow_inexact: bool = False,
 ) -> Parallel:
     """Return this rank's part of `model`, to be trained as any module.
 
@@ -58,10 +59,11 @@ def parallelize(
         plan: dp=N, tp=N[:channel|:spatial|:batch], pp=N[:SCHEDULE] and mb=N; empty is tp over all
             ranks.
         device: `auto`, `cpu` or `cuda`.
+        allow_inexact: go on where the model mixes samples that the plan computes apart.
 
     Raises:
         PlanError: a plan for other ranks than were launched, or parts that only `train` has.
-        ModelError: torch.export cannot capture the model.
+        ModelError: torch.export cannot capture the model, or it mixes the samples of a batch.
     """
     env = rank_env() or RankEnv()
     where = pick_device(device, env.local_rank)
@@ -69,6 +71,8 @@ def parallelize(
     chosen = plan if isinstance(plan, Plan) else parse_plan(plan or f"tp={dist.get_world_size()}")
     if chosen.dp_kind:
         raise PlanError(f"plan {chosen}: parallelize replicates; use dp={chosen.dp}")
+    if chosen.threads and where.type == "cpu":
+        torch.set_num_threads(chosen.threads)
     make_schedule(chosen.pp_kind, chosen.pp, chosen.num_micro_batches)  # refused before a group
     ranks = join(chosen, where)
     ranks.draw_state.to(where)
@@ -78,7 +82,9 @@ def parallelize(
         dist.broadcast(tensor.detach(), src=0)
     num = max(2, len(inputs[0]) // chosen.num_micro_batches)
     first = tuple(x[:num] for x in inputs)
-    split = build(model, first, chosen, ranks, where, always_pipeline=True)
+    split = build(
+        model, first, chosen, ranks, where, always_pipeline=True, allow_inexact=allow_inexact
+    )
     seeds = [torch.initial_seed()]
     dist.broadcast_object_list(seeds, src=0)
     step = ForwardBackward(split, ranks, chosen.num_micro_batches, seeds[0])

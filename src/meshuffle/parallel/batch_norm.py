@@ -17,6 +17,8 @@ Legend: N batch, C channels, R ranks.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 from typing import Any
 from weakref import WeakValueDictionary
@@ -24,6 +26,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from meshuffle.comm.exchange import Exchange
 
@@ -280,18 +284,67 @@ def local_norm(
 
 
 def synchronise_batch_norm(model: nn.Module, exchange: Exchange) -> nn.Module:
-    """Turn every batch norm of `model` into `BatchNorm` over all ranks, in place; returns `model`.
+    """Let every batch norm of `model` see all ranks' values, in place; returns `model`.
 
-    Parameters and buffers are kept, the same objects under the same names.
+    torch's own layers become `BatchNorm`. Whatever else calls `F.batch_norm` in its forward, as a
+    fused layer of timm does, gets the joint one there. Parameters and buffers are kept, the same
+    objects under the same names.
     """
     handle = exchange_handle(exchange)
     for module in model.modules():
-        # The exact classes: a subclass has a forward of its own (lazy, synchronised, fused).
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             module.__class__ = BatchNorm
         if isinstance(module, BatchNorm):
             module.exchange, module.handle = exchange, handle
+    if exchange.world > 1 and not isinstance(model, BatchNorm):
+        model.__class__ = _joining(type(model))  # type: ignore[arg-type]
+        vars(model)["joined_norms"] = _JoinedNorms(handle)
     return model
+
+
+@functools.cache  # a model has one class, wherever it is copied to
+def _joining(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of a model whose other calls of `F.batch_norm` in train mode are joint."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        norms: _JoinedNorms = self.joined_norms
+        if not self.training or norms.is_needed is False:
+            return kind.forward(self, *args, **kwargs)
+        with norms:
+            outputs = kind.forward(self, *args, **kwargs)
+        if not torch.compiler.is_compiling():  # there it costs nothing
+            norms.is_needed = norms.num_calls > 0
+        return outputs
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+
+
+class _JoinedNorms(TorchFunctionMode):
+    """Joins the statistics of whatever calls `F.batch_norm` in train mode.
+
+    Attributes:
+        num_calls: how many there were.
+        is_needed: whether there was one in the first forward pass; None before that.
+    """
+
+    def __init__(self, handle: int) -> None:
+        super().__init__()
+        self.handle, self.num_calls = handle, 0
+        self.is_needed: bool | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function, or the joint batch norm in place of a batch norm."""
+        if func is not F.batch_norm:
+            return func(*args, **(kwargs or {}))
+        given = inspect.signature(F.batch_norm).bind(*args, **(kwargs or {}))
+        given.apply_defaults()
+        x, mean, var, weight, bias, training, momentum, eps = given.arguments.values()
+        if not training:
+            return func(*args, **(kwargs or {}))
+        self.num_calls += 1
+        return joint_batch_norm(
+            x, weight, bias, mean, var, momentum=momentum, eps=eps, handle=self.handle
+        )
 
 
 def exchange_handle(exchange: Exchange) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from meshuffle.layout.mixing import refuse_mixing
 from meshuffle.parallel.module import Costs, Parallel
 from meshuffle.parallel.pipeline import Pipeline
 from meshuffle.parallel.ranks import Ranks
@@ -27,6 +28,7 @@ def build(
     num_micro_batches: int | None = None,
     costs: Costs = estimated,
     always_pipeline: bool = False,
+    allow_inexact: bool = False,
 ) -> Parallel:
     """Return this rank's part of `model`, which communicates in the groups of `ranks`.
 
@@ -42,10 +44,14 @@ def build(
         always_pipeline: run the model by a pipeline even where it has a single stage, so that a
             step can be cut into micro-batches.
 
+        allow_inexact: do not ask whether the model mixes samples that the plan computes apart.
+
     Raises:
-        ModelError: the model cannot be captured; PlanError: nothing of it can be split.
+        ModelError: the model cannot be captured, or mixes such samples; PlanError: nothing of it
+            can be split.
     """
-    schedule = make_schedule(plan.pp_kind, plan.pp, num_micro_batches or plan.num_micro_batches)
+    num = num_micro_batches or plan.num_micro_batches
+    schedule = make_schedule(plan.pp_kind, plan.pp, num)
     tp_rank, pp_rank = (ranks.tp_rank, ranks.pp_rank) if ranks else (0, 0)
     part = Parallel(
         model,
@@ -60,6 +66,8 @@ def build(
         costs=costs,
         cuts=plan.cuts,
     )
+    if plan.dp * num > 1 and not allow_inexact:
+        refuse_mixing(part.assignment.program.graph, type(model).__name__, str(plan))
     if ranks is not None:
         part.bind(ranks)
         if plan.pp > 1 or always_pipeline:

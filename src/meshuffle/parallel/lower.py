@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from meshuffle.errors import ModelError
 from meshuffle.graph.node import is_in_place, is_tensor, is_tuple
-from meshuffle.graph.runtime_ops import fraction
+from meshuffle.graph.runtime_ops import WithoutAutocast, fraction, without_autocast
 from meshuffle.layout.assign import Assignment
 from meshuffle.layout.layout import (
     Layout,
@@ -107,6 +107,7 @@ class _Lowering(Emitter):
         self._changing = self.program.pinned | {node.args[0].name for node in in_place}  # type: ignore[union-attr]
         self._storage = storage
         self._batch: Node | None = None
+        self._without_autocast = False
 
     def run(
         self,
@@ -179,7 +180,7 @@ class _Lowering(Emitter):
         """Return this rank's value of `node` in `layout`, converted where it is not there yet."""
         if not is_tensor(node):
             return self._number(node)
-        forms = self.env[node]
+        forms = dict(self.env[node])
         if layout in forms:
             return forms[layout]
         value = self.program.value(node)
@@ -262,6 +263,7 @@ class _Lowering(Emitter):
             return  # a number; computed where it is used
         choice = self.assignment.choices[node.name]
         self.current, self.choice = call, choice
+        self._without_autocast = node.meta.get("autocast") is False
         given = {
             source: self._obtain(source, layout)
             for source, layout in zip(call.inputs, choice.inputs, strict=True)
@@ -297,6 +299,12 @@ class _Lowering(Emitter):
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """Add a call of a function."""
+        return self._add(target, args, kwargs)
+
+    def _add(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+        schema = getattr(target, "_schema", None)
+        if self._without_autocast and schema is not None and not schema.is_mutable:
+            target, args = without_autocast, (target, *args)
         return self.code.graph.call_function(target, args, kwargs)
 
     def again(self, /, **changes: Any) -> Node:
@@ -304,14 +312,14 @@ class _Lowering(Emitter):
         node = self.current.node
         if not changes:
             args, kwargs = self._args
-            return self.code.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+            return self._add(node.target, args, kwargs)
         schema = getattr(node.target, "_schema", None)
         given = {**self.given, **changes}
         if schema is None:
-            return self.code.graph.call_function(node.target, (), given)  # type: ignore[arg-type]
+            return self._add(node.target, (), given)
         args = tuple(given[a.name] for a in schema.arguments if not a.kwarg_only)
         kwargs = {a.name: given[a.name] for a in schema.arguments if a.kwarg_only}
-        return self.code.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+        return self._add(node.target, args, kwargs)
 
     def sizes(self, *, exact: bool = False) -> list[Any]:
         """Return the sizes of this rank's part of the result; see `Emitter`."""
@@ -374,8 +382,9 @@ class _Lowering(Emitter):
         layout = self.choice.output
         assert not isinstance(layout, tuple)
         module, names = random_masks.draw_module(call, layout, self.rank)
-        name = self.add_module(type(module).__name__.lower(), module)
-        args = tuple(self.given[key] for key in names)
+        kind = type(module).__name__.lower()
+        name = self.add_module(kind, WithoutAutocast(module) if self._without_autocast else module)
+        args = [self.sizes(exact=True) if key == "size" else self.given[key] for key in names]
         return self.code.graph.call_module(name, (*args, self.batch))
 
     def _drop_unread(self) -> None:

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from meshuffle.errors import ModelError
 from meshuffle.graph import Graph, capture
 from meshuffle.graph.capture import named_tensors, tied_names
+from meshuffle.graph.own_gradients import refuse_own_gradients
 from meshuffle.layout.assign import Assignment, assign
 from meshuffle.layout.layout import Shard
 from meshuffle.layout.program import Program
@@ -98,6 +99,8 @@ class Parallel(nn.Module):
         self._keep_in(nn.Module())
         self._tp, self._rank, self._prefer, self._dp = tp, rank, prefer, dp
         self.device = device or torch.device("cpu")
+        if model.training:
+            refuse_own_gradients(model)  # the skeleton's parameters have no hooks
         self._example = tuple(torch.empty_like(x, device="cpu") for x in example)
         self._skeleton = [_without_values(model)]  # in a list: not a submodule
         self.num_stages, self.stages = num_stages, tuple(stages)
@@ -169,15 +172,16 @@ class Parallel(nn.Module):
             self._keep(name, made[first], name in persistent)
         named = self.named_parameters(remove_duplicate=False)
         self.summed_over_tp = frozenset(name for name, _ in named if tied.get(name, name) in terms)
-        for name in set(graph.names.values()) & graph.program.constants.keys() - own.keys():
-            if self.has(name):
-                value = graph.program.constants[name]
-                if value.device.type == "meta":
-                    raise ModelError(
-                        f"the model makes the constant {name} on the meta device; "
-                        "build it on the CPU"
-                    )
-                self._keep(name, self._part(name, value), False)
+
+    def _keep_constants(self, graph: Graph, codes: Sequence[StageCode]) -> None:
+        """Keep the tensors that this rank's stages read and the model does not register."""
+        for name in {n for stage in self.stages for n in codes[stage].names} & set(graph.constants):
+            value = graph.constants[name]
+            if value.device.type == "meta":
+                raise ModelError(
+                    f"the model makes the constant {name} on the meta device; build it on the CPU"
+                )
+            self._keep(name, self._part(name, value), False)
 
     def has(self, name: str) -> bool:
         """Tell whether this rank's stages have a parameter, buffer or constant."""
@@ -231,6 +235,7 @@ class Parallel(nn.Module):
         if hasattr(root, home):
             raise ModelError(f"the model has a part named '{home}', which is meant for ours")
         root.add_module(home, holder)
+        self._keep_constants(mode.assignment.program.graph, mode.codes)
         for stage in self.stages:
             code = mode.codes[stage]
             for name, module in code.modules.items():

@@ -85,11 +85,41 @@ def below(bits: Tensor, probability: float) -> Tensor:
     return bits < int(probability * (1 << 53))
 
 
+def uniform(bits: Tensor) -> Tensor:
+    """Return uniform numbers in (0, 1), float64."""
+    return (bits.double() + 0.5) / (1 << 53)
+
+
+def normal(bits: Tensor) -> Tensor:
+    """Return numbers of the standard normal distribution, float64."""
+    return torch.special.ndtri(uniform(bits))
+
+
 def keep_mask(bits: Tensor, p: float, dtype: torch.dtype) -> Tensor:
     """Return dropout's factors: 0, or 1 / (1 − p)."""
     if p >= 1:
         return torch.zeros_like(bits, dtype=dtype)
     return below(bits, 1 - p).to(dtype) / (1 - p)
+
+
+class DrawNumbers:
+    """Numbers the random calls of a forward pass, the same when a part of it is computed again.
+
+    Activation checkpointing puts torch's generator back before it recomputes, so the state of the
+    generator tells which call it is. Compiled code has its numbers from when it was traced.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, int] = {}
+
+    def next(self) -> int:
+        """Return the number of the call that is made now."""
+        if torch.compiler.is_compiling():
+            state = str(len(self._known)).encode()
+        else:
+            state = torch.get_rng_state().numpy().tobytes()
+            torch.rand(())  # the next call finds another state
+        return self._known.setdefault(state, len(self._known))
 
 
 class DrawState:
@@ -98,19 +128,19 @@ class DrawState:
     Attributes:
         key: () int64, see `draw_key`.
         first_sample: () int64, index of this replica's first sample in the whole batch.
-        samples: samples of this replica; `KeyedDropout` needs them, and counts its `calls`.
+        samples: samples of this replica; `KeyedDropout` needs them, and the `numbers` of its calls.
     """
 
     def __init__(self) -> None:
         self.key = torch.zeros((), dtype=torch.int64)
         self.first_sample = torch.zeros((), dtype=torch.int64)
-        self.samples = self.calls = 0
+        self.samples, self.numbers = 0, DrawNumbers()
 
     def set(self, key: int, first_sample: int = 0, samples: int = 0) -> None:
         """Set the key of the next forward pass."""
         self.key.fill_(key)
         self.first_sample.fill_(first_sample)
-        self.samples, self.calls = samples, 0
+        self.samples, self.numbers = samples, DrawNumbers()
 
     def advance(self, first_sample: int = 0) -> None:
         """Go on to the key of another forward pass, in the same way on all ranks."""
@@ -131,6 +161,7 @@ class Draw(nn.Module):
         samples_dim: the dim that holds the batch, with `rows` rows per sample.
         own: the indices that this rank holds of a dim that is split.
         part: (rank, world) where the samples are split over the `tp` axis.
+        dtype: of the numbers that are drawn.
     """
 
     state: DrawState
@@ -143,10 +174,11 @@ class Draw(nn.Module):
         rows: int = 1,
         own: Mapping[int, Sequence[int]] | None = None,
         part: tuple[int, int] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.number, self.sizes, self.samples_dim = number, list(sizes), samples_dim
-        self.rows, self.part = rows, part
+        self.rows, self.part, self.dtype = rows, part, dtype
         self.own = {
             dim: torch.tensor(index, dtype=torch.int64) for dim, index in (own or {}).items()
         }
@@ -192,14 +224,34 @@ class Bernoulli(Draw):
         return below(self.bits(x.shape, batch), p).to(x.dtype)
 
 
+class Uniform(Draw):
+    """Numbers between 0 and 1."""
+
+    def forward(self, like: Tensor | Sequence[int], batch: int) -> Tensor:
+        """Return them in a shape, or in that of a tensor."""
+        shape = like.shape if isinstance(like, Tensor) else like
+        return uniform(self.bits(shape, batch)).to(self.dtype)
+
+
+class Normal(Draw):
+    """Numbers of mean 0 and variance 1."""
+
+    def forward(self, like: Tensor | Sequence[int], batch: int) -> Tensor:
+        """Return them in a shape, or in that of a tensor."""
+        shape = like.shape if isinstance(like, Tensor) else like
+        return normal(self.bits(shape, batch)).to(self.dtype)
+
+
 class Attention(Draw):
     """Scaled dot-product attention with dropout of its weights."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, causal: bool,
-        scale: float | None, batch: int
+        scale: float | None, grouped: bool, batch: int
     ) -> Tensor:  # fmt: skip
         """Return (…, L, F) of q (…, L, E), k (…, S, E), v (…, S, F)."""
+        if grouped:  # several heads of q share one of k and v
+            k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
         scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
         if causal:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
@@ -216,8 +268,12 @@ _KINDS: dict[Any, tuple[type[Draw], tuple[str, ...]]] = {
     aten.bernoulli: (Bernoulli, ("self", "p")),
     aten.scaled_dot_product_attention: (
         Attention,
-        ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale"),
+        ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),
     ),
+    aten.rand: (Uniform, ("size",)),
+    aten.rand_like: (Uniform, ("self",)),
+    aten.randn: (Normal, ("size",)),
+    aten.randn_like: (Normal, ("self",)),
 }
 
 
@@ -248,7 +304,14 @@ def draw_module(call: Call, layout: Layout, rank: int) -> tuple[Any, tuple[str, 
     if isinstance(layout, Shard) and sizes[layout.dim] == call.out[layout.dim]:
         own[layout.dim] = layout.owners[rank]
     part = (rank, call.world) if isinstance(layout, Samples) else None
-    return kind(call.node.meta["draw"], sizes, dim, rows, own, part), names
+    dtype = call.results[0].dtype
+    return kind(call.node.meta["draw"], sizes, dim, rows, own, part, dtype), names
+
+
+_DISTRIBUTIONS = {
+    **dict.fromkeys([aten.rand, aten.rand_like], uniform),
+    **dict.fromkeys([aten.randn, aten.randn_like], normal),
+}
 
 
 class ReferenceDraws(TorchDispatchMode):
@@ -261,7 +324,8 @@ class ReferenceDraws(TorchDispatchMode):
 
     def __init__(self, key: int, samples_dims: Sequence[int | None]) -> None:
         super().__init__()
-        self.key, self.samples_dims, self.number = torch.tensor(key), samples_dims, 0
+        self.key, self.samples_dims = torch.tensor(key), samples_dims
+        self._numbers = DrawNumbers()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -275,19 +339,19 @@ class ReferenceDraws(TorchDispatchMode):
         if func is aten.native_dropout.default:
             mask = below(self._bits(args[0]), 1 - given["p"])
             return args[0] * mask / (1 - given["p"]), mask
+        if func.overloadpacket in _DISTRIBUTIONS:
+            drawn = func(*args, **(kwargs or {}))
+            return drawn.copy_(_DISTRIBUTIONS[func.overloadpacket](self._bits(drawn)))
         raise ModelError(
             f"{func} draws random numbers in a way that no plan keeps equal; "
             "use dropout, or draw them outside of the model"
         )
 
     def _bits(self, x: Tensor) -> Tensor:
-        if self.number >= len(self.samples_dims):
+        number = self._numbers.next()
+        if number >= len(self.samples_dims):
             raise ModelError("the model drew more random numbers than when it was captured")
-        bits = random_bits(
-            x.shape, self.key.to(x.device), self.number, self.samples_dims[self.number]
-        )
-        self.number += 1
-        return bits
+        return random_bits(x.shape, self.key.to(x.device), number, self.samples_dims[number])
 
 
 class KeyedDropout(nn.Dropout):
@@ -304,7 +368,7 @@ class KeyedDropout(nn.Dropout):
         if not self.training or not 0 < self.p < 1:
             return super().forward(input)
         state = self.state
-        number, state.calls = state.calls, state.calls + 1
+        number = state.numbers.next()
         rows = max(1, input.shape[0] // max(1, state.samples))
         first_row = state.first_sample * rows
         bits = random_bits(input.shape, state.key, number, 0, first_row=first_row)

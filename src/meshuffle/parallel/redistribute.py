@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -45,6 +46,9 @@ class Redistribute(nn.Module):
         """
         if batch not in self._runs:
             self._runs[batch] = self._prepare(batch)
+        if x.is_complex():  # process groups move real numbers only
+            pairs = self._runs[batch](torch.view_as_real(x.resolve_conj()), self.group)
+            return torch.view_as_complex(pairs.contiguous())
         return self._runs[batch](x, self.group)
 
     def _prepare(self, batch: int) -> Run:

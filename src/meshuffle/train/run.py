@@ -23,7 +23,7 @@ from meshuffle.comm.launch import require_memory
 from meshuffle.config import Origin, TrainConfig, read_config, to_toml
 from meshuffle.data import EpochSampler, build_train_transform, open_data
 from meshuffle.data.source import absolute_data
-from meshuffle.errors import ModelError, PlanError, RunError
+from meshuffle.errors import CaptureError, ModelError, PlanError, RunError
 from meshuffle.files import expanded, write_json, write_text
 from meshuffle.planner.plan import Plan, parse_plan, read_plan
 from meshuffle.tasks import find_task, make_task
@@ -36,7 +36,7 @@ from meshuffle.train.initial_weights import START
 from meshuffle.train.model_trial import try_model
 from meshuffle.train.resolve import resolve_run
 from meshuffle.train.single_value import check_values
-from meshuffle.train.split import schedule_of, split_model
+from meshuffle.train.split import refuse_inexact, schedule_of, split_model
 from meshuffle.train.state import augment_config, build_model, make_card
 from meshuffle.train.watch import environment
 from meshuffle.weights import require_repeated, save_weights, split_key
@@ -73,6 +73,8 @@ def prepare(
     plan, lines = _choose_plan(config, card, env)
     lines += check_values(model, frozen, config, plan, len(resolved.data.splits["train"]))
     plan = _with_cuts(plan, model, frozen, config)
+    plan, more = _exact_plan(plan, model, frozen, config)
+    lines += more
     run = make_run_folder(config)
     # Without the folder, so that the run can be moved, and made again from its settings.
     config = dataclasses.replace(config, plan=str(plan), out=None)
@@ -166,6 +168,8 @@ def reopen(
     network, frozen, _ = build_model(config, card)
     lines += check_values(network, frozen, config, chosen, len(data.splits["train"]))
     chosen = _with_cuts(chosen, network, frozen, config)
+    chosen, more = _exact_plan(chosen, network, frozen, dataclasses.replace(config, plan=plan))
+    lines += more
     with locked(run):
         text = (run / "config.toml").read_text()
         line = f"plan = {json.dumps(str(chosen))}  # flag"
@@ -180,6 +184,29 @@ def _with_cuts(plan: Plan, model: nn.Module, frozen: list[str], config: TrainCon
         return plan
     split = split_model(model, frozen, config, plan, torch.device("cpu"))
     return dataclasses.replace(plan, cuts=split.cuts)
+
+
+def _exact_plan(
+    plan: Plan, model: nn.Module, frozen: list[str], config: TrainConfig
+) -> tuple[Plan, list[str]]:
+    """Return a plan that computes what one device does, and lines about what it does not.
+
+    Raises:
+        ModelError: the user's plan does not, and `--allow-inexact` is not given.
+    """
+    if plan.dp == 1 or (plan.tp * plan.pp > 1 and not config.allow_inexact):
+        return plan, []  # a split model was tried already
+    try:
+        refuse_inexact(model, frozen, config, plan)
+    except CaptureError as error:
+        return plan, [f"not checked whether {config.model} mixes samples of a batch: {error}"]
+    except ModelError as error:
+        if config.allow_inexact:
+            return plan, [f"inexact: {error}"]
+        if config.plan == "auto":
+            return Plan(threads=plan.threads), [f"plan dp=1 in place of {plan}: {error}"]
+        raise ModelError(f"{error}; --allow-inexact trains with it all the same") from None
+    return plan, []
 
 
 def _choose_plan(config: TrainConfig, card: Card, env: RankEnv | None) -> tuple[Plan, list[str]]:

@@ -7,6 +7,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshuffle.config import TrainConfig
+from meshuffle.graph import capture
+from meshuffle.layout.mixing import refuse_mixing
 from meshuffle.layout.program import Program
 from meshuffle.layout.traffic import sent_across_cuts
 from meshuffle.parallel.build import build
@@ -53,7 +55,7 @@ def split_model(
     Args:
         model: whole; it stays whole, with frozen modules in eval mode for good.
         frozen: modules that keep their batch statistics.
-        ranks: where it will run; None only tries whether it can be split so.
+        ranks: where it will run; None only tries whether it can be split so, and exactly.
 
     Raises:
         ModelError: the model cannot be captured; PlanError: nothing of it can be split.
@@ -68,7 +70,19 @@ def split_model(
         device,
         num_micro_batches=num_micro_batches(config, plan),
         costs=lambda program: (_measured_by_first if ranks else measured)(program, device),
+        allow_inexact=config.allow_inexact or ranks is not None,  # the launcher has asked
     )
+
+
+def refuse_inexact(model: nn.Module, frozen: list[str], config: TrainConfig, plan: Plan) -> None:
+    """Refuse replicas of a model that mixes the samples of a batch.
+
+    Raises:
+        ModelError: it does; CaptureError: there is no telling.
+    """
+    keep_frozen(model, frozen)
+    example = torch.empty_like(example_of(model, config, plan), device="cpu")
+    refuse_mixing(capture(model.train(), example), config.model, str(plan))
 
 
 def _measured_by_first(program: Program, device: torch.device) -> dict[str, float]:

@@ -146,6 +146,27 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class RaisedCasts(TorchFunctionMode):
+    """Turns a model's own casts to float32 into casts to float64, for checks in float64.
+
+    A model that computes a part of itself in float32 (softmax or norms of a Llama) would differ by
+    float32's rounding under any other order of summation.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function with float64 wherever float32 is asked for."""
+        if func is Tensor.float:
+            func = Tensor.double
+        given = (args, kwargs or {})
+        args, kwargs = pytree.tree_map(lambda x: torch.float64 if x is torch.float32 else x, given)
+        return func(*args, **kwargs)
+
+
+def raised_casts(dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Return what a model runs in, or is captured in, to be checked in `dtype`."""
+    return RaisedCasts() if dtype == torch.float64 else contextlib.nullcontext()
+
+
 def make_inputs(job: Job, model: nn.Module, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Return the whole batch: normal random numbers, or token ids below the vocabulary.
 

@@ -36,6 +36,7 @@ from meshuffle.verify.job import (
     join_rows,
     loss_of,
     make_inputs,
+    raised_casts,
     rows_of,
     tensors_of,
 )
@@ -70,7 +71,8 @@ class Run:
         # All replicas take the layouts and cuts of the smallest one: their parts must match.
         example = tuple(x[: max(2, min(sizes))] for x in inputs)
         cpu = torch.device("cpu")
-        self.module = build(model, example, plan, ranks, cpu, always_pipeline=True)
+        with raised_casts(job.torch_dtype):
+            self.module = build(model, example, plan, ranks, cpu, always_pipeline=True)
         assert self.module.pipeline is not None
         self.pipeline = self.module.pipeline
         is_fixed = self.module.assignment.program.graph.symbol is None

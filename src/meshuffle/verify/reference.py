@@ -30,7 +30,15 @@ from meshuffle.graph.random_ops import number_draws
 from meshuffle.layout.program import Program
 from meshuffle.parallel.random_masks import ReferenceDraws, draw_key
 from meshuffle.verify.compare import Norm, kind_of
-from meshuffle.verify.job import Job, build_model, join_rows, loss_of, make_inputs, tensors_of
+from meshuffle.verify.job import (
+    Job,
+    build_model,
+    join_rows,
+    loss_of,
+    make_inputs,
+    raised_casts,
+    tensors_of,
+)
 
 NUM_STEPS, MOMENTUM, RELATIVE_STEP = 3, 0.9, 0.01
 _FACTS = "facts.json"
@@ -188,7 +196,7 @@ def _captured(model: nn.Module, inputs: tuple[Tensor, ...]) -> Graph:
     """Capture without torch's own words on what it cannot capture; the error has them."""
     logging.disable(logging.CRITICAL)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), raised_casts(torch.float64):
             return capture(model, inputs, train=True)
     finally:
         logging.disable(logging.NOTSET)
@@ -224,10 +232,12 @@ def _run(
     def run_step(step: int) -> tuple[list[Tensor], Tensor]:
         losses, outputs_of_parts = [], []
         for i, samples in enumerate(parts):
-            with reference_draws(job, facts, step, i):
+            draws = reference_draws(job, facts, step, i)
+            with raised_casts(dtype), draws:
                 outputs = tensors_of(model(*(_rows(x, samples) for x in inputs)))
             losses.append(loss_of(outputs, facts.output_dims, samples, job))
-            losses[-1].backward()
+            with raised_casts(dtype), draws:  # activation checkpointing computes a part again
+                losses[-1].backward()
             outputs_of_parts.append([x.detach() for x in outputs])
         joined = [
             join_rows(outputs, dim, parts, job.batch)
@@ -237,6 +247,7 @@ def _run(
         ]
         return joined, torch.stack(losses).sum()
 
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float64)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     shapes = {name: x.shape for name, x in model.named_buffers()}
     rate = train(trained, run_step, facts.learning_rate, see)

@@ -24,7 +24,15 @@ from meshuffle.layout.layout import Layout, Partial, Samples, Shard, Varying, Wi
 from meshuffle.layout.program import Program
 from meshuffle.layout.redistribution import Value, held_indices
 from meshuffle.parallel.redistribute import Redistribute
-from meshuffle.verify.job import Job, build_model, loss_of, make_inputs, rows_of, tensors_of
+from meshuffle.verify.job import (
+    Job,
+    build_model,
+    loss_of,
+    make_inputs,
+    raised_casts,
+    rows_of,
+    tensors_of,
+)
 from meshuffle.verify.rank import Run
 from meshuffle.verify.reference import Reference, reference_draws, squared_difference
 
@@ -57,9 +65,10 @@ def make_trace(job: Job, reference: Reference) -> None:
     model = build_model(job, torch.float64)
     samples = torch.cat(job.micro_batches()[0])
     inputs = tuple(x[samples] for x in make_inputs(job, model, torch.float64))
-    graph = capture(model, inputs, train=True)
+    with raised_casts(torch.float64):
+        graph = capture(model, inputs, train=True)
     stored: dict[str, Any] = {
-        **graph.program.constants,
+        **graph.constants,
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from meshuffle.graph.runtime_ops import weighted_part
 from meshuffle.layout.layout import Partial, Replicate, Samples, Shard, Split, splits
 from meshuffle.layout.program import Call
 from meshuffle.layout.rule import Choice, Choices, Local, Query, alike, rule
@@ -117,7 +118,7 @@ def reduce(call: Query) -> Choices:
 
 def weighted_mean(layout: Split, size: int) -> Local:
     """Return what takes the mean of a rank's part, times its fraction of a dim of `size`."""
-    return lambda emit: emit.call(aten.mul.Tensor, emit.again(), emit.fraction_of(layout, size))
+    return lambda emit: emit.call(weighted_part, emit.again(), emit.fraction_of(layout, size))
 
 
 @rule(aten.batch_norm)

@@ -74,11 +74,16 @@ def attention(call: Query) -> Choices:
 
 @rule(aten.embedding)
 def embedding(call: Query) -> Choices:
-    """weight (V, E) at indices (…): the features, or any dim of the indices."""
+    """weight (V, E) at indices (…): the features, or any dim of the indices.
+
+    Where a row's gradient depends on how often its index occurs, all indices are needed.
+    """
     weight, indices = call["weight"], call["indices"]
     features = len(call.shape(indices))
     tried = [*call.wanted, *call.arriving[indices], call.samples(), call.even(features)]
     for layout in splits(tried):
+        if layout.dim < features and call["scale_grad_by_freq"]:
+            continue
         given = {indices: layout} if layout.dim < features else {weight: layout.on(1)}
         yield call.choice(given, layout, layout)
 

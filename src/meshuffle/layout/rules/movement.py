@@ -253,8 +253,10 @@ def slice_rule(call: Query) -> Choices:
     dim = call["dim"] % len(call.out)
     size = call.shape(x)[dim]
     for layout in call.splits_of(x):
-        if layout.dim != dim or size == call.out[dim]:
+        if layout.dim != dim:
             yield call.choice({x: layout}, layout, layout, rest=layout)
+        elif size == call.out[dim]:  # all of it
+            yield call.choice({x: layout}, layout, layout, local=lambda emit: emit.given["self"])
     bounds = [call.given.get(name) for name in ("start", "end", "step")]
     if call.node.target != aten.slice.Tensor or not all(isinstance(b, int | None) for b in bounds):
         return
