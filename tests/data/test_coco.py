@@ -429,6 +429,12 @@ def test_which_json(tmp_path):
     assert "has both instances_val2014.json and instances_val2017.json for val" in found
 
 
+def test_a_split_without_an_image(pair):
+    file = next(pair.rglob("*val*.json"))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "images": [], "annotations": []}))
+    assert "its val holds no image for detect: add images, or remove it" in error_of(pair)
+
+
 def test_a_split_that_is_not_there(pair):
     assert "has no test images; it has train (3), val (1)" in error_of(pair, need=("test",))
 

@@ -316,3 +316,18 @@ def test_folders_of_another_layout_are_no_classes(make_folder, counts, expected)
 def test_another_task_names_the_formats_that_have_it(make_folder):
     root = make_folder({"images": 4, "masks": 4})
     assert "a format for it: coco:PATH, masks:PATH, voc:PATH" in error_of(root, task="segment")
+
+
+def test_a_split_that_is_there_is_not_replaced(make_folder):
+    """A part of train would take its place in silence."""
+    root = make_folder({"train/a": 5, "train/b": 5, "val/a": 0, "val/b": 0})
+    expected = "its val holds no image for classify: add images, or remove it; without it a fifth"
+    assert expected in error_of(root) and expected in error_of(root, need=())
+    root = make_folder({"val": 2})
+    for name in "ab":
+        (root / "val" / name).rmdir()
+    assert "val/ holds images but no class folders, as train has them" in error_of(root)
+    (root / "val").rename(root / "test")
+    data = open_data(str(root))
+    assert data.ignored == ("test/ holds images but no class folders: left out",)
+    assert len(data.splits["val"]) == 2

@@ -75,12 +75,19 @@ def test_detect(pets):
 
 
 def test_other_tasks(pets):
+    (pets / "ImageSets/Main/test.txt").unlink()
     train = open_voc(str(pets)).splits["train"]
     assert [train.target(0), train.target(1)] == [0, 1]
-    assert "test" not in open_voc(str(pets)).splits, "its only image shows nothing"
+    (pets / "ImageSets/Main/test.txt").write_text("d")  # it shows nothing
+    assert "its test holds no image for classify" in error_of(pets, "classify")
     rows = open_voc(str(pets), task="multilabel").splits["train"]
     assert [rows.target(i).tolist() for i in range(2)] == [[1, 1], [0, 1]]
-    assert open_voc(str(pets), task="generate").splits["test"].target(0) == 0
+    assert open_voc(str(pets), task="generate").splits["val"].target(0) == 0
+
+
+def test_an_empty_list(pets):
+    lists(pets, val="")
+    assert "its val holds no image for detect" in error_of(pets)
 
 
 def test_a_class_that_train_lacks(pets):

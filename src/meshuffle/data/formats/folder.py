@@ -53,6 +53,12 @@ def open_folder(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "va
     if "train" in need and "train" in splits:
         check_filled(str(root), splits["train"].labels, classes, "image")
     problems = Problems(str(root))
+    for name in subfolders(root) if "train" in folders else ():
+        if SPLITS.get(name.lower(), "train") not in folders:
+            what = f"{name}/ holds images but no class folders"
+            if name.lower() != "test":
+                raise DataError(f"{root}: {what}, as train has them: sort them, or move it away")
+            problems.notes.append(f"{what}: left out")
     problems.notes += [name for scan in scans.values() for name in scan.ignored]
     layout = f"folder: {'/, '.join(folders.values())}/ with" if folders else "folder:"
     layout = f"{layout} one folder per class"
