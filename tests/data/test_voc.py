@@ -343,7 +343,7 @@ def test_images_without_annotations_are_noted(tmp_path):
 def test_other_xml_says_what_it_is(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "annotations.xml").write_text("<annotations><image name='a.jpg'/></annotations>")
-    expected = "annotations.xml: is <annotations>, not VOC's <annotation>: export it as VOC or COCO"
+    expected = "annotations.xml: is <annotations>, not VOC's <annotation>"
     assert expected in error_of(tmp_path)
 
 

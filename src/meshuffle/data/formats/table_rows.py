@@ -160,6 +160,8 @@ def _parse(file: Path, text: str, row: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
+        if text.lstrip().startswith("<"):
+            raise DataError(f"{file} is XML, not JSON") from error
         where = row or f"line {error.lineno}"
         raise DataError(f"{file}: {where}, column {error.colno}: {error.msg}") from error
     except RecursionError as error:
