@@ -134,7 +134,10 @@ def test_a_flat_folder_is_looked_at_whole(make_folder):
     report = check_data(str(root))
     assert report.counts == {"train": {"a": 3, "b": 6}}
     assert len(report.repeated) == 1 and report.leaks == ()
-    assert report.ok and "no problem found" in report.render()
+    expected = "1 exact duplicates within a split: a fifth of train becomes val"
+    assert report.problems()[0].startswith(expected) and "sizes: 12×10 (w" in report.render()
+    (root / "b/same.png").unlink()
+    assert "no problem found" in check_data(str(root)).render()
 
 
 def test_one_class_is_a_problem_and_no_error(make_folder):
@@ -195,3 +198,15 @@ def test_real_photographs(hymenoptera):
     report = check_data(str(hymenoptera))
     assert report.counts["train"] == {"ants": 124, "bees": 121}
     assert report.unreadable == ()
+
+
+def test_targets_have_ranges(make_folder):
+    root = make_folder({"a": 3})
+    rows = [f"a/00{i}.png,{i - 1.5},{i // 2}" for i in range(3)]
+    (root / "t.csv").write_text("\n".join(["image,x,y", *rows]))
+    report = check_data(f"csv:{root}/t.csv", task="regress")
+    assert report.ranges == {"train": {"x": (-1.5, -0.5, 0.5), "y": (0, 1 / 3, 1)}}
+    lines = [line.split() for line in report.render().splitlines()]
+    assert ["target", "minimum", "mean", "maximum", "in", "train:", "3", "images"] in lines
+    assert ["y", "0", "0.33333", "1"] in lines and not any("sum" in line for line in lines)
+    assert "ranges" in json.loads(json.dumps(report.to_dict()))

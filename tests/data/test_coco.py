@@ -175,6 +175,24 @@ def test_files_of_another_name_beside_the_folders_of_coco(tmp_path):
     assert {key: len(source) for key, source in data.splits.items()} == {"train": 1, "val": 1}
 
 
+def test_the_split_folders_of_supervisely(tmp_path):
+    for split in ("train", "val"):
+        content = tree([image(1)], [thing(1, 1, 3, [0, 0, 4, 4])], CATEGORIES[1:])
+        write(tmp_path / "a" / split, "annotations/coco_instances.json", content, "images")
+    assert list(open_coco(str(tmp_path / "a"), task="detect").splits) == ["train", "val"]
+    assert error_of(tmp_path).endswith(f"saw a/; did you mean coco:{tmp_path / 'a'}?")
+
+
+def test_labels_of_whole_images(tmp_path):
+    """Datumaro writes labels_train.json, and image_info_train.json without annotations."""
+    labels = [{"id": i, "image_id": 1, "category_id": key} for i, key in enumerate((3, 7))]
+    write(tmp_path, "annotations/labels_train.json", tree([image(1)], labels), "images")
+    write(tmp_path, "annotations/image_info_train.json", tree([image(1)], []), "images")
+    data = open_coco(str(tmp_path), task="multilabel", need=("train",))
+    assert data.splits["train"].target(0).tolist() == [1, 1]
+    assert "bbox is None, not 4 numbers" in error_of(tmp_path)
+
+
 def test_a_size_that_is_missing_is_read(tmp_path):
     bare = {"id": 1, "file_name": "1.png"}
     write(tmp_path, "a.json", tree([bare], [thing(1, 1, 3, [6, 5, 6, 5])]))
@@ -427,6 +445,12 @@ def test_which_json(tmp_path):
         write(tmp_path, f"annotations/instances_val{year}.json", tree([], []))
     found = error_of(tmp_path)
     assert "has both instances_val2014.json and instances_val2017.json for val" in found
+
+
+def test_a_split_without_an_image(pair):
+    file = next(pair.rglob("*val*.json"))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "images": [], "annotations": []}))
+    assert "its val holds no image for detect: add images, or remove it" in error_of(pair)
 
 
 def test_a_split_that_is_not_there(pair):

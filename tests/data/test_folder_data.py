@@ -301,10 +301,10 @@ def test_files_of_which_nothing_is_known(make_folder, monkeypatch):
 @pytest.mark.parametrize(
     ("counts", "expected"),
     [
-        ({"images": 4, "masks": 4}, "images, masks are no names of classes; looked for one folder"),
+        ({"images": 4, "masks": 4}, "images/ and masks/ are no classes; looked for one folder"),
         ({"train/Images": 4, "train/labels": 4}, "masks:PATH, coco:PATH, voc:PATH, yolo:PATH or"),
-        ({"train": 4, "validation": 2}, "train, validation are no names of classes"),
-        ({"images/train": 2, "images/val": 2}, "images are no names of classes"),
+        ({"train": 4, "validation": 2}, "train/ and validation/ contain no class folders"),
+        ({"images/train": 2, "images/val": 2}, "images/ are no classes"),
         ({"2750/a": 2, "2750/b": 2}, "2750/ is no class, it holds folders; did you mean"),
     ],
 )
@@ -316,3 +316,27 @@ def test_folders_of_another_layout_are_no_classes(make_folder, counts, expected)
 def test_another_task_names_the_formats_that_have_it(make_folder):
     root = make_folder({"images": 4, "masks": 4})
     assert "a format for it: coco:PATH, masks:PATH, voc:PATH" in error_of(root, task="segment")
+
+
+def test_a_split_that_is_there_is_not_replaced(make_folder):
+    """A part of train would take its place in silence."""
+    root = make_folder({"train/a": 5, "train/b": 5, "val/a": 0, "val/b": 0})
+    expected = "its val holds no image for classify: add images, or remove it; without it a fifth"
+    assert expected in error_of(root) and expected in error_of(root, need=())
+    root = make_folder({"val": 2})
+    for name in "ab":
+        (root / "val" / name).rmdir()
+    assert "val/ holds images but no class folders, as train has them" in error_of(root)
+    (root / "val").rename(root / "test")
+    data = open_data(str(root))
+    assert data.ignored == ("test/ holds images but no class folders: left out",)
+    assert len(data.splits["val"]) == 2
+
+
+def test_images_beside_their_masks_are_no_class(make_folder):
+    """Roboflow's masks, whose train/ and visualizations/ would be two classes."""
+    root = make_folder({"train": 3, "visualizations": 3})
+    for i in range(3):
+        noise(i).save(root / "train" / f"00{i}_mask.png")
+    expected = "train/ is no class: 3 of its 6 images are masks of others (000_mask); use masks:"
+    assert expected in error_of(root) and expected in error_of(root, need=())

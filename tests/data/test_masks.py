@@ -53,6 +53,12 @@ def test_ids_that_are_found(street):
     assert pickle.loads(pickle.dumps(train)).target(0).tolist() == first.tolist()
 
 
+def test_a_folder_without_an_image(street):
+    for kind, name in (("images", "c.jpg"), ("masks", "c.png")):
+        (street / kind / "val" / name).unlink()
+    assert "its val holds no image for segment: add images, or remove it" in error_of(street)
+
+
 def test_the_void_id_of_the_caller(street):
     data = open_masks(f"{street}?void=1")
     assert data.classes == ("class 0", "class 3", "class 7")

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 import meshuffle.data
@@ -32,6 +34,38 @@ def test_a_task_for_which_there_is_nothing(spec, task, ways):
         assert "have nothing" not in error_of_task(spec, task)
     else:
         assert f"nothing for --task {task}; use {ways}" in error_of_task(spec, task)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        (
+            "train/via_region_data.json",
+            '{"a": {"shape_attributes": {}}}',
+            "VIA's own .*: export COCO",
+        ),
+        (
+            "annotations.xml",
+            "<annotations> </annotations>",
+            "CVAT's own .*: export COCO 1.0, Pascal VOC",
+        ),
+        ("ds0/ann/a.jpg.json", '{"objects": [{"classTitle": "eye"}]}', "Supervisely's own .*COCO,"),
+        ("a.json", '{"shapes": [{"shape_type": "polygon"}]}', "labelme's own .*labelme2coco.py"),
+        ("min.json", '[{"image": "a.jpg", "lead_time": 2}]', "Label Studio's own .*: export COCO"),
+        ("annotations/train.json", '{"dm_format_version": "1.0"}', "Datumaro's own .*coco, voc"),
+    ],
+)
+def test_what_a_tool_keeps_for_itself(tmp_path, name, text, expected):
+    """The advice was `use --task classify`, or a parser's words."""
+    file = tmp_path / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    found = [error_of_task(str(tmp_path), task) for task in ("classify", "multilabel", "detect")]
+    found += [error_of_task(f"{kind}:{tmp_path}", "detect") for kind in ("coco", "voc", "yolo")]
+    found += [error_of_task(f"json:{file}", task) for task in ("multilabel", "detect")]
+    for one in found:
+        assert re.search(f"{file} is {expected}", one) and "--task classify" not in one, one
+    assert ("is XML, not JSON" in found[-2]) == (file.suffix == ".xml")
 
 
 def error_of_task(spec: str, task: str) -> str:

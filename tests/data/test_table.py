@@ -275,12 +275,12 @@ def test_encodings(photos, encoding, name, notices):
     ("header", "note"),
     [
         ("", ()),
-        ("index", ("column index numbers the rows: left out",)),
-        ("ID", ("column ID numbers the rows: left out",)),
+        ("index", ("column index numbers the rows: left out; ?targets=index,… takes it",)),
+        ("ID", ("column ID numbers the rows: left out; ?targets=ID,… takes it",)),
         ("Unnamed: 0", ("column Unnamed: 0 numbers the rows: left out",)),
     ],
 )
-@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("first", [0, 1, 1000])
 @pytest.mark.parametrize("place", [0, 2])
 def test_an_index_is_no_target(photos, header, note, first, place):
     rows = [[f"a/{i}.png", str(i / 2)] for i in range(10)]
@@ -290,16 +290,20 @@ def test_an_index_is_no_target(photos, header, note, first, place):
         row.insert(place, str(number))
     path = table(photos, *map(",".join, rows))
     data = open_csv(path, task="regress", need=())
-    assert data.classes == ("x",) and data.ignored == note
+    assert data.classes == ("x",) and data.ignored + data.notices == note
     if header:
         chosen = open_csv(f"{path}?targets={header}", task="regress", need=())
         assert chosen.classes == (header,)
 
 
 def test_numbers_that_are_no_index_are_targets(photos):
-    rows = [f"a/{i}.png,{i + 5},{2 * i}" for i in range(10)]
-    data = open_csv(table(photos, "image,id,y", *rows), task="regress")
-    assert data.classes == ("id", "y")
+    rows = [f"a/{i}.png,{i + 5},{i // 2},{2 * i}" for i in range(10)]
+    data = open_csv(table(photos, "image,row,id,fluid", *rows), task="regress")
+    assert data.classes == ("id", "fluid") and "column row numbers" in data.notices[0]
+    data = open_csv(table(photos, "image,day,id,y", *rows[:9]), task="regress")
+    assert data.classes == ("day", "id", "y")
+    path = table(photos, "image,day", *(row.rsplit(",", 2)[0] for row in rows))
+    assert "numbers the rows: left out; ?targets=day" in error_of(open_csv, path, task="regress")
     rows = [f"{7 * i},a/{i}.png,{2 * i}" for i in range(10)]
     data = open_csv(table(photos, ",image,y", *rows), task="regress")
     assert data.classes == ("y",), "pandas' index of the rows that were chosen"
@@ -308,6 +312,18 @@ def test_numbers_that_are_no_index_are_targets(photos):
     assert data.classes == ("y",), "a column without a name that holds the images"
     entries = [{"index": i, "image": f"a/{i}.png", "y": 3 * i} for i in range(10)]
     assert open_json(objects(photos, *entries), task="regress").classes == ("y",)
+
+
+def test_ids_of_images(photos):
+    """Kaggle's train.csv names 1000 for train_images/1000.png."""
+    path = table(photos, "id,x,male", *(f"{i},{i / 2},{i > 4}" for i in range(10)))
+    data = open_csv(path, task="regress", need=())
+    assert data.classes == ("x", "male")
+    assert data.splits["train"].name(9) == str(photos / "a/9.png")
+    assert data.notices[0].endswith("extension in the table: 0 is read as a/0.png, …")
+    assert data.notices[1].startswith("male: true and false are the targets 1 and 0")
+    noise(1).save(photos / "3.png")
+    assert f"line 5: no such image in {photos}: 3" in error_of(open_csv, path, task="regress")
 
 
 @pytest.mark.parametrize("header", ["Image,Label,Split", "FILE NAME,CLASS,SPLIT"])

@@ -75,12 +75,19 @@ def test_detect(pets):
 
 
 def test_other_tasks(pets):
+    (pets / "ImageSets/Main/test.txt").unlink()
     train = open_voc(str(pets)).splits["train"]
     assert [train.target(0), train.target(1)] == [0, 1]
-    assert "test" not in open_voc(str(pets)).splits, "its only image shows nothing"
+    (pets / "ImageSets/Main/test.txt").write_text("d")  # it shows nothing
+    assert "its test holds no image for classify" in error_of(pets, "classify")
     rows = open_voc(str(pets), task="multilabel").splits["train"]
     assert [rows.target(i).tolist() for i in range(2)] == [[1, 1], [0, 1]]
-    assert open_voc(str(pets), task="generate").splits["test"].target(0) == 0
+    assert open_voc(str(pets), task="generate").splits["val"].target(0) == 0
+
+
+def test_an_empty_list(pets):
+    lists(pets, val="")
+    assert "its val holds no image for detect" in error_of(pets)
 
 
 def test_a_class_that_train_lacks(pets):
@@ -336,7 +343,7 @@ def test_images_without_annotations_are_noted(tmp_path):
 def test_other_xml_says_what_it_is(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "annotations.xml").write_text("<annotations><image name='a.jpg'/></annotations>")
-    expected = "annotations.xml: is <annotations>, not VOC's <annotation>: export it as VOC or COCO"
+    expected = "annotations.xml: is <annotations>, not VOC's <annotation>"
     assert expected in error_of(tmp_path)
 
 

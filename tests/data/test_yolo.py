@@ -60,6 +60,13 @@ def test_detect(pets):
     assert train.image(0).size == (20, 10)
 
 
+def test_a_folder_without_an_image(pets):
+    """Supervisely names images/val also where all images are in train."""
+    (pets / "images/val/d.png").unlink()
+    expected = "its val holds no image for detect: add images, or remove it; without it a fifth"
+    assert expected in error_of(pets) and expected in error_of(pets, need=())
+
+
 def test_other_tasks(pets):
     train = open_yolo(str(pets)).splits["train"]
     assert [train.target(i) for i in range(len(train))] == [0, 1]

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class CheckReport:
         imbalance: images of the largest class / those of the smallest, in train (or in the only
             split); None if a class is empty.
         grid: path of the picture.
+        ranges: {split: {target: (minimum, mean, maximum)}}, for regression.
     """
 
     spec: str
@@ -57,6 +58,7 @@ class CheckReport:
     task: str = "classify"
     layout: str = ""
     notices: tuple[str, ...] = ()
+    ranges: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -75,6 +77,11 @@ class CheckReport:
             lines.append(f"{len(self.unreadable)} unreadable images (training skips them)")
         if self.leaks:
             lines.append(f"{len(self.leaks)} exact duplicates between splits")
+        if self.repeated and "train" in self.counts and "val" not in self.counts:
+            lines.append(
+                f"{len(self.repeated)} exact duplicates within a split: a fifth of train becomes "
+                "val, which may then hold copies of what is learned; remove them"
+            )
         return lines
 
     def render(self) -> str:
@@ -83,8 +90,9 @@ class CheckReport:
         lines = [f"{self.spec}: {len(self.classes)} {kinds}"]
         lines += [f"layout  {self.layout}"] if self.layout else []
         lines += [f"note: {notice}" for notice in self.notices]
-        lines += self._table()
-        lines += [f"sizes: {_size(self.smallest)} … {_size(self.largest)} (width×height)"]
+        lines += self._ranges() if self.ranges else self._table()
+        sizes = dict.fromkeys([_size(self.smallest), _size(self.largest)])
+        lines += [f"sizes: {' … '.join(sizes)} (width×height)"]
         if self.imbalance is not None and self.task != "regress":
             lines.append(f"largest class / smallest class: {self.imbalance:.2f}")
         lines += _section("unreadable", [reason for _, reason in self.unreadable])
@@ -107,6 +115,15 @@ class CheckReport:
             yield "  ".join([f"{name:{width}}", *row])
         total = (f"{sum(counts.values()):>8,}" for counts in self.counts.values())
         yield "  ".join([f"{'sum':{width}}", *total])
+
+    def _ranges(self) -> Iterator[str]:
+        width = max(map(len, (*self.classes, "target")))
+        for split, ranges in self.ranges.items():
+            heads = (f"{head:>11}" for head in ("minimum", "mean", "maximum"))
+            count = f" in {split}: {max(self.counts[split].values()):,} images"
+            yield "  ".join([f"{'target':{width}}", *heads, count])
+            for name, numbers in ranges.items():
+                yield "  ".join([f"{name:{width}}", *(f"{number:>11.5g}" for number in numbers)])
 
 
 @dataclass(frozen=True)
@@ -237,7 +254,15 @@ def _report(
         task=data.task,
         layout=data.layout,
         notices=data.notices,
+        ranges={key: _ranges(data.splits[key]) for key in data.splits if data.task == "regress"},
     )
+
+
+def _ranges(source: ImageSource) -> dict[str, tuple[float, ...]]:
+    """Return {target: (minimum, mean, maximum)}."""
+    values = np.array([source.target(index) for index in range(len(source))], dtype=np.float64)
+    rows = np.stack([values.min(0), values.mean(0), values.max(0)], axis=1).tolist()
+    return dict(zip(source.classes, map(tuple, rows), strict=True))
 
 
 def _counts(

@@ -253,8 +253,13 @@ def assemble(
 
     With `need=()` nothing is split. `problems` holds the notes and notices. `shown`: which classes
     train's images show, bool [N, C], of a task that needs each in train. Raises `DataError` if a
-    needed split has no image, or train lacks a class.
+    needed split has no image, one that is there is empty, or train lacks a class.
     """
+    if empty := [key for key in ("val", "test") if key in splits and not len(splits[key])]:
+        cut = "; without it a fifth of train becomes val" * (empty[0] == "val")
+        raise DataError(
+            f"{path}: its {empty[0]} holds no image for {task}: add images, or remove it{cut}"
+        )
     found = {key: source for key, source in splits.items() if len(source)}
     if need and "val" not in found and "train" in found:
         found |= split_off_val(found["train"], VAL_FRACTION, seed)

@@ -14,6 +14,7 @@ from typing import Any
 from meshuffle.data.base import Data, ImageSource
 from meshuffle.data.entries import NEED, Need, split_place
 from meshuffle.data.formats.digits import open_digits
+from meshuffle.data.formats.foreign import foreign_file
 from meshuffle.data.scan import existing_folder
 from meshuffle.errors import DataError, did_you_mean
 from meshuffle.files import expanded
@@ -82,7 +83,12 @@ def open_data(
     chosen: dict[str, Any] = {"task": task} if len(form.tasks) > 1 else {}
     if "detect" in form.tasks:
         chosen["strict"] = strict
-    return _finished(form.load()(path, seed=seed, need=need, **chosen), spec, task)
+    try:
+        return _finished(form.load()(path, seed=seed, need=need, **chosen), spec, task)
+    except DataError as error:
+        if hint := foreign_file(expanded(split_place(path)[0])):
+            raise DataError(f"{error}; {hint}") from error
+        raise
 
 
 def parse_data(spec: str) -> tuple[str, str]:
@@ -124,6 +130,9 @@ def _check_task(spec: str, form: Format, task: str) -> None:
     """Refuse a task for which the format has no targets; generate needs only images."""
     if task in form.tasks or (task == "generate" and "classify" in form.tasks):
         return
+    place = expanded(split_place(parse_data(spec)[1])[0])
+    if spec != DIGITS and (found := foreign_file(place)):
+        raise DataError(f"{found}; then open that as coco:PATH, voc:PATH or yolo:PATH")
     ways = " or ".join(f"--task {name}" for name in form.tasks)
     others = ", ".join(f"{name}:PATH" for name, other in FORMATS.items() if task in other.tasks)
     hint = f", or a format for it: {others}" if others and spec != DIGITS else ""

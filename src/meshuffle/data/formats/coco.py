@@ -14,6 +14,7 @@ from meshuffle.data.annotated import AnnotatedSource
 from meshuffle.data.base import Data, shortened
 from meshuffle.data.entries import NEED, Need, Problems, assemble, check_names, only_split, split_of
 from meshuffle.data.formats.coco_json import WANTED, Instances, is_number, read_instances
+from meshuffle.data.formats.foreign import foreign_file
 from meshuffle.data.objects import (
     BoxList,
     Objects,
@@ -78,7 +79,7 @@ def _files(path: Path, need: Sequence[str]) -> dict[str, Path]:
     root = existing_folder(path)
     found: dict[str, Path] = {}
     for file in _instance_files(root):
-        split = split_of(file.stem) or split_of(file.parent.name)
+        split = split_of(file.stem) or split_of(file.relative_to(root).parts[0])
         if split is None:
             continue
         if split in found:
@@ -89,22 +90,29 @@ def _files(path: Path, need: Sequence[str]) -> dict[str, Path]:
     lonely = sorted([*root.glob("*.json"), *root.glob("annotations/*.json")])
     if len(lonely) != 1:
         names = shortened([file.name for file in lonely]) or "none"
+        inner = [root / name for name in subfolders(root) if _instance_files(root / name)]
+        hint = f"; did you mean coco:{inner[0]}?" if inner and not foreign_file(root) else ""
         raise DataError(
-            f"{root} holds {len(lonely)} JSON files ({names}); {WANTED}; saw {contents(root)}"
+            f"{root} holds {len(lonely)} JSON files ({names}); {WANTED}; saw {contents(root)}{hint}"
         )
     return {only_split(need): lonely[0]}
 
 
 def _instance_files(root: Path) -> list[Path]:
-    """Return the JSON files that may be a split's: COCO's, or one in each split's folder."""
+    """Return the JSON files that may be a split's: COCO's, or one in each split's folder.
+
+    image_info_*.json, without annotations, counts where it is alone: Datumaro writes it as well.
+    """
     named = [*root.glob("annotations/*.json"), *root.glob("*.json")]
     inner = [
         file
         for name in subfolders(root)
         if split_of(name)
-        for file in (root / name).glob("_annotations*.json")
+        for pattern in ("_annotations*.json", "annotations/*.json")
+        for file in (root / name).glob(pattern)
     ]
     plain = [file for file in named if split_of(file.stem)]
+    plain = [file for file in plain if not file.stem.startswith("image_info")] or plain
     instances = [file for file in plain if file.stem.startswith("instances")]
     return sorted(instances or [f for f in plain if "_" not in f.stem] or inner or plain)
 
@@ -150,20 +158,24 @@ def _box_source(
 
 
 def _objects(one: Instances, classes: Sequence[str], task: str, notes: list[str]) -> Objects:
-    """Return the boxes of the task; a crowd is no object, but shows what it is a crowd of."""
+    """Return the boxes of the task; a crowd is no object, but shows what it is a crowd of.
+
+    Where no annotation has a box, each is a label of its whole image, as Datumaro writes them.
+    """
     boxes, used, num_crowds = BoxList(), [], 0
     label_of = {name: label for label, name in enumerate(classes)}
+    whole = task != "detect" and not any("bbox" in entry for entry in one.annotations)
     for annotation in one.known():
         if annotation.get("iscrowd") and task != "multilabel":
             num_crowds += 1
             continue
-        box = annotation.get("bbox")
+        owner = one.owner_of[annotation["image_id"]]
+        box = [0, 0, *one.sizes[owner].tolist()] if whole else annotation.get("bbox")
         if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
             one.problems.add(f"{one.name_of(annotation)}: bbox is {box!r}, not 4 numbers")
             continue
         left, top, width, height = box
         label = label_of[one.categories[annotation["category_id"]]]
-        owner = one.owner_of[annotation["image_id"]]
         boxes.add(owner, label, (left, top, left + width, top + height))
         used.append(annotation)
     objects = boxes.finish(

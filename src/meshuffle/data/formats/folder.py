@@ -12,6 +12,7 @@ import numpy as np
 from meshuffle.data.annotated import AnnotatedSource, LabelTargets
 from meshuffle.data.base import Data, shortened
 from meshuffle.data.entries import SPLITS, Problems, assemble, check_filled, only_split
+from meshuffle.data.formats.mask_files import masks_beside
 from meshuffle.data.scan import (
     ClassFolders,
     PathTable,
@@ -53,6 +54,12 @@ def open_folder(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "va
     if "train" in need and "train" in splits:
         check_filled(str(root), splits["train"].labels, classes, "image")
     problems = Problems(str(root))
+    for name in subfolders(root) if "train" in folders else ():
+        if SPLITS.get(name.lower(), "train") not in folders:
+            what = f"{name}/ holds images but no class folders"
+            if name.lower() != "test":
+                raise DataError(f"{root}: {what}, as train has them: sort them, or move it away")
+            problems.notes.append(f"{what}: left out")
     problems.notes += [name for scan in scans.values() for name in scan.ignored]
     layout = f"folder: {'/, '.join(folders.values())}/ with" if folders else "folder:"
     layout = f"{layout} one folder per class"
@@ -117,10 +124,18 @@ def _check_content(root: Path, scans: Mapping[str, ClassFolders]) -> None:
         raise DataError(
             f"{root}: {filled[0]}/ is no class, it holds folders; did you mean {inner}?"
         )
+    for name, files in (item for scan in scans.values() for item in scan.files.items()):
+        masks = masks_beside(map(os.fsdecode, files))
+        if 4 * len(masks) > len(files):
+            raise DataError(
+                f"{root}: {name}/ is no class: {len(masks)} of its {len(files)} images are masks "
+                f"of others ({masks[0]}); use masks:{root} with --task segment"
+            )
     if {name.lower() for name in filled} <= _NO_CLASSES:
-        raise DataError(
-            f"{root}: {shortened(filled)} are no names of classes; {_WANTED}; {_ELSEWHERE}"
-        )
+        names = " and ".join(f"{name}/" for name in filled)
+        is_split = {name.lower() for name in filled} <= set(SPLITS)
+        what = "contain no class folders" if is_split else "are no classes"
+        raise DataError(f"{root}: {names} {what}; {_WANTED}; {_ELSEWHERE}")
 
 
 def _classes(root: Path, scans: Mapping[str, ClassFolders], need: Sequence[str]) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +83,12 @@ def _layout(root: Path) -> tuple[str, Mapping[str, Folders]]:
     raise DataError(
         f"{root}: images with masks are not recognised: {_LOOKED_FOR}; saw {contents(root)}"
     )
+
+
+def masks_beside(files: Iterable[str]) -> list[str]:
+    """Return the stems of those files that are called as masks of others among them, sorted."""
+    keys = {stem(file) for file in files}
+    return sorted(key for key in keys if key.endswith(_ENDS) and _image_stem(key) in keys)
 
 
 def _image_stem(key: str) -> str:

@@ -24,10 +24,14 @@ from meshuffle.data.entries import (
     existing_file,
     only_split,
     split_options,
+    stem,
+    suffix,
     with_slashes,
 )
 from meshuffle.data.formats.table_rows import TARGETS, Table, read_csv, read_json
+from meshuffle.data.image import EXTENSIONS
 from meshuffle.data.objects import note_unused, path_table
+from meshuffle.data.scan import image_paths
 from meshuffle.errors import DataError, did_you_mean
 
 _IMAGE = ("image", "file", "path", "filename", "file_name", "image_path", "filepath")
@@ -35,6 +39,8 @@ _SPLIT = ("split",)
 _LABEL = ("label", "class")
 _LABELS = ("labels",)
 _SEPARATORS = ("|", ";")
+_INDEX = re.compile(r"(.*[ _])?([Ii]ndex|INDEX|[Ii]d)|.*(Id|ID)")
+_MANY = 10  # rows: a few targets may count up by chance
 _COMMA = re.compile(r"[+-]?\d*,\d+(e[+-]?\d+)?", re.IGNORECASE)
 
 
@@ -56,8 +62,9 @@ def open_csv(
     val, test) is optional: without it, 20 % chosen by `seed` become val. classify: a column
     `label` or `class`. multilabel: `labels`, names separated by `|` or `;`, or one column of
     0 and 1 per class. regress: every column of numbers. `PATH?targets=a,b` names the columns
-    of multilabel or regress. Names of columns match in any case; one called index, id or nothing
-    that numbers the rows is left out. See `read_csv` for separators and encodings.
+    of multilabel or regress. Names of columns match in any case; one of whole
+    numbers that is called index, id or nothing, or counts up by 1, numbers the rows and is no
+    target. See `read_csv` for separators and encodings.
 
     Raises `DataError`: the file, and the first bad lines.
     """
@@ -98,6 +105,7 @@ def _open(
     splits = {
         split: _source(table, np.flatnonzero(split_of_row == split), paths, known)
         for split in ("train", "val", "test")
+        if split == "train" or split in split_of_row
     }
     if task == "classify" and need and len(splits["train"]):
         check_filled(str(file), splits["train"].labels, known.classes, "row")
@@ -119,7 +127,10 @@ def _source(
 
 
 def _image_column(table: Table) -> str:
-    return table.column(_IMAGE) or next(iter(table.columns), "")
+    """Return the column of this name, else the first with names of images, else the first."""
+    names = [*table.columns]
+    found = (name for name in names if suffix(str(table.columns[name][0])) in EXTENSIONS)
+    return table.column(_IMAGE) or next(found, names[0] if names else "")
 
 
 def _paths(table: Table) -> list[str]:
@@ -136,10 +147,27 @@ def _paths(table: Table) -> list[str]:
             table.problems.add(f"{table.name_of(row, column)}, as in {line}; one row per image")
     paths = with_slashes(table.file.parent, paths)
     gone = set(absent(table.file.parent, [path for path in paths if path]))
+    if any(suffix(path) not in EXTENSIONS for path in gone):
+        found = _with_extensions(table, gone)
+        paths, gone = [found.get(path, path) for path in paths], gone - set(found)
     for row, path in enumerate(paths):
         if path in gone:
             table.problems.add(f"{table.rows[row]}: no such image in {table.file.parent}: {path}")
     return paths
+
+
+def _with_extensions(table: Table, gone: set[str]) -> dict[str, str]:
+    """Return the paths of Kaggle's ids of images, each the stem of exactly one file."""
+    files: dict[str, list[str]] = {}
+    for file in image_paths(table.file.parent):
+        files.setdefault(stem(file), []).append(file)
+    found = {path: files[path][0] for path in gone if len(files.get(path, ())) == 1}
+    if found:
+        path, file = min(found.items())
+        table.problems.notices.append(
+            f"{len(found)} images have no extension in the table: {path} is read as {file}, …"
+        )
+    return found
 
 
 def _splits(table: Table, need: Sequence[str]) -> NDArray[Any]:
@@ -214,6 +242,11 @@ def _regress(table: Table) -> _Known:
     if not names:
         _lack(table, "a column of numbers", [])
     values = _numbers(table, names, math.isfinite, "no number").astype(np.float32)
+    cells = {name: {str(cell).lower() for cell in table.columns[name]} for name in names}
+    if logical := [name for name in names if cells[name] <= {"true", "false"}]:
+        table.problems.notices.append(
+            f"{shortened(logical)}: true and false are the targets 1 and 0; ?targets=… chooses"
+        )
     return _Known(tuple(names), np.zeros(len(values), dtype=np.int64), values)
 
 
@@ -247,11 +280,25 @@ def _number_columns(table: Table, right: Callable[[float], bool], what: str) -> 
     found: list[str] = []
     left_out: list[str] = []
     for name, cells in table.columns.items():
-        count = sum(right(number) for number in map(_number, cells) if number is not None)
-        if name not in others:
+        numbers = [_number(cell) for cell in cells]
+        count = sum(right(number) for number in numbers if number is not None)
+        if name not in others and _numbers_rows(name, numbers):
+            table.problems.notices.append(
+                f"column {name} numbers the rows: left out; ?targets={name},… takes it"
+            )
+        elif name not in others:
             (found if 2 * count > len(cells) else left_out).append(name)
     table.problems.notes += [f"column {name} does not hold {what}: left out" for name in left_out]
     return found
+
+
+def _numbers_rows(name: str, numbers: Sequence[float | None]) -> bool:
+    """Return whether a column counts up by 1, or is called an id and holds no number twice."""
+    whole = [number for number in numbers if number is not None and number.is_integer()]
+    if len(whole) < len(numbers) or len({*whole}) < len(whole):
+        return False
+    steps = len(whole) >= _MANY and {*np.diff(whole).tolist()} == {1}
+    return steps or bool(_INDEX.fullmatch(name))
 
 
 def _numbers(
@@ -284,7 +331,8 @@ def _lack(table: Table, what: str, wanted: Sequence[str]) -> NoReturn:
     known = list(table.columns)
     hints = (did_you_mean(name, known) for name in wanted)
     hint = next((hint for hint in hints if hint), "")
-    raise DataError(f"{table.file}: lacks {what}{hint}; it has {shortened(known, 12)}")
+    notices = "".join(f"; {notice}" for notice in table.problems.notices)
+    raise DataError(f"{table.file}: lacks {what}{hint}; it has {shortened(known, 12)}{notices}")
 
 
 _TASKS: Mapping[str, Callable[[Table], _Known]] = {

@@ -17,7 +17,6 @@ from meshuffle.errors import DataError
 
 TARGETS = "targets"
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
-_INDEX = ("index", "id")
 _FALLBACK = "cp1252"
 
 
@@ -106,29 +105,18 @@ def _delimiter(text: str, usual: str) -> str:
 def _targets(
     columns: Mapping[str, Sequence[Any]], chosen: Sequence[str], problems: Problems
 ) -> dict[str, Sequence[Any]]:
-    """Return the columns without those that number the rows, from 0 or from 1, in any order.
+    """Return the columns without those that have no name, of whole numbers or of nothing.
 
-    A column without a name, of whole numbers or of nothing, is pandas' index of chosen rows, or
-    comes from a separator at each line's end.
+    They are pandas' index of chosen rows, or come from a separator at each line's end.
     """
     kept: dict[str, Sequence[Any]] = {}
     for name, column in columns.items():
         bare = name.startswith("Unnamed:") or not name
-        if name in chosen or not (
-            (bare and all(cell in ("", None) or str(cell).isdecimal() for cell in column))
-            or (name.lower() in _INDEX and _numbers_rows(column))
-        ):
+        if name in chosen or not bare or not all(str(cell or "0").isdecimal() for cell in column):
             kept[name] = column
         elif name:
             problems.notes.append(f"column {name} numbers the rows: left out")
     return kept
-
-
-def _numbers_rows(column: Sequence[Any]) -> bool:
-    if not all(str(cell).isdecimal() for cell in column):
-        return False
-    numbers = sorted(int(cell) for cell in column)
-    return numbers in (list(range(len(numbers))), list(range(1, len(numbers) + 1)))
 
 
 def read_json(file: Path, chosen: Sequence[str], problems: Problems) -> Table:
@@ -172,6 +160,8 @@ def _parse(file: Path, text: str, row: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
+        if text.lstrip().startswith("<"):
+            raise DataError(f"{file} is XML, not JSON") from error
         where = row or f"line {error.lineno}"
         raise DataError(f"{file}: {where}, column {error.colno}: {error.msg}") from error
     except RecursionError as error:

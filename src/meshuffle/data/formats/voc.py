@@ -272,7 +272,7 @@ def _tree(file: Path) -> ElementTree.Element:
 
 def _parsed(tree: ElementTree.Element, image: Path) -> _Annotation:
     if tree.tag == "annotations":  # CVAT's own
-        raise ValueError(f"is <{tree.tag}>, not VOC's <annotation>: export it as VOC or COCO")
+        raise ValueError(f"is <{tree.tag}>, not VOC's <annotation>")
     boxes, difficult = [], 0
     for i, entry in enumerate(tree.iter("object"), 1):
         name = (entry.findtext("name") or "").strip()
