@@ -138,10 +138,10 @@ def test_no_network(library, monkeypatch):
         raise ConnectionError("Couldn't reach 'x' on the Hub\nmore")
 
     monkeypatch.setattr(library, "load_dataset", unreachable)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
     found = error_of("some/name")
-    assert found.startswith(
-        "hf:some/name: the hub cannot be reached: Couldn't reach 'x' on the Hub"
-    )
+    assert found.startswith("hf:some/name: no such folder, and the hub, which was tried")
+    assert not library.config.HF_HUB_OFFLINE
 
 
 def test_a_set_that_does_not_exist(library, tmp_path):

@@ -44,7 +44,8 @@ BROKEN = (
     SyntaxError,
     ValueError,
     EOFError,
-    IndexError,
+    LookupError,
+    TypeError,
     OverflowError,
     struct.error,
     zlib.error,
@@ -106,7 +107,9 @@ def _decode(file: BinaryIO, num_bytes: int, label: str, max_pixels: int) -> Imag
         )
     try:
         if image.format == "TIFF":
-            _check_tiff(image, label)
+            with _no_warnings():
+                _check_tiff(image, label)
+                image.load()
         image.load()
         return _to_rgb(_upright(image))
     except BROKEN as error:
@@ -174,7 +177,7 @@ def _unopened(file: BinaryIO, label: str) -> ImageError:
     start = file.read(12)
     return ImageError(
         f"{label}: not a JPEG, PNG, WebP, BMP, GIF or TIFF image, or its header is broken "
-        f"(begins with {start!r})",
+        f"(begins with {repr(start)[1:]})",
         "broken" if start.startswith(_STARTS) else "unknown",
     )
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,14 +130,32 @@ def _load(library: Any, name: str, config: str | None) -> Any:
     try:
         if any(file.is_file() for file in saved):
             return library.load_from_disk(str(folder))
-        return library.load_dataset(str(folder) if folder.is_dir() else name, config)
+        if folder.is_dir():
+            return library.load_dataset(str(folder), config)
+        with _offline_where_it_must_be(name):
+            return library.load_dataset(name, config)
     except ConnectionError as error:
         raise DataError(
-            f"hf:{name}: the hub cannot be reached: {_one_line(error)}; without a network, open a "
-            "folder that save_to_disk wrote: hf:FOLDER"
+            f"hf:{name}: no such folder, and the hub, which was tried for a data set of this name, "
+            "cannot be reached; without a network, open a folder that save_to_disk wrote: hf:FOLDER"
         ) from error
     except (OSError, ValueError, library.exceptions.DatasetsError) as error:
         raise DataError(f"hf:{name}: {_one_line(error)}") from error
+
+
+@contextmanager
+def _offline_where_it_must_be(name: str) -> Iterator[None]:
+    """Ask the hub once: `load_dataset` tries for half a minute before it looks into its cache."""
+    hub = import_module("huggingface_hub")
+    with ExitStack() as stack:
+        try:
+            hub.HfApi().dataset_info(name, timeout=5)
+        except (hub.errors.HfHubHTTPError, ValueError):
+            pass  # it answers: load_dataset says what is wrong
+        except Exception:  # noqa: BLE001  # of the hub's HTTP library
+            for module in (hub.constants, import_module("datasets.config")):
+                stack.enter_context(mock.patch.object(module, "HF_HUB_OFFLINE", True))
+        yield
 
 
 def _one_line(error: Exception) -> str:
