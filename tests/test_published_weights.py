@@ -85,7 +85,7 @@ def test_train_takes_the_model_and_the_numbers_of_the_weights(photos: Path, tmp_
 def test_weights_of_nobody_need_the_models_name(tmp_path: Path, photos: Path) -> None:
     path = tmp_path / "plain.pth"
     torch.save(create_model("torchvision:squeezenet1_1", num_classes=2).state_dict(), path)
-    with pytest.raises(ModelError, match=r"plain\.pth: .* give --model NAME"):
+    with pytest.raises(ModelError, match=r"plain\.pth: .* give --model, for example"):
         load_model(path)
     found, used = evaluate(path, data=str(photos), model="torchvision:squeezenet1_1")
     assert found.num_samples and "torchvision's squeezenet1_1" in used

@@ -119,7 +119,7 @@ def test_eval_takes_the_val_part_that_training_set_aside(
         assert evaluation.num_samples < 13
         assert evaluation.metrics["top1"] == result["metrics"]["val"]["top1"]
     evaluation, used = evaluate(Path(result["run"]), data="val")  # another folder: all of it
-    assert (used, evaluation.num_samples) == ("val train", 12)
+    assert (used, evaluation.num_samples) == ("val", 12)
 
 
 def test_resume_needs_a_run_with_a_checkpoint(tmp_path: Path) -> None:

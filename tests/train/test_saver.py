@@ -131,7 +131,7 @@ def test_a_signal_waits_for_the_write(small: TrainConfig, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(checkpoint, "save_checkpoint", slow)
     stop_when(monkeypatch, "_step", 2)
-    with pytest.raises(Interrupted, match="saved"):
+    with pytest.raises(Interrupted, match="continue with: meshuffle train --resume"):
         train(small)
     assert latest_checkpoint(Path(small.out or "") / "state")[1]["step"] == 2
 

@@ -58,6 +58,14 @@ def test_a_frozen_part_stays_frozen() -> None:
     assert int(split.norm.num_batches_tracked) == 0
 
 
+def test_a_traced_part_keeps_its_mode() -> None:
+    """A copy of torch.fx's modules forgets that it was in eval mode."""
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model = nn.Sequential(torch.fx.symbolic_trace(body), nn.ReLU()).eval()
+    x = torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(Parallel(model, (x,), 1, 0)(x), model(x))
+
+
 class Scaled(everyday.Base):
     def middle(self, x: Tensor) -> Tensor:
         if self.training:

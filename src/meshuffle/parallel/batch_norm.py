@@ -72,6 +72,9 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         return joint_batch_norm(*given, momentum=rate, eps=self.eps, handle=self.handle)
 
 
+_LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
 def joint_batch_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -286,25 +289,35 @@ def local_norm(
 def synchronise_batch_norm(model: nn.Module, exchange: Exchange) -> nn.Module:
     """Let every batch norm of `model` see all ranks' values, in place; returns `model`.
 
-    torch's own layers become `BatchNorm`. Whatever else calls `F.batch_norm` in its forward, as a
-    fused layer of timm does, gets the joint one there. Parameters and buffers are kept, the same
-    objects under the same names.
+    torch's own layers become `BatchNorm`; a subclass of theirs, as timm's fused one, stays one.
+    Whatever else calls `F.batch_norm` in train mode gets the joint one there. Parameters and
+    buffers are kept, the same objects under the same names.
     """
     handle = exchange_handle(exchange)
     for module in model.modules():
-        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        if type(module) in _LAYERS:
             module.__class__ = BatchNorm
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and exchange.world > 1:
+            _join(module, handle, is_needed=True)
         if isinstance(module, BatchNorm):
             module.exchange, module.handle = exchange, handle
-    if exchange.world > 1 and not isinstance(model, BatchNorm):
-        model.__class__ = _joining(type(model))  # type: ignore[arg-type]
-        vars(model)["joined_norms"] = _JoinedNorms(handle)
+    if exchange.world > 1:
+        _join(model, handle)
     return model
+
+
+def _join(module: nn.Module, handle: int, *, is_needed: bool | None = None) -> None:
+    """Let the joint batch norm stand for `F.batch_norm` in the forward of `module`."""
+    if type(module) is BatchNorm:
+        return
+    if "joined_norms" not in vars(module):
+        module.__class__ = _joining(type(module))  # type: ignore[arg-type]
+    vars(module)["joined_norms"] = _JoinedNorms(handle, is_needed)
 
 
 @functools.cache  # a model has one class, wherever it is copied to
 def _joining(kind: type[nn.Module]) -> type[nn.Module]:
-    """Return the class of a model whose other calls of `F.batch_norm` in train mode are joint."""
+    """Return the class of a module whose calls of `F.batch_norm` in train mode are joint."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         norms: _JoinedNorms = self.joined_norms
@@ -312,11 +325,13 @@ def _joining(kind: type[nn.Module]) -> type[nn.Module]:
             return kind.forward(self, *args, **kwargs)
         with norms:
             outputs = kind.forward(self, *args, **kwargs)
-        if not torch.compiler.is_compiling():  # there it costs nothing
+        if norms.is_needed is None and not torch.compiler.is_compiling():  # there it costs nothing
             norms.is_needed = norms.num_calls > 0
         return outputs
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    is_norm = issubclass(kind, nn.modules.batchnorm._BatchNorm)
+    bases = (kind, BatchNorm) if is_norm else (kind,)
+    return type(kind.__name__, bases, {"forward": forward, "__module__": kind.__module__})
 
 
 class _JoinedNorms(TorchFunctionMode):
@@ -327,10 +342,9 @@ class _JoinedNorms(TorchFunctionMode):
         is_needed: whether there was one in the first forward pass; None before that.
     """
 
-    def __init__(self, handle: int) -> None:
+    def __init__(self, handle: int, is_needed: bool | None = None) -> None:
         super().__init__()
-        self.handle, self.num_calls = handle, 0
-        self.is_needed: bool | None = None
+        self.handle, self.num_calls, self.is_needed = handle, 0, is_needed
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function, or the joint batch norm in place of a batch norm."""

@@ -387,4 +387,7 @@ def _without_values(model: nn.Module) -> nn.Module:
         if isinstance(tensor, nn.Parameter):
             empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = empty
-    return copy.deepcopy(model, memo)
+    copied = copy.deepcopy(model, memo)
+    for module, original in zip(copied.modules(), model.modules(), strict=True):
+        module.training = original.training  # torch.fx's modules forget it
+    return copied
