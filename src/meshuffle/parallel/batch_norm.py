@@ -33,6 +33,7 @@ from meshuffle.comm.exchange import Exchange
 
 # An operator of torch takes numbers, not objects. Small ones, so that compiled code is reused.
 _EXCHANGES: WeakValueDictionary[int, Exchange] = WeakValueDictionary()
+_LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -70,9 +71,6 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         running = (self.running_mean, self.running_var) if self.training else (None, None)
         given = (input, self.weight, self.bias, *running)
         return joint_batch_norm(*given, momentum=rate, eps=self.eps, handle=self.handle)
-
-
-_LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def joint_batch_norm(
