@@ -137,6 +137,38 @@ def test_a_prefix_of_half_the_keys_stays(tmp_path: Path, tensors: dict[str, Tens
         load_model(tmp_path / "a.pth")
 
 
+def test_of_several_parts_the_one_that_is_the_model_named(tmp_path: Path) -> None:
+    """As MoCo saves an encoder and its average, MMPretrain a head beside, lightly none."""
+    name, path = "torchvision:resnet18", tmp_path / "a.pth"
+    own = create_model(name, num_classes=3).state_dict()
+    moco = {**under("encoder_q.", own), **under("encoder_k.", own), "queue": torch.ones(2, 2)}
+    moco = {key: tensor.clone() for key, tensor in moco.items()}
+    moco["encoder_k.fc.bias"] += 1
+    head = {key: tensor for key, tensor in own.items() if key.startswith("fc.")}
+    body = under("backbone.", {key: own[key] for key in own.keys() - head.keys()})
+    for tensors in (under("module.", moco), {**body, **under("head.", head)}):
+        torch.save({"state_dict": tensors}, path)
+        found = load_model(path, name)[0].state_dict()
+        assert all(torch.equal(found[key], tensor) for key, tensor in own.items())
+    torch.save({**body, "projection_head.0.weight": torch.ones(2, 2)}, path)
+    with pytest.raises(ModelError, match=r"missing fc\.weight, fc\.bias; a backbone .* --from"):
+        load_model(path, name)
+
+
+def test_weights_in_parts_are_joined_as_the_message_says(tmp_path: Path) -> None:
+    own = create_model("torchvision:resnet18").state_dict()
+    parts = [dict(list(own.items())[:50]), dict(list(own.items())[50:])]
+    paths = [tmp_path / f"model-{i}-of-00002.safetensors" for i in ("00001", "00002")]
+    for path, part in zip(paths, parts, strict=True):
+        save_file(part, path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    for path in (paths[0], tmp_path):
+        with pytest.raises(RunError, match="in parts; join them in Python: ") as caught:
+            load_model(path, "torchvision:resnet18")
+    exec(str(caught.value).partition("in Python: ")[2], {})
+    assert load_model(tmp_path, "torchvision:resnet18")[0].state_dict().keys() == own.keys()
+
+
 def test_the_prefix_of_a_model_that_is_named(tmp_path: Path) -> None:
     """Its keys are compared, as no maker has them; a prefix that is the model's own stays."""
     path, name = tmp_path / "a.pth", f"{__name__}:Wrapped"
