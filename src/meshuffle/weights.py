@@ -39,8 +39,8 @@ _KEY = "meshuffle"
 _HUB = "torchvision:"
 _JOIN = (
     "the weights are in parts; join them in Python: import glob; from safetensors.torch import "
-    "load_file, save_file; parts = map(load_file, glob.glob({!r} + '/*-of-*.safetensors')); "
-    "save_file({{k: v for part in parts for k, v in part.items()}}, {!r})"
+    "load_file, save_file; f = {!r}; parts = map(load_file, glob.glob(f + '/*-of-*.safetensors')); "
+    "save_file({{k: v for part in parts for k, v in part.items()}}, f + '/model.safetensors')"
 )
 
 
@@ -98,12 +98,10 @@ def find_weights(target: Path) -> Path:
     for name in ("weights/best.safetensors", "weights/last.safetensors", *FILES):
         if (path := target / name).is_file():
             return path
-    hint = "is it a run folder?"
     if part or list(target.glob("*.safetensors.index.json")):
-        folder = target.parent if part else target
-        raise RunError(f"{target}: {_JOIN.format(str(folder), str(folder / 'model.safetensors'))}")
-    if (target / ".metadata").is_file():
-        hint = "join its parts with dcp_to_torch of torch.distributed.checkpoint.format_utils"
+        raise RunError(f"{target}: {_JOIN.format(str(target.parent if part else target))}")
+    join = "join its parts with dcp_to_torch of torch.distributed.checkpoint.format_utils"
+    hint = join if (target / ".metadata").is_file() else "is it a run folder?"
     raise RunError(f"{target}: no weights/best.safetensors or {' or '.join(FILES)} in it; {hint}")
 
 
@@ -266,9 +264,10 @@ def load_model(
     missing, unexpected, reshaped = load_matching(network, opened.tensors, assign=mapped)
     differing = {"missing": missing, "unexpected": unexpected, "other shape": reshaped}
     if faults := [f"{what} {shortened(names, 3)}" for what, names in differing.items() if names]:
+        how = "if the file is of another model, give that: --model package.module:function"
         if len(missing) <= 2 and not unexpected + reshaped:
-            faults += [f"a backbone alone; train DATA --model {card.model} --from {path} adds it"]
-        raise ModelError(f"{path} does not fit {card.model}: {'; '.join(faults)}")
+            how = f"a backbone alone; train DATA --model {card.model} --from {path} adds it"
+        raise ModelError(f"{path} does not fit {card.model}: {'; '.join([*faults, how])}")
     return network.eval(), card
 
 

@@ -22,6 +22,7 @@ import torch.distributed.checkpoint
 import torchvision.models
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 
 from meshuffle.cli import main
@@ -153,6 +154,20 @@ def test_of_several_parts_the_one_that_is_the_model_named(tmp_path: Path) -> Non
     torch.save({**body, "projection_head.0.weight": torch.ones(2, 2)}, path)
     with pytest.raises(ModelError, match=r"missing fc\.weight, fc\.bias; a backbone .* --from"):
         load_model(path, name)
+
+
+def test_a_line_says_what_to_do_with_what_is_no_state_of_the_model(tmp_path: Path) -> None:
+    net, path = create_model("torchvision:resnet18"), tmp_path / "a.pth"
+    optimiser = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    net(torch.ones(2, 3, 32, 32)).sum().backward()
+    optimiser.step()
+    torch.save(optimiser.state_dict(), path)
+    with pytest.raises(RunError, match="an optimizer's state; give the file of"):
+        load_model(path, "torchvision:resnet18")
+    prune.l1_unstructured(net.conv1, "weight", 0.3)
+    torch.save(net.state_dict(), path)
+    with pytest.raises(ModelError, match=r"conv1.weight_mask; if .* --model package"):
+        load_model(path, "torchvision:resnet18")
 
 
 def test_weights_in_parts_are_joined_as_the_message_says(tmp_path: Path) -> None:
