@@ -170,6 +170,13 @@ def test_a_line_says_what_to_do_with_what_is_no_state_of_the_model(tmp_path: Pat
         load_model(path, "torchvision:resnet18")
 
 
+@pytest.mark.parametrize("content", [[1], {"conv1.weight": np.zeros(3)}])
+def test_a_file_without_tensors_says_what_is_wanted(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(RunError, match=r"(found list|no tensors in it).*; wanted: safetensors, or"):
+        load_model(tmp_path / "a.pth")
+
+
 def test_weights_in_parts_are_joined_as_the_message_says(tmp_path: Path) -> None:
     own = create_model("torchvision:resnet18").state_dict()
     parts = [dict(list(own.items())[:50]), dict(list(own.items())[50:])]
