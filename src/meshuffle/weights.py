@@ -8,6 +8,7 @@ code; a model named `package.module:function` is rebuilt only when the caller re
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
@@ -36,6 +37,11 @@ from meshuffle.tasks.card import Card
 
 _KEY = "meshuffle"
 _HUB = "torchvision:"
+_JOIN = (
+    "the weights are in parts; join them in Python: import glob; from safetensors.torch import "
+    "load_file, save_file; f = {!r}; parts = map(load_file, glob.glob(f + '/*-of-*.safetensors')); "
+    "save_file({{k: v for part in parts for k, v in part.items()}}, f + '/model.safetensors')"
+)
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], card: Card) -> None:
@@ -82,7 +88,8 @@ def find_weights(target: Path) -> Path:
         RunError: nothing there, with what was looked for.
     """
     target = split_key(target)[0]
-    if target.is_file():
+    part = re.search(r"-of-(?!0*1\.)\d+\.safetensors$", target.name)
+    if target.is_file() and not part:
         return target
     if not target.exists() and str(target).startswith(_HUB):
         return _downloaded(str(target).removeprefix(_HUB))
@@ -91,9 +98,10 @@ def find_weights(target: Path) -> Path:
     for name in ("weights/best.safetensors", "weights/last.safetensors", *FILES):
         if (path := target / name).is_file():
             return path
-    hint = "is it a run folder?"
-    if (target / ".metadata").is_file():
-        hint = "join its parts with dcp_to_torch of torch.distributed.checkpoint.format_utils"
+    if part or list(target.glob("*.safetensors.index.json")):
+        raise RunError(f"{target}: {_JOIN.format(str(target.parent if part else target))}")
+    join = "join its parts with dcp_to_torch of torch.distributed.checkpoint.format_utils"
+    hint = join if (target / ".metadata").is_file() else "is it a run folder?"
     raise RunError(f"{target}: no weights/best.safetensors or {' or '.join(FILES)} in it; {hint}")
 
 
@@ -199,7 +207,7 @@ def open_weights(target: Path, model: str | None = None) -> Opened:
         raise ModelError(f"{path}: {error}") from None
     if prefix:
         remarks.append(f"{path}: took the prefix {prefix!r} off {len(own)} keys")
-    if rest := [key for key in tensors if not key.startswith(prefix)]:
+    if rest := [key for key in tensors if not key.startswith(tuple(prefix.split(", ")))]:
         remarks.append(left_out(path, rest, "are beside the model"))
     card = Card(
         model=found.model,
@@ -256,7 +264,10 @@ def load_model(
     missing, unexpected, reshaped = load_matching(network, opened.tensors, assign=mapped)
     differing = {"missing": missing, "unexpected": unexpected, "other shape": reshaped}
     if faults := [f"{what} {shortened(names, 3)}" for what, names in differing.items() if names]:
-        raise ModelError(f"{path} does not fit {card.model}: {'; '.join(faults)}")
+        how = "if the file is of another model, give that: --model package.module:function"
+        if len(missing) <= 2 and not unexpected + reshaped:
+            how = f"a backbone alone; train DATA --model {card.model} --from {path} adds it"
+        raise ModelError(f"{path} does not fit {card.model}: {'; '.join([*faults, how])}")
     return network.eval(), card
 
 

@@ -320,10 +320,20 @@ def test_ids_of_images(photos):
     data = open_csv(path, task="regress", need=())
     assert data.classes == ("x", "male")
     assert data.splits["train"].name(9) == str(photos / "a/9.png")
-    assert data.notices[0].endswith("extension in the table: 0 is read as a/0.png, …")
+    assert data.notices[0].endswith("extension or folder in the table: 0 is read as a/0.png, …")
     assert data.notices[1].startswith("male: true and false are the targets 1 and 0")
     noise(1).save(photos / "3.png")
     assert f"line 5: no such image in {photos}: 3" in error_of(open_csv, path, task="regress")
+
+
+def test_bare_names_of_images_that_lie_in_a_folder(photos):
+    path = table(photos, "image,x", *(f"{i}.png,{i / 2}" for i in range(10)))
+    data = open_csv(path, task="regress", need=())
+    assert data.splits["train"].name(9) == str(photos / "a/9.png")
+    assert data.notices[0].endswith(": 0.png is read as a/0.png, …")
+    (photos / "b").mkdir(exist_ok=True)
+    noise(1).save(photos / "b/3.png")
+    assert f"line 5: no such image in {photos}: 3.png" in error_of(open_csv, path, task="regress")
 
 
 @pytest.mark.parametrize("header", ["Image,Label,Split", "FILE NAME,CLASS,SPLIT"])
@@ -383,7 +393,7 @@ def test_columns_as_pandas_writes_them(photos):
     assert data.classes == ("x", "y") and data.splits["train"].labels.tolist() == [0, 1] * 5
 
 
-@pytest.mark.parametrize("separator", [" ", ",", "\t"])
+@pytest.mark.parametrize("separator", [" ", "   ", ",", "\t"])
 def test_a_list_without_a_header(photos, separator):
     """As Caffe, PaddlePaddle and MMPretrain read: the image and its label in each line."""
     lines = [f"a/{i}.png{separator}{i % 2}" for i in range(4)]

@@ -310,3 +310,12 @@ def test_places_below_the_folder_that_roboflow_unpacks(pets):
     (pets / "data.yaml").write_text(text)
     data = open_yolo(str(pets), task="detect")
     assert {key: len(source) for key, source in data.splits.items()} == {"train": 3, "val": 1}
+
+
+@pytest.mark.parametrize("root", ["D:/a b/c/pets", "/home/c/pets", "pets"])
+def test_places_of_another_machine(pets, root):
+    (pets / "data.yaml").write_text(
+        f"path: {root}\ntrain: {root}/images/train\nval: {root}/images/val\nnames: [cat, dog]\n"
+    )
+    data = open_yolo(str(pets), task="detect")
+    assert len(data.splits["train"]) and len(data.splits["val"])

@@ -22,6 +22,7 @@ import torch.distributed.checkpoint
 import torchvision.models
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 
 from meshuffle.cli import main
@@ -135,6 +136,59 @@ def test_a_prefix_of_half_the_keys_stays(tmp_path: Path, tensors: dict[str, Tens
     torch.save(under("student.", tensors) | under("teacher.", tensors), tmp_path / "a.pth")
     with pytest.raises(ModelError, match=r"does not say which model .*keys: student\.conv1"):
         load_model(tmp_path / "a.pth")
+
+
+def test_of_several_parts_the_one_that_is_the_model_named(tmp_path: Path) -> None:
+    """As MoCo saves an encoder and its average, MMPretrain a head beside, lightly none."""
+    name, path = "torchvision:resnet18", tmp_path / "a.pth"
+    own = create_model(name, num_classes=3).state_dict()
+    moco = {**under("encoder_q.", own), **under("encoder_k.", own), "queue": torch.ones(2, 2)}
+    moco = {key: tensor.clone() for key, tensor in moco.items()}
+    moco["encoder_k.fc.bias"] += 1
+    head = {key: tensor for key, tensor in own.items() if key.startswith("fc.")}
+    body = under("backbone.", {key: own[key] for key in own.keys() - head.keys()})
+    for tensors in (under("module.", moco), {**body, **under("head.", head)}):
+        torch.save({"state_dict": tensors}, path)
+        found = load_model(path, name)[0].state_dict()
+        assert all(torch.equal(found[key], tensor) for key, tensor in own.items())
+    torch.save({**body, "projection_head.0.weight": torch.ones(2, 2)}, path)
+    with pytest.raises(ModelError, match=r"missing fc\.weight, fc\.bias; a backbone .* --from"):
+        load_model(path, name)
+
+
+def test_a_line_says_what_to_do_with_what_is_no_state_of_the_model(tmp_path: Path) -> None:
+    net, path = create_model("torchvision:resnet18"), tmp_path / "a.pth"
+    optimiser = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    net(torch.ones(2, 3, 32, 32)).sum().backward()
+    optimiser.step()
+    torch.save(optimiser.state_dict(), path)
+    with pytest.raises(RunError, match="an optimizer's state; give the file of"):
+        load_model(path, "torchvision:resnet18")
+    prune.l1_unstructured(net.conv1, "weight", 0.3)
+    torch.save(net.state_dict(), path)
+    with pytest.raises(ModelError, match=r"conv1.weight_mask; if .* --model package"):
+        load_model(path, "torchvision:resnet18")
+
+
+@pytest.mark.parametrize("content", [[1], {"conv1.weight": np.zeros(3)}])
+def test_a_file_without_tensors_says_what_is_wanted(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(RunError, match=r"(found list|no tensors in it).*; wanted: safetensors, or"):
+        load_model(tmp_path / "a.pth")
+
+
+def test_weights_in_parts_are_joined_as_the_message_says(tmp_path: Path) -> None:
+    own = create_model("torchvision:resnet18").state_dict()
+    parts = [dict(list(own.items())[:50]), dict(list(own.items())[50:])]
+    paths = [tmp_path / f"model-{i}-of-00002.safetensors" for i in ("00001", "00002")]
+    for path, part in zip(paths, parts, strict=True):
+        save_file(part, path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    for path in (paths[0], tmp_path):
+        with pytest.raises(RunError, match="in parts; join them in Python: ") as caught:
+            load_model(path, "torchvision:resnet18")
+    exec(str(caught.value).partition("in Python: ")[2], {})
+    assert load_model(tmp_path, "torchvision:resnet18")[0].state_dict().keys() == own.keys()
 
 
 def test_the_prefix_of_a_model_that_is_named(tmp_path: Path) -> None:

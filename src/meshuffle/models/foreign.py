@@ -90,7 +90,9 @@ def read_torch(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], l
     """
     content = _load(path)
     if not isinstance(content, Mapping):
-        raise RunError(f"{path}: expected a state_dict, found {type(content).__name__}")
+        raise RunError(f"{path}: expected a state_dict, found {type(content).__name__}; {_WANTED}")
+    if {"state", "param_groups"} <= content.keys():
+        raise RunError(f"{path}: an optimizer's state; give the file of the model's weights")
     parts = _parts(content)
     if key is None:
         key = next(
@@ -146,9 +148,9 @@ def _has_weights(part: object) -> bool:
 
 def _only(path: Path, parts: Mapping[str, Any]) -> str:
     if not parts:
-        raise RunError(f"{path}: no tensors in it, nor under its keys")
+        raise RunError(f"{path}: no tensors in it, nor under its keys; {_WANTED}")
     if len(parts) > 1:
-        how = " or ".join(shlex.quote(f"{path}?key={name}") for name in parts)
+        how = " or ".join(shlex.quote(f"{path}?key={name}") for name in [*parts][:9])
         raise RunError(f"{path}: holds weights under several keys; say which: {how}")
     return next(iter(parts))
 

@@ -174,7 +174,9 @@ def unwrap(
     Wrappers put a prefix in front of all keys: `module.` (DDP, averages), `_orig_mod.`
     (torch.compile), the names of attributes (Lightning). It is taken off, and the few tensors
     beside the model (counters, a loss's weights) are left out, where the rest has the keys of a
-    known maker or of `model`.
+    known maker or of `model`. Of several parts (`encoder_q.` and `encoder_k.`) the one is taken
+    that has most keys of `model`; of equal ones the first, which training scripts go on with. What
+    a `backbone.` lacks is taken from the `head.` beside it (MMPretrain).
     """
     given, prefix = dict(tensors), ""
     forms = [(given, prefix)]
@@ -182,8 +184,13 @@ def unwrap(
         given = {k.removeprefix(first): v for k, v in given.items() if k.startswith(first)}
         prefix += first
         forms.append((given, prefix))
-    own = create_model(model).state_dict().keys() if model and len(forms) > 1 else set()
-    return max(forms, key=lambda form: (len(own & form[0].keys()), _maker_of(form[0]) is not None))
+    own = create_model(model).state_dict().keys() if model else set()
+    for first in dict.fromkeys(f"{key.partition('.')[0]}." for key in given if own and "." in key):
+        part = {k.removeprefix(first): v for k, v in given.items() if k.startswith(first)}
+        forms.append((part, prefix + first))
+    found, prefix = max(forms, key=lambda f: (len(own & f[0].keys()), _maker_of(f[0]) is not None))
+    heads = {k: t for k in own - found.keys() for n, t in tensors.items() if n == f"head.{k}"}
+    return {**found, **heads}, f"{prefix}, head." if prefix and heads else prefix
 
 
 def _common(tensors: Mapping[str, Tensor]) -> str:

@@ -147,8 +147,8 @@ def _paths(table: Table) -> list[str]:
             table.problems.add(f"{table.name_of(row, column)}, as in {line}; one row per image")
     paths = with_slashes(table.file.parent, paths)
     gone = set(absent(table.file.parent, [path for path in paths if path]))
-    if any(suffix(path) not in EXTENSIONS for path in gone):
-        found = _with_extensions(table, gone)
+    if gone:
+        found = _by_name(table, gone)
         paths, gone = [found.get(path, path) for path in paths], gone - set(found)
     for row, path in enumerate(paths):
         if path in gone:
@@ -156,16 +156,18 @@ def _paths(table: Table) -> list[str]:
     return paths
 
 
-def _with_extensions(table: Table, gone: set[str]) -> dict[str, str]:
-    """Return the paths of Kaggle's ids of images, each the stem of exactly one file."""
+def _by_name(table: Table, gone: set[str]) -> dict[str, str]:
+    """Return the paths of bare names, and of Kaggle's ids, each that of exactly one file."""
     files: dict[str, list[str]] = {}
     for file in image_paths(table.file.parent):
-        files.setdefault(stem(file), []).append(file)
+        for name in (stem(file), file.rpartition("/")[2]):
+            files.setdefault(name, []).append(file)
     found = {path: files[path][0] for path in gone if len(files.get(path, ())) == 1}
     if found:
         path, file = min(found.items())
         table.problems.notices.append(
-            f"{len(found)} images have no extension in the table: {path} is read as {file}, …"
+            f"{len(found)} images have no extension or folder in the table: {path} is read as "
+            f"{file}, …"
         )
     return found
 

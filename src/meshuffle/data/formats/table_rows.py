@@ -55,14 +55,15 @@ def read_csv(file: Path, chosen: Sequence[str], problems: Problems) -> Table:
 
     Comma, semicolon or tab separate the columns: the one that splits the first line most. That is
     the header, unless it begins with the name of an image: then the file is a list of image and
-    label, which a space may separate as well. The text is UTF-8, UTF-16, or cp1252 (latin-1), as
+    label, which spaces may separate as well. The text is UTF-8, UTF-16, or cp1252 (latin-1), as
     spreadsheets write it.
     """
     text, encoding = decoded(file, _FALLBACK)
     if encoding == _FALLBACK:
         problems.notices.append(f"{file.name} is not UTF-8; it is read as {encoding} (latin-1)")
     delimiter = _delimiter(text, "\t" if suffix(file.name) == ".tsv" else ",")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    lines, blank = io.StringIO(text, newline=""), delimiter == " "
+    reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=blank)
     header: list[str] = []
     cells: list[list[str]] = []
     rows: list[str] = []

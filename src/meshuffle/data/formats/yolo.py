@@ -181,14 +181,15 @@ def _resolved(file: Path, tree: Mapping[str, Any], places: Sequence[str]) -> lis
     """Return where `places` are: relative to `path`, else to the YAML; the latter if nowhere.
 
     A `path` of another machine, CVAT's data/, and Roboflow's `../train/images` or
-    `Project-2/train/images` beside the YAML occur.
+    `Project-2/train/images` beside the YAML occur, and `C:\\all\\of\\a\\path\\images\\train`.
     """
     here = file.parent
     found = []
     for place in (name.replace("\\", "/") for name in places):
         tried = [here / str(tree.get("path") or ".") / place, here / place]
-        first, slash, rest = place.partition("/")
-        tried += [here / rest] if slash and split_of(first) is None else []
+        parts = [part for part in place.split("/") if part]
+        while parts[1:] and split_of(parts.pop(0)) is None:
+            tried.append(here.joinpath(*parts))
         found.append(next((path for path in tried if path.exists()), tried[-1]))
     return found
 
