@@ -54,11 +54,13 @@ def check_values(
     if not found:
         return []
     where = "every step" if always else "some steps"
-    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    norms = f"the batch norm {found[0]} has"
+    if len(found) > 1:
+        norms = f"the batch norm {found[0]} and {len(found) - 1} more have"
     fewer = f", fewer micro-batches than {num} (mb, --accumulate)," if num > 1 else ""
     text = (
-        f"--batch {config.batch} under plan {plan}: in {where} the batch norm {found[0]}{more} "
-        f"has a single value per channel (1 image, 1×1 map at --input-size {config.input_size}), "
+        f"--batch {config.batch} under plan {plan}: in {where} {norms} "
+        f"a single value per channel (1 image, 1×1 map at --input-size {config.input_size}), "
         f"from which it learns nothing; use a larger --batch{fewer} or a larger --input-size"
     )
     if always:
