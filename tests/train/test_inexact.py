@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor, nn
 
+from meshuffle.comm.group import RankEnv
 from meshuffle.config import TrainConfig
 from meshuffle.errors import ModelError
 from meshuffle.planner.plan import Plan
@@ -40,9 +41,10 @@ def test_replicas_of_a_model_that_mixes_samples_are_refused(tmp_path: Path, plan
     assert not (tmp_path / "run").exists()
 
 
-def test_the_user_may_go_on_and_is_told(tmp_path: Path) -> None:
-    prepared = prepare(dataclasses.replace(config(tmp_path, "dp=2"), allow_inexact=True), {})
-    assert prepared.plan.dp == 2
+@pytest.mark.parametrize("plan", ["dp=2", "tp=2,mb=2"])
+def test_the_user_may_go_on_and_is_told(tmp_path: Path, plan: str) -> None:
+    prepared = prepare(dataclasses.replace(config(tmp_path, plan), allow_inexact=True), {})
+    assert prepared.plan.num_ranks == 2
     assert any(line.startswith("inexact: ") for line in prepared.lines)
 
 
@@ -51,3 +53,8 @@ def test_auto_takes_an_exact_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     prepared = prepare(config(tmp_path, "auto"), {})
     assert prepared.plan.dp == 1
     assert any("dp=1 in place of dp=2" in line for line in prepared.lines)
+
+
+def test_ranks_that_a_launcher_started_stay_as_many(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="--allow-inexact"):
+        prepare(config(tmp_path, "auto"), {}, RankEnv(0, 2, 0, 2))

@@ -20,8 +20,9 @@ from meshuffle.train.single_value import check_values
 
 def test_a_batch_of_one_is_refused(small: TrainConfig) -> None:
     says = (
-        r"--batch 1 under plan dp=1,threads=1: .* batch norm stage4\.0\.branch1\.1 and \d more have "
-        r"a single value per channel \(1 image, 1×1 map at --input-size 32\), .* larger --batch"
+        r"--batch 1 under plan dp=1,threads=1: .* batch norm stage4\.0\.branch1\.1 and \d more "
+        r"have a single value per channel \(1 image, 1×1 map at --input-size 32\), .* "
+        r"larger --batch"
     )
     with pytest.raises(ConfigError, match=says):
         train(dataclasses.replace(small, batch=1))

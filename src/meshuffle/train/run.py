@@ -36,8 +36,8 @@ from meshuffle.train.initial_weights import START
 from meshuffle.train.model_trial import try_model
 from meshuffle.train.resolve import resolve_run
 from meshuffle.train.single_value import check_values
-from meshuffle.train.split import refuse_inexact, schedule_of, split_model
-from meshuffle.train.state import augment_config, build_model, make_card
+from meshuffle.train.split import num_micro_batches, refuse_inexact, schedule_of, split_model
+from meshuffle.train.state import STEPS, augment_config, build_model, make_card
 from meshuffle.train.watch import environment
 from meshuffle.weights import require_repeated, save_weights, split_key
 
@@ -73,7 +73,7 @@ def prepare(
     plan, lines = _choose_plan(config, card, env)
     lines += check_values(model, frozen, config, plan, len(resolved.data.splits["train"]))
     plan = _with_cuts(plan, model, frozen, config)
-    plan, more = _exact_plan(plan, model, frozen, config)
+    plan, more = _exact_plan(plan, model, frozen, config, env)
     lines += more
     run = make_run_folder(config)
     # Without the folder, so that the run can be moved, and made again from its settings.
@@ -168,7 +168,8 @@ def reopen(
     network, frozen, _ = build_model(config, card)
     lines += check_values(network, frozen, config, chosen, len(data.splits["train"]))
     chosen = _with_cuts(chosen, network, frozen, config)
-    chosen, more = _exact_plan(chosen, network, frozen, dataclasses.replace(config, plan=plan))
+    asked = dataclasses.replace(config, plan=plan)
+    chosen, more = _exact_plan(chosen, network, frozen, asked, env)
     lines += more
     with locked(run):
         text = (run / "config.toml").read_text()
@@ -187,15 +188,17 @@ def _with_cuts(plan: Plan, model: nn.Module, frozen: list[str], config: TrainCon
 
 
 def _exact_plan(
-    plan: Plan, model: nn.Module, frozen: list[str], config: TrainConfig
+    plan: Plan, model: nn.Module, frozen: list[str], config: TrainConfig, env: RankEnv | None
 ) -> tuple[Plan, list[str]]:
     """Return a plan that computes what one device does, and lines about what it does not.
 
     Raises:
         ModelError: the user's plan does not, and `--allow-inexact` is not given.
     """
-    if plan.dp == 1 or (plan.tp * plan.pp > 1 and not config.allow_inexact):
-        return plan, []  # a split model was tried already
+    is_tried = plan.tp * plan.pp > 1 and not config.allow_inexact  # as a split model, already
+    has_parts = plan.num_ranks > 1 and plan.dp * num_micro_batches(config, plan) > 1
+    if is_tried or not has_parts or config.task in STEPS:
+        return plan, []
     try:
         refuse_inexact(model, frozen, config, plan)
     except CaptureError as error:
@@ -203,7 +206,7 @@ def _exact_plan(
     except ModelError as error:
         if config.allow_inexact:
             return plan, [f"inexact: {error}"]
-        if config.plan == "auto":
+        if config.plan == "auto" and env is None:
             return Plan(threads=plan.threads), [f"plan dp=1 in place of {plan}: {error}"]
         raise ModelError(f"{error}; --allow-inexact trains with it all the same") from None
     return plan, []
