@@ -10,10 +10,10 @@ from torch import nn
 
 import meshuffle
 from meshuffle.cli import main
-from meshuffle.errors import InputError
+from meshuffle.errors import InputError, ModelError
 from meshuffle.planner.plan import SCHEDULES
 from meshuffle.verify.api import verify
-from meshuffle.verify.job import Job, _Unfilled, build_model, loss_of, rows_of
+from meshuffle.verify.job import Job, _Unfilled, build_model, join_rows, loss_of, rows_of
 from meshuffle.verify.reference import squared_difference
 from tests.ranks import PYTHON_PATH
 from tests.verify import models
@@ -207,3 +207,9 @@ class Kinds(nn.Module):
         self.count = nn.Parameter(torch.tensor([7]), requires_grad=False)
         self.phase = nn.Parameter(torch.tensor([1j]))
         self.register_buffer("turn", torch.tensor([1j]))
+
+
+def test_samples_by_samples_are_refused_in_parts() -> None:
+    parts = [torch.ones(3, 3), torch.ones(2, 2)]
+    with pytest.raises(ModelError, match=r"sizes \[3, 3\] and \[2, 2\] .* dp=1 and mb=1"):
+        join_rows(parts, None, [torch.arange(3), torch.arange(2)], 5)

@@ -228,7 +228,15 @@ def join_rows(
     Args:
         parts: one for each of `samples`.
         samples: indices in the whole; of `batch`, or of the replica that they are.
+
+    Raises:
+        ModelError: parts without a dim have different sizes, as samples × samples have.
     """
+    if dim is None and len({x.shape for x in parts}) > 1:
+        raise ModelError(
+            f"an output has the sizes {' and '.join(str(list(x.shape)) for x in parts)} for parts "
+            "of a batch, which do not make up the whole; use a plan with dp=1 and mb=1"
+        )
     if dim is None:
         return parts[0] if len(parts) == 1 else torch.stack(list(parts))
     order = torch.argsort(torch.cat(list(samples)))
