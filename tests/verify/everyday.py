@@ -244,3 +244,80 @@ IMAGES = (
     *(Gate, GradAgain, Bounded, Recomputed, NormTwice, Frozen, Complex),
     *(ComplexWeights, Erased, Narrow, DropPath),
 )
+
+
+class Reverse(torch.autograd.Function):
+    """Has a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> Tensor:  # type: ignore[override]
+        return -g
+
+
+class Reversed(Base):
+    def middle(self, x: Tensor) -> Tensor:
+        return Reverse.apply(x)
+
+
+class Watched(Base):
+    """Has a hook on a value."""
+
+    def middle(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            x.register_hook(torch.neg)
+        return x
+
+
+class Hooked(Base):
+    """Has a hook on a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem.weight.register_hook(torch.neg)
+
+
+class Uncaptured(Base):
+    """Does what torch.export does not follow, and drops elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.3)
+
+    def middle(self, x: Tensor) -> Tensor:
+        return self.drop(x) if float(x.detach().sum()) != 0 else x
+
+
+class Counted(Base):
+    """Scales by how often it has run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step, self.size, self.seen = 0, 0, [0]
+
+    def middle(self, x: Tensor) -> Tensor:
+        self.size = x.shape[-1]
+        if self.training:
+            self.step += 1
+            self.seen.append(self.step)
+        return x * (1 + 0.1 * self.step)
+
+
+class Sized(Base):
+    """Keeps a size, which is the same in each forward."""
+
+    size = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 7
+
+    def middle(self, x: Tensor) -> Tensor:
+        self.size = int(x.shape[-1])
+        return x * self.size
+
+
+AS_WRITTEN = (Reversed, Watched, Hooked, Uncaptured, Counted)

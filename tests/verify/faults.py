@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from meshuffle.comm import collectives
-from meshuffle.parallel import batch_norm, gradients, pipeline, redistribute
+from meshuffle.comm.exchange import SharedExchange
+from meshuffle.parallel import batch_norm, data_parallel, pipeline, redistribute
 from meshuffle.parallel.random_masks import Draw
 from meshuffle.verify import rank
 from meshuffle.verify.__main__ import main as work
@@ -37,6 +38,10 @@ CASES = {
     "double_count_of_the_last_batch": (models.net, "dp=2", "3x16x16"),
     "one_ranks_mask": (models.net, "tp=2:batch", "3x16x16"),
     "skip_the_gradients": (models.net, "dp=2", "3x16x16"),
+    "nobody_shares_a_shard": (models.net, "dp=2:shard", "3x16x16"),
+    "nobody_shares_the_update": (models.net, "dp=2:central", "3x16x16"),
+    "the_exchange_of_a_host_is_late": (models.net, "dp=2", "3x16x16"),
+    "evaluated_in_train_mode": (models.net, "dp=2", "3x16x16"),
     "a_stage_gets_half": (models.net, "pp=2", "3x16x16"),
     "a_stage_gets_the_wrong_micro_batch": (models.net, "pp=2,mb=4", "3x16x16"),
     "a_gradient_does_not_cross": (models.net, "pp=2:zbv,mb=4", "3x16x16"),
@@ -142,7 +147,26 @@ class Fault:
         return [mock.patch.object(Draw, "bits", other)]
 
     def skip_the_gradients(self) -> Patches:
-        return [mock.patch.object(gradients, "fill_buckets", lambda *_: [self.fired()][:0])]
+        return [mock.patch.object(data_parallel, "fill_buckets", lambda *_: [self.fired()][:0])]
+
+    def nobody_shares_a_shard(self) -> Patches:
+        shared = data_parallel.DataParallel
+        return [mock.patch.object(shared, "share_update", lambda _: self.fired())]
+
+    nobody_shares_the_update = nobody_shares_a_shard
+
+    def the_exchange_of_a_host_is_late(self) -> Patches:
+        gather, before = SharedExchange.all_gather, []
+
+        def late(exchange: SharedExchange, vector: Tensor) -> Tensor:
+            self.fired()
+            before.append(gather(exchange, vector))
+            return before[-2] if before[-1].shape == before[-2:][0].shape else before[-1]
+
+        return [mock.patch.object(SharedExchange, "all_gather", late)]
+
+    def evaluated_in_train_mode(self) -> Patches:
+        return [mock.patch.object(rank.Parallel, "eval", lambda module: [self.fired(), module][1])]
 
     def _arrived(self, way: str, change: Callable[[int, list[Tensor]], list[Tensor]]) -> Patches:
         arrived = pipeline.Pipeline._arrived

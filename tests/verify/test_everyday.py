@@ -33,6 +33,38 @@ def test_each_kind_under_each_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not wrong
 
 
+def test_what_no_program_holds_runs_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", PYTHON_PATH)
+    plans = ("dp=2", "dp=2:shard", "pp=1,mb=2")
+    cases = [(kind, plan, IMAGE, 5) for kind in everyday.AS_WRITTEN for plan in plans]
+    for case, verdict in zip(
+        cases, verify([*cases, (everyday.Counted, "tp=2", IMAGE)]), strict=False
+    ):
+        assert verdict.passed and verdict.as_written, (case, verdict)
+    why = "Python state that its forward changes (step) and 1 more"
+    assert why in verdict.as_written
+
+
+def test_python_state_is_found_and_left_alone() -> None:
+    model, x = everyday.Counted().train(), torch.randn(4, 3, 8, 8)
+    with pytest.raises(ModelError, match=r"Python state that its forward changes \(step\)"):
+        capture(model, x)
+    assert (model.step, model.size, model.seen) == (0, 0, [0])
+    sized = everyday.Sized().train()
+    capture(sized, x)
+    assert sized.size == 7
+
+
+def test_what_is_unfrozen_later_is_refused() -> None:
+    model, x = everyday.Base().train(), torch.randn(4, 3, 8, 8)
+    model.stem.weight.requires_grad_(False)
+    split = Parallel(model, (x,), 1, 0)
+    split(x)
+    split.stem.weight.requires_grad_(True)
+    with pytest.raises(ModelError, match=r"stem\.weight is to be trained now"):
+        split(x)
+
+
 def test_replicas_of_what_mixes_samples_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", PYTHON_PATH)
     kinds = {
@@ -100,28 +132,6 @@ def test_a_part_without_autocast_keeps_its_precision() -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-class Reverse(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: object, g: Tensor) -> Tensor:  # type: ignore[override]
-        return -g
-
-
-class Reversed(everyday.Base):
-    def middle(self, x: Tensor) -> Tensor:
-        return Reverse.apply(x)
-
-
-class Watched(everyday.Base):
-    def middle(self, x: Tensor) -> Tensor:
-        if x.requires_grad:
-            x.register_hook(torch.neg)
-        return x
-
-
 def hooked(kind: str) -> nn.Module:
     model = everyday.Base()
     if kind == "module":
@@ -136,8 +146,8 @@ def hooked(kind: str) -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "what"),
     [
-        (Reversed(), r"a function with its own backward \(tests.*Reverse\)"),
-        (Watched(), r"a gradient hook \(.*neg\) on a value of its forward"),
+        (everyday.Reversed(), r"a function with its own backward \(tests.*Reverse\)"),
+        (everyday.Watched(), r"a gradient hook \(.*neg\) on a value of its forward"),
         (hooked("module"), r"a backward hook \(.*lambda>\) of stem"),
         (hooked("parameter"), r"a gradient hook \(.*neg\) of the parameter stem.weight"),
         (hooked("accumulated"), r"a gradient hook \(.*lambda>\) of the parameter stem.weight"),

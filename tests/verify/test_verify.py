@@ -129,7 +129,7 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         ("--plan pp=2,mb=8 --batch 6", "leaves a micro-batch 0 samples"),
         ("--plan pp=4:interleaved-1f1b,mb=9 --batch 64", "give another mb, or pp=4:1f1b"),
         ("--plan pp=999,mb=1", "runs all 999 ranks on this host"),
-        ("--plan dp=2:shard", "without ':shard'"),
+        ("--plan dp=2:central,tp=2", "central updates know no tp"),
         ("--plan tq=2", "unknown part 'tq'"),
         ("--plan dp=4 --batch 6", "a batch of 6 leaves a replica 1 samples"),
         ("--plan tp=4:batch --batch 3", "3 samples of a replica cannot be split over 4 ranks"),

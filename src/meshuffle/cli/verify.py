@@ -60,12 +60,19 @@ def verify(
 def _text(verdict: Verdict) -> str:
     """Return the summary, the worst tensors, and the ops that are not split."""
     sent, measured = verdict.sent_bytes_predicted or 0, verdict.sent_bytes_measured or 0
+    said = "UNDECIDED" if verdict.undecided else "equal" if verdict.passed else "NOT EQUAL"
+    predicted = "not predicted" if verdict.sent_bytes_predicted is None else f"predicted {sent:,}"
     lines = [
-        f"{'equal' if verdict.passed else 'NOT EQUAL'}: {verdict.model} under {verdict.plan} "
-        f"and on one device, {verdict.dtype}",
+        f"{said}: {verdict.model} under {verdict.plan} and on one device, {verdict.dtype}",
         _shares(verdict),
-        f"sent by all ranks in a forward and backward: {measured:,} bytes, predicted {sent:,}",
+        f"sent by all ranks in a forward and backward: {measured:,} bytes, {predicted}",
     ]
+    if verdict.undecided:
+        lines.append(
+            "one device's own rounding makes as much here; a larger --input or --batch may decide"
+        )
+    if verdict.as_written:
+        lines.append(f"the model runs as it is written, since {verdict.as_written}")
     if verdict.num_floor_tensors:
         lines.append(
             f"{verdict.num_floor_tensors} tensors judged by the floor or the reference's own noise"
@@ -105,7 +112,8 @@ def _worst_table(verdict: Verdict) -> str:
     table.add_column("relative error", justify="right")
     table.add_column("")
     for name, error in verdict.worst_tensors:
-        failed = "failed" if name in verdict.failed_tensors else ""
+        why = "undecided" if verdict.undecided else "failed"
+        failed = why if name in verdict.failed_tensors else ""
         table.add_row(name, f"{error:.1e}", failed)
     console = Console()
     with console.capture() as captured:

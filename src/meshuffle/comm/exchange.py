@@ -14,6 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from mmap import mmap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,10 @@ class Exchange(ABC):
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.world, self.rank = dist.get_world_size(group), dist.get_rank(group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
+        """Return itself: groups and shared memory are not copied."""
+        return self
 
     @abstractmethod
     def all_gather(self, vector: Tensor) -> Tensor:

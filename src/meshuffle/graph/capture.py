@@ -6,7 +6,10 @@ functional, so that a convolution is one op and so is a batch norm, in train and
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +23,7 @@ from torch.export import Dim, ExportedProgram, export
 from meshuffle.errors import CaptureError, ModelError
 from meshuffle.graph.graph import Graph
 from meshuffle.graph.own_gradients import own_gradients, refuse_own_gradients
+from meshuffle.graph.python_state import changed_state
 from meshuffle.graph.regions import inline_regions
 
 
@@ -45,13 +49,15 @@ def capture(model: nn.Module, example: Tensor | Sequence[Tensor], *, train: bool
             f"the inputs have batches of {sorted(sizes)} samples; all must have the same, of "
             "at least 2"
         )
-    with _in_mode(model, train), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they are about torch's internals, not the caller's model
+    with _in_mode(model, train), _in_silence():
         try:
-            with own_gradients() as found, _given_masks():
+            with own_gradients() as found, _given_masks(), changed_state(model) as changed:
                 program = _export(model, inputs, Dim.AUTO)
                 if len(program.range_constraints) > 1:  # inputs whose batches nothing ties
                     program = _export(model, inputs, Dim("batch", min=2))
+                if changed():  # a size that is kept changes once
+                    _export(model, inputs, Dim.AUTO)
+                    found += changed()
             inline_regions(program.graph_module)
             _leave_caches(program.graph_module.graph)
         except Exception as error:
@@ -63,6 +69,18 @@ def capture(model: nn.Module, example: Tensor | Sequence[Tensor], *, train: bool
     if train:
         refuse_own_gradients(model, found)
     return Graph(program, batch=min(sizes), training=train, tied=tied_names(model))
+
+
+@contextmanager
+def _in_silence() -> Iterator[None]:
+    """Keep torch's own words back: its warnings are about its internals, an error has the rest."""
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 @contextmanager

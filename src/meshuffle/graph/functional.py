@@ -70,7 +70,10 @@ def functional_program(graph: Graph) -> tuple[fx.Graph, frozenset[str]]:
 
 
 def _make_functional(node: Node) -> None:
-    """Let a call return what it changed in place; a default that only it had is written out."""
+    """Let a call return what it changed in place; a default that only it had is written out.
+
+    Its `meta` keeps the op under `in_place`: nothing reads the old value behind it.
+    """
     before: Any = node.target
     packet = getattr(aten, before._overloadpacket.__name__.removesuffix("_"), None)
     after = _FUNCTIONAL.get(before) or getattr(packet, before._overloadname)
@@ -79,6 +82,7 @@ def _make_functional(node: Node) -> None:
         if argument.name in optional and not argument.has_default_value():
             node.kwargs = {argument.name: optional[argument.name], **node.kwargs}
     node.target = after
+    node.meta["in_place"] = before
 
 
 def _pinned(graph: Graph) -> set[str]:

@@ -111,7 +111,7 @@ def _check_plan(plan: Plan, question: Question, env: RankEnv | None) -> None:
 def judge_rank(question: Question, plan: Plan, env: RankEnv) -> tuple[Evaluation, str]:
     """Judge as one rank of `plan`; every rank returns the whole answer."""
     device = pick_device(local_rank=env.local_rank)
-    is_split = plan.tp * plan.pp > 1
+    is_split = plan.is_split
     network, card = load_model(Path(question.target), question.model, mapped=is_split)
     source, what, card = _source(question, card)
     task = make_task(card)

@@ -47,9 +47,9 @@ def own_part(
         env: of the ranks that are joined.
     """
     network.eval().requires_grad_(False)
-    ranks = join_ranks(plan, env, device)
-    if ranks is None:
+    if not plan.is_split:  # in eval mode replicas have nothing to say to each other
         return network.to(device)
+    ranks = join_ranks(plan, env, device)
     if device.type == "cpu":
         return_freed_blocks(4 << 20)  # who splits a network lacks memory rather than time
     alone = dataclasses.replace(plan, dp=1)  # in eval mode replicas share no statistics

@@ -18,8 +18,8 @@ from meshuffle.comm.group import RankEnv, process_group, rank_env
 from meshuffle.errors import PlanError
 from meshuffle.parallel.build import build
 from meshuffle.parallel.gradients import sum_gradients
-from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.random_masks import draw_key
+from meshuffle.parallel.rank_module import RankModule
 from meshuffle.parallel.ranks import Ranks, join
 from meshuffle.planner.plan import Plan, parse_plan
 from meshuffle.planner.schedules import make_schedule
@@ -34,7 +34,7 @@ def parallelize(
     *,
     device: str = "auto",
     allow_inexact: bool = False,
-) -> Parallel:
+) -> RankModule:
     """Return this rank's part of `model`, to be trained as any module.
 
         model = parallelize(Net(), example=x, plan="tp=2")
@@ -95,7 +95,7 @@ def parallelize(
 
     def draw_anew(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if module.training:
-            ranks.draw_state.advance(ranks.dp_rank * len(inputs[0]))
+            ranks.draw_state.advance(ranks.dp_rank * len(inputs[0]), len(inputs[0]))
 
     split.register_forward_pre_hook(draw_anew)
     return split
@@ -109,7 +109,7 @@ def _open_group(env: RankEnv, device: torch.device) -> None:
         atexit.register(stack.close)
 
 
-def _complete_gradients(module: Parallel, ranks: Ranks, step: ForwardBackward) -> None:
+def _complete_gradients(module: RankModule, ranks: Ranks, step: ForwardBackward) -> None:
     """Sum each parameter's gradient over the ranks as it arrives, before it is added to `.grad`."""
 
     def summed(grad: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -134,7 +134,7 @@ class ForwardBackward:
         seed: seed of the random masks.
     """
 
-    def __init__(self, module: Parallel, ranks: Ranks, num_micro_batches: int, seed: int) -> None:
+    def __init__(self, module: RankModule, ranks: Ranks, num_micro_batches: int, seed: int) -> None:
         self.module, self.ranks, self.num = module, ranks, num_micro_batches
         self.seed, self.step, self.running = seed, 0, False
 
@@ -174,7 +174,7 @@ class ForwardBackward:
     def _draw(self, i: int, sizes: Sequence[int]) -> None:
         """Put in the key of a micro-batch's random masks; it holds the samples of all replicas."""
         first = self.ranks.dp_rank * sizes[i]
-        self.ranks.draw_state.set(draw_key(self.seed, self.step, i), first)
+        self.ranks.draw_state.set(draw_key(self.seed, self.step, i), first, sizes[i])
 
     @contextlib.contextmanager
     def _gradients_apart(self) -> Iterator[None]:

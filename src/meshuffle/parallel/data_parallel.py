@@ -15,7 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from meshuffle.comm.sent_bytes import labelled
+
 Mode = Literal["replicate", "central", "shard"]
+MODES: dict[str | None, Mode] = {None: "replicate", "central": "central", "shard": "shard"}
+"""By a plan's `dp_kind`."""
 _BUCKET_BYTES = 25 << 20
 
 
@@ -134,10 +138,11 @@ class DataParallel:
     def _launch(self, bucket: Bucket) -> None:
         # Strictly in order: the ranks' collectives must match even where a gradient is missing.
         flat = bucket.pack()
-        if self.mode == "central":
-            bucket.work = dist.reduce(flat, group_dst=0, group=bucket.group, async_op=True)
-        else:
-            bucket.work = dist.all_reduce(flat, group=bucket.group, async_op=True)
+        with labelled("parameters"):
+            if self.mode == "central":
+                bucket.work = dist.reduce(flat, group_dst=0, group=bucket.group, async_op=True)
+            else:
+                bucket.work = dist.all_reduce(flat, group=bucket.group, async_op=True)
         self._next += 1
 
     def keeps_state_of(self, parameter: nn.Parameter) -> bool:

@@ -7,12 +7,12 @@ import torch.distributed as dist
 
 from meshuffle.comm.sent_bytes import labelled
 from meshuffle.parallel.data_parallel import fill_buckets
-from meshuffle.parallel.module import Parallel
+from meshuffle.parallel.rank_module import RankModule
 from meshuffle.parallel.ranks import Ranks
 
 
 @torch.no_grad()
-def sum_gradients(module: Parallel, ranks: Ranks, *, average: bool = False) -> None:
+def sum_gradients(module: RankModule, ranks: Ranks, *, average: bool = False) -> None:
     """Add up gradients in flat buffers: over replicas, and over all ranks where each has a term.
 
     Args:

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from meshuffle.errors import ModelError
 from meshuffle.graph.node import is_in_place, is_tensor, is_tuple
 from meshuffle.graph.runtime_ops import WithoutAutocast, fraction, without_autocast
+from meshuffle.kernels.rewrite import rewrite
 from meshuffle.layout.assign import Assignment
 from meshuffle.layout.layout import (
     Layout,
@@ -135,6 +136,7 @@ class _Lowering(Emitter):
             self.code.graph.output(self._local(output.args[0], {}))
         else:
             self.code.graph.output(tuple(self._send_on(node) for node in leaving))
+        rewrite(self.code.graph)
         self._drop_unread()
         self._note_names()
         return self.code
@@ -312,7 +314,7 @@ class _Lowering(Emitter):
         node = self.current.node
         if not changes:
             args, kwargs = self._args
-            return self._add(node.target, args, kwargs)
+            return self._add(self._in_place(args) or node.target, args, kwargs)
         schema = getattr(node.target, "_schema", None)
         given = {**self.given, **changes}
         if schema is None:
@@ -320,6 +322,15 @@ class _Lowering(Emitter):
         args = tuple(given[a.name] for a in schema.arguments if not a.kwarg_only)
         kwargs = {a.name: given[a.name] for a in schema.arguments if a.kwarg_only}
         return self._add(node.target, args, kwargs)
+
+    def _in_place(self, args: Sequence[Any]) -> Any:
+        """Return the op that the model calls on this rank's own value, where that changes it."""
+        made = args[0] if args else None
+        if not isinstance(made, Node) or made.op not in ("call_function", "call_module"):
+            return None
+        if isinstance(self.code.modules.get(str(made.target)), Redistribute):
+            return None  # autograd lets nothing change what a stage, or a redistribution, is given
+        return self.current.node.meta.get("in_place")
 
     def sizes(self, *, exact: bool = False) -> list[Any]:
         """Return the sizes of this rank's part of the result; see `Emitter`."""

@@ -11,22 +11,21 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from meshuffle.comm.exchange import Exchange
 from meshuffle.errors import ModelError
 from meshuffle.graph import Graph, capture
 from meshuffle.graph.capture import named_tensors, tied_names
 from meshuffle.graph.own_gradients import refuse_own_gradients
 from meshuffle.layout.assign import Assignment, assign
-from meshuffle.layout.layout import Shard
 from meshuffle.layout.program import Program
 from meshuffle.parallel import printout
 from meshuffle.parallel.batch_norm import SyncNorm, exchange_handle
 from meshuffle.parallel.code import StageCode, stages_of
 from meshuffle.parallel.lower import lower_stages
-from meshuffle.parallel.parts import gather_named, join_parts, take_part
 from meshuffle.parallel.random_masks import Draw
+from meshuffle.parallel.rank_module import RankModule
 from meshuffle.parallel.ranks import Ranks
 from meshuffle.parallel.redistribute import Redistribute
-from meshuffle.parallel.runner import Runner
 from meshuffle.planner.costs import estimated, per_rank
 from meshuffle.planner.cut import choose_cuts, cuts_at, cuts_like
 
@@ -55,8 +54,8 @@ class _Mode:
     forwards: dict[int, Callable[..., Any]] = field(default_factory=dict)
 
 
-class Parallel(nn.Module):
-    """A model split within its layers, or cut into stages; on each rank an ordinary module.
+class Parallel(RankModule):
+    """A captured model: replicated, split within its layers, or cut into stages.
 
     It takes and returns what the model does: whole tensors of one replica's batch. A model that is
     cut has the parameters of this rank's stages alone, and `pipeline.Pipeline` runs it.
@@ -73,11 +72,6 @@ class Parallel(nn.Module):
         costs: the seconds that `choose_cuts` balances, where `cuts` does not say where to cut.
         cuts: see `Plan`.
 
-    Attributes:
-        shards: the layout of each split parameter and buffer, by name.
-        summed_over_tp: names of parameters whose gradients must be summed over `tp`.
-        stages_of: by name, the stages that have a parameter or buffer.
-        cuts: where it is cut; see `Plan`.
     """
 
     def __init__(
@@ -95,26 +89,21 @@ class Parallel(nn.Module):
         costs: Costs = estimated,
         cuts: Sequence[str] = (),
     ) -> None:
-        super().__init__()
-        self._keep_in(nn.Module())
-        self._tp, self._rank, self._prefer, self._dp = tp, rank, prefer, dp
-        self.device = device or torch.device("cpu")
+        super().__init__(nn.Module(), rank, device)
+        self._tp, self._prefer, self._dp = tp, prefer, dp
         if model.training:
             refuse_own_gradients(model)  # the skeleton's parameters have no hooks
-        self._example = tuple(torch.empty_like(x, device="cpu") for x in example)
+        self._example = tuple(_empty(x) for x in example)
         self._skeleton = [_without_values(model)]  # in a list: not a submodule
         self.num_stages, self.stages = num_stages, tuple(stages)
-        self.pipeline: Runner | None = None
-        self.forward_backward: Callable[..., Tensor] = _no_steps  # see `parallelize`
         self._modes: dict[bool, _Mode] = {}
-        self._ranks: Ranks | None = None
-        self.shards: dict[str, Shard] = {}
 
         mode = self._lower(model.training, lambda made: self._choose_cuts(made, costs, cuts))
         program = mode.assignment.program
         self.cuts = tuple(program.calls[i].node.name for i in mode.cuts)
         self.stages_of = stages_of(model, mode.codes)
         self._register(model, program.graph, mode.codes)
+        self._frozen = frozenset(n for n, p in self.named_parameters() if not p.requires_grad)
         self._install(model.training, mode)
         self.train(model.training)
 
@@ -147,15 +136,6 @@ class Parallel(nn.Module):
             stored=self.shards if self._modes else None,
         )
 
-    def _keep_in(self, root: nn.Module) -> None:
-        """Let parameters, buffers and parts be those of `root`, which the code runs on.
-
-        A model may have a part that has the name of something of this class: `stages`, `pipeline`.
-        """
-        self._root = [root]  # in a list: not a submodule
-        for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            self.__dict__[kind] = root.__dict__[kind]
-
     def _register(self, model: nn.Module, graph: Graph, codes: Sequence[StageCode]) -> None:
         """Give this module the model's parameters and buffers, or this rank's parts of them."""
         tied, persistent = tied_names(model), set(model.state_dict(keep_vars=True))
@@ -183,10 +163,6 @@ class Parallel(nn.Module):
                 )
             self._keep(name, self._part(name, value), False)
 
-    def has(self, name: str) -> bool:
-        """Tell whether this rank's stages have a parameter, buffer or constant."""
-        return not self.stages_of.get(name, frozenset((0,))).isdisjoint(self.stages)
-
     def _part(self, name: str, tensor: Tensor) -> Tensor:
         part = self.part_of(name, tensor.detach())
         if part.device.type == "meta":
@@ -208,26 +184,6 @@ class Parallel(nn.Module):
             home.register_parameter(leaf, tensor)
         else:
             home.register_buffer(leaf, tensor, persistent=persistent)
-
-    def part_of(self, name: str, whole: Tensor) -> Tensor:
-        """Return this rank's part of a whole tensor that has the layout of `name`.
-
-        Raises:
-            RuntimeError: it has another size.
-        """
-        shard = self.shards.get(name)
-        return whole if shard is None else take_part(whole, shard, self._rank)
-
-    def whole(self, name: str, part: Tensor) -> Tensor:
-        """Return the whole tensor of which each rank has the part that `part_of` gives.
-
-        All ranks of the `tp` axis call it; it sends where `name` is split.
-        """
-        shard = self.shards.get(name)
-        if shard is None:
-            return part
-        assert self._ranks is not None
-        return join_parts(part.detach(), shard, self._ranks.tp)
 
     def _install(self, training: bool, mode: _Mode) -> None:
         """Write the code of this rank's stages, with its redistributions under a name of ours."""
@@ -256,15 +212,16 @@ class Parallel(nn.Module):
         for module in self.modules():
             if isinstance(module, Redistribute):
                 module.group = ranks.tp
-            elif isinstance(module, SyncNorm):
-                module.handle = exchange_handle(ranks.over_tp if module.over_tp else ranks.over_dp)
             elif isinstance(module, Draw):
                 module.state = ranks.draw_state
+        self.join_norms(ranks.over_tp, ranks.over_dp)
         return self
 
-    def attach(self, pipeline: Runner) -> None:
-        """Let `pipeline` run this module's stages."""
-        self.__dict__["pipeline"] = pipeline  # also where the model has a part of that name
+    def join_norms(self, over_tp: Exchange, over_dp: Exchange) -> None:
+        """Let batch norms join their statistics by these."""
+        for module in self.modules():
+            if isinstance(module, SyncNorm):
+                module.handle = exchange_handle(over_tp if module.over_tp else over_dp)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Parallel:
         """Return a module with parameters and buffers of its own, and the same code and ranks."""
@@ -310,8 +267,20 @@ class Parallel(nn.Module):
                 the values that the stage before sends.
         """
         mode = self._modes[self.training]
+        self._refuse_unfrozen()
         result = mode.forwards[stage](self._root[0], *arguments)
         return pytree.tree_unflatten(result, mode.spec) if stage + 1 == self.num_stages else result
+
+    def _refuse_unfrozen(self) -> None:
+        """Refuse parameters that are trained now and were not when the model was captured."""
+        if not self._frozen or not self.training or torch.compiler.is_compiling():
+            return
+        late = [n for n, p in self.named_parameters() if p.requires_grad and n in self._frozen]
+        if late:
+            raise ModelError(
+                f"{late[0]} is to be trained now, and was frozen when the model was captured; "
+                "unfreeze before `parallelize`, or call it anew"
+            )
 
     @property
     def assignment(self) -> Assignment:
@@ -322,11 +291,6 @@ class Parallel(nn.Module):
     def stage_codes(self) -> list[StageCode]:
         """The calls of all stages in the current mode, with what they send."""
         return self._modes[self.training].codes
-
-    @property
-    def is_main(self) -> bool:
-        """True on the one rank that should print and write."""
-        return self._ranks is None or self._ranks.mesh.get_rank() == 0
 
     @property
     def kept_fraction(self) -> float:
@@ -355,25 +319,10 @@ class Parallel(nn.Module):
         """The current mode's code, a line per call; a redistribution names both of its layouts."""
         return printout.code(self.graph_modules, self._root[0], _HOME)
 
-    def whole_state_dict(self) -> dict[str, Tensor]:
-        """Return the state dict of the plain model, on every rank; all of a replica call it."""
-        whole = {name: self.whole(name, part) for name, part in self.state_dict().items()}
-        if self.num_stages == 1 or self._ranks is None:
-            return whole
-        return gather_named(whole, self._ranks.pp, everywhere=True)
 
-    def load_whole(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load this rank's parts of a state dict of the plain model.
-
-        Raises:
-            RuntimeError: as `load_state_dict`.
-        """
-        own = {name: whole for name, whole in tensors.items() if self.has(name)}
-        self.load_state_dict({name: self.part_of(name, whole) for name, whole in own.items()})
-
-
-def _no_steps(*_: Any) -> Tensor:
-    raise RuntimeError("forward_backward is for models that `parallelize` made")
+def _empty(x: Tensor) -> Tensor:
+    """Return memory that is never filled, contiguous: code that is captured is for any format."""
+    return torch.empty_like(x, device="cpu", memory_format=torch.contiguous_format)
 
 
 def _without_values(model: nn.Module) -> nn.Module:
@@ -383,7 +332,7 @@ def _without_values(model: nn.Module) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
-        empty = torch.empty_like(tensor, device="cpu")
+        empty = _empty(tensor)
         if isinstance(tensor, nn.Parameter):
             empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = empty

@@ -8,6 +8,7 @@ ahead; sends are not waited for before the end of the step.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -24,8 +25,10 @@ from torch.utils import _pytree as pytree
 from meshuffle.comm.group import new_group, wait
 from meshuffle.comm.sent_bytes import labelled
 from meshuffle.layout.layout import Replicate
+from meshuffle.layout.mixing import mixing_call
 from meshuffle.layout.traffic import Crossing
 from meshuffle.parallel.module import Parallel
+from meshuffle.parallel.rank_module import RankModule
 from meshuffle.parallel.ranks import Ranks
 from meshuffle.parallel.runner import Inputs, Loss
 from meshuffle.planner.schedules import Action, Schedule, all_forward_all_backward
@@ -85,7 +88,12 @@ class Pipeline:
     """
 
     def __init__(
-        self, module: Parallel, ranks: Ranks, schedule: Schedule, *, edge_groups: bool | None = None
+        self,
+        module: RankModule,
+        ranks: Ranks,
+        schedule: Schedule,
+        *,
+        edge_groups: bool | None = None,
     ) -> None:
         self.module, self.ranks, self.schedule = module, ranks, schedule
         if edge_groups is None:
@@ -98,6 +106,15 @@ class Pipeline:
     def has_last(self) -> bool:
         """True on the ranks that compute the loss."""
         return self.schedule.num_stages - 1 in self.module.stages
+
+    @property
+    def _captured(self) -> Parallel:
+        assert isinstance(self.module, Parallel)  # one that runs as it is written has no stages
+        return self.module
+
+    @functools.cached_property
+    def _mixes_in_eval(self) -> bool:
+        return mixing_call(self._captured.assignment.program.graph) is not None
 
     # Process groups
 
@@ -166,11 +183,11 @@ class Pipeline:
         """Return the model's outputs for a batch of this replica, on all of its ranks.
 
         In eval mode the batch goes through in as many micro-batches as there are stages; in train
-        mode, where batch norm sees them, in one.
+        mode, where batch norm sees them, in one, and so where the model mixes samples.
         """
-        module, program = self.module, self.module.assignment.program
+        module, program = self._captured, self._captured.assignment.program
         dims = [program.samples_dim_of(node.meta["val"]) for node in program.outputs()]
-        can_cut = not module.training and None not in dims
+        can_cut = not module.training and None not in dims and not self._mixes_in_eval
         num = max(1, min(self.schedule.num_stages, len(inputs[0]))) if can_cut else 1
         parts = list(zip(*(x.tensor_split(num) for x in inputs), strict=True))
         results: list[list[Tensor]] = []
@@ -204,7 +221,7 @@ class Pipeline:
 
     def for_copy(self, module: nn.Module) -> Pipeline:
         """Return a runner of the same stages that calls `module`, a copy; for forwards alone."""
-        assert isinstance(module, Parallel)
+        assert isinstance(module, RankModule)
         other = copy.copy(self)
         other.module = module
         return other
@@ -289,7 +306,7 @@ class Pipeline:
         self._send_back(step, stage, i)
 
     def _weights(self, stage: int) -> list[Parameter]:
-        names = self.module.stage_codes[stage].names
+        names = self._captured.stage_codes[stage].names
         named = self.module.named_parameters(remove_duplicate=False)
         return [p for name, p in named if name in names and p.requires_grad]
 
@@ -298,8 +315,8 @@ class Pipeline:
     def _crossing(self, direction: str, sender: int) -> list[Crossing]:
         """Return what a stage sends to the next, or as gradients to the one before."""
         if direction == "F":
-            return self.module.stage_codes[sender].leaving
-        return [c for c in self.module.stage_codes[sender - 1].leaving if c.has_grad]
+            return self._captured.stage_codes[sender].leaving
+        return [c for c in self._captured.stage_codes[sender - 1].leaving if c.has_grad]
 
     def _source(self, action: Action) -> tuple[str, int, int] | None:
         """Return the message that an action needs: (direction, sending stage, micro-batch)."""
@@ -325,7 +342,7 @@ class Pipeline:
         (direction, sender, i), peer = key, self.schedule.ranks[key[1]]
         if peer == self.ranks.pp_rank:
             return
-        program, group = self.module.assignment.program, self._group(direction, sender)
+        program, group = self._captured.assignment.program, self._group(direction, sender)
         asked = []
         for number, crossing in enumerate(self._crossing(direction, sender)):
             shape = crossing.shape(program, self.ranks.tp_rank, step.sizes[i])

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from meshuffle.comm.device import num_cores
-from meshuffle.comm.exchange import make_exchange
+from meshuffle.comm.exchange import Exchange, make_exchange
 from meshuffle.comm.group import RankEnv
 from meshuffle.parallel.ranks import Ranks, join
 from meshuffle.planner.plan import Plan
@@ -48,12 +50,22 @@ def place_of(plan: Plan, env: RankEnv) -> Place:
     return Place(dp_rank, plan.dp, tp_rank, plan.tp, pp_rank, plan.pp)
 
 
-def join_ranks(plan: Plan, env: RankEnv, device: torch.device) -> Ranks | None:
-    """Return the groups of the mesh where a model is split, else None; every rank calls it."""
-    if plan.tp == plan.pp == 1:
+def join_ranks(
+    plan: Plan, env: RankEnv, device: torch.device, mesh: DeviceMesh | None = None
+) -> Ranks | None:
+    """Return the groups of the mesh, None for a plan of one rank; every rank calls it.
+
+    Args:
+        mesh: of the plan, where it has fewer ranks than were launched; its ranks call this.
+    """
+    if plan.num_ranks == 1:
         return None
     one_host = env.local_world >= env.world
-    return join(plan, device, lambda group: make_exchange(group, device, one_host))
+
+    def exchange(group: dist.ProcessGroup) -> Exchange:
+        return make_exchange(group, device, one_host)
+
+    return Ranks(mesh, exchange) if mesh is not None else join(plan, device, exchange)
 
 
 def threads_per_rank(plan: Plan, local_world: int | None = None) -> int:

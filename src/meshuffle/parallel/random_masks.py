@@ -142,10 +142,9 @@ class DrawState:
         self.first_sample.fill_(first_sample)
         self.samples, self.numbers = samples, DrawNumbers()
 
-    def advance(self, first_sample: int = 0) -> None:
+    def advance(self, first_sample: int = 0, samples: int = 0) -> None:
         """Go on to the key of another forward pass, in the same way on all ranks."""
-        self.key.copy_(_mix(self.key + _GAMMA))
-        self.first_sample.fill_(first_sample)
+        self.set(int(_mix(self.key + _GAMMA)), first_sample, samples)
 
     def to(self, device: torch.device) -> None:
         """Move to a device."""
@@ -319,10 +318,11 @@ class ReferenceDraws(TorchDispatchMode):
 
     Args:
         key: key of the forward pass.
-        samples_dims: the dim that holds the batch, of each call that draws, in their order.
+        samples_dims: the dim that holds the batch, of each call that draws, in their order; None
+            is dim 0 for all.
     """
 
-    def __init__(self, key: int, samples_dims: Sequence[int | None]) -> None:
+    def __init__(self, key: int, samples_dims: Sequence[int | None] | None) -> None:
         super().__init__()
         self.key, self.samples_dims = torch.tensor(key), samples_dims
         self._numbers = DrawNumbers()
@@ -349,9 +349,11 @@ class ReferenceDraws(TorchDispatchMode):
 
     def _bits(self, x: Tensor) -> Tensor:
         number = self._numbers.next()
-        if number >= len(self.samples_dims):
+        dims = self.samples_dims
+        if dims is not None and number >= len(dims):
             raise ModelError("the model drew more random numbers than when it was captured")
-        return random_bits(x.shape, self.key.to(x.device), number, self.samples_dims[number])
+        dim = 0 if dims is None else dims[number]
+        return random_bits(x.shape, self.key.to(x.device), number, dim)
 
 
 class KeyedDropout(nn.Dropout):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
-from meshuffle.comm.exchange import Exchange, GroupExchange
+from meshuffle.comm.exchange import Exchange, GroupExchange, make_exchange
 from meshuffle.errors import PlanError
 from meshuffle.parallel.random_masks import DrawState
 from meshuffle.planner.plan import Plan
@@ -42,14 +43,22 @@ class Ranks:
         self.tp_rank, self.tp_world = dist.get_rank(self.tp), dist.get_world_size(self.tp)
         self.dp_rank, self.dp_world = dist.get_rank(self.dp), dist.get_world_size(self.dp)
         self.pp_rank, self.pp_world = dist.get_rank(self.pp), dist.get_world_size(self.pp)
-        whole = dist.group.WORLD
-        assert whole is not None
-        every = mesh["dp", "tp"]._flatten("stage").get_group() if self.pp_world > 1 else whole
+        every = self.dp
+        if self.tp_world > 1:
+            every = mesh["dp", "tp"]._flatten("stage").get_group()
         self.every: dist.ProcessGroup = every
-        self.over_tp, self.over_dp = exchange(self.every), exchange(self.dp)
+        self.over_dp = exchange(self.dp)
+        self.over_tp = exchange(every) if self.tp_world > 1 else self.over_dp
         replica = mesh["pp", "tp"]._flatten("replica").get_group() if self.pp_world > 1 else self.tp
         self.in_replica = exchange(replica)
         self.draw_state = DrawState()
+
+    @functools.cached_property
+    def on_host(self) -> tuple[Exchange, Exchange]:
+        """`over_tp` and `over_dp` between ranks of one host; all ranks ask for it at once."""
+        cpu = torch.device("cpu")
+        over_dp = make_exchange(self.dp, cpu, True)
+        return make_exchange(self.every, cpu, True) if self.tp_world > 1 else over_dp, over_dp
 
     @property
     def is_first(self) -> bool:
@@ -80,6 +89,10 @@ def join(
             f"plan {plan} is for {plan.num_ranks} ranks, but {world} ranks were launched; "
             f"use torchrun --nproc-per-node {plan.num_ranks}"
         )
-    axes = {"pp": plan.pp, "dp": plan.dp, "tp": plan.tp}
-    mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
-    return Ranks(mesh, exchange)
+    return Ranks(make_mesh(plan, device), exchange)
+
+
+def make_mesh(plan: Plan, device: torch.device) -> DeviceMesh:
+    """Return the mesh of a plan on the first ranks of the group; all ranks of that call it."""
+    ranks = torch.arange(plan.num_ranks).view(plan.pp, plan.dp, plan.tp)
+    return DeviceMesh(device.type, ranks, mesh_dim_names=("pp", "dp", "tp"))

@@ -59,6 +59,11 @@ class Plan:
         return self.dp * self.tp * self.pp
 
     @property
+    def is_split(self) -> bool:
+        """Whether a replica has several ranks."""
+        return self.tp * self.pp > 1
+
+    @property
     def num_micro_batches(self) -> int:
         """`mb`, or its default."""
         return self.mb or (2 * self.pp if self.pp > 1 else 1)

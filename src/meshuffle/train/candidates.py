@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from meshuffle.comm.device import num_cores, pick_device, synchronize
 from meshuffle.comm.group import RankEnv, new_group, process_group, rank_env
@@ -24,6 +25,7 @@ from meshuffle.comm.launch import end_with_parent, report_failure, torchrun
 from meshuffle.config import TrainConfig, read_config, to_toml
 from meshuffle.data import Batch, shard_bounds
 from meshuffle.files import write_text
+from meshuffle.parallel.ranks import make_mesh
 from meshuffle.planner.plan import Plan, parse_plan
 from meshuffle.tasks.card import Card
 from meshuffle.train.state import TrainState, build_state
@@ -106,10 +108,10 @@ def _time_all(config: TrainConfig, card: Card, plans: list[Plan]) -> dict[str, f
     best = {str(plan): float("inf") for plan in plans}
     with process_group(env, device):
         control = new_group(backend="gloo")
-        groups = [new_group(list(range(plan.num_ranks))) for plan in plans]
+        meshes = [make_mesh(plan, device) for plan in plans]
         states = [
-            _build(config, plan, card, env, device, group) if env.rank < plan.dp else None
-            for plan, group in zip(plans, groups, strict=True)
+            _build(config, plan, card, env, device, mesh) if env.rank < plan.dp else None
+            for plan, mesh in zip(plans, meshes, strict=True)
         ]
         for turn in range(_TURNS + 1):
             for plan, state in zip(plans, states, strict=True):
@@ -126,10 +128,10 @@ def _build(
     card: Card,
     env: RankEnv,
     device: torch.device,
-    group: dist.ProcessGroup,
+    mesh: DeviceMesh,
 ) -> TrainState:
-    ranks = RankEnv(env.rank, plan.dp, env.rank, plan.dp)
-    return build_state(config, plan, card, ranks, device, group)
+    own = RankEnv(env.rank, plan.dp, env.rank, plan.dp)
+    return build_state(config, plan, card, own, device, mesh.get_group("dp"), mesh=mesh)
 
 
 def _turn(state: TrainState, plan: Plan, env: RankEnv, warm: bool) -> float:

@@ -21,6 +21,7 @@ from meshuffle.comm.device import inductor_reduces_slowly
 from meshuffle.comm.exchange import Exchange
 from meshuffle.config import TrainConfig
 from meshuffle.errors import ConfigError
+from meshuffle.kernels.max_pool import max_pool2d
 from meshuffle.parallel.batch_norm import BatchNorm
 from meshuffle.train.step import sum_over_ranks
 from meshuffle.train.watch import Watch
@@ -132,58 +133,5 @@ class _MaxPool2d(nn.MaxPool2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Pool `input` (N, C, H, W)."""
-        if not torch.compiler.is_compiling():
-            return super().forward(input)
-        sizes = map(_pair, (self.kernel_size, self.stride, self.padding, self.dilation))
-        output, _ = torch.ops.meshuffle.max_pool2d(input, *sizes, self.ceil_mode)
-        return output
-
-
-def _pair(size: int | tuple[int, ...]) -> list[int]:
-    return [size, size] if isinstance(size, int) else list(size)
-
-
-@torch.library.custom_op("meshuffle::max_pool2d", mutates_args=())
-def _max_pool2d(
-    x: Tensor,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    ceil: bool,
-) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten.max_pool2d_with_indices(x, kernel, stride, padding, dilation, ceil)
-
-
-@torch.library.custom_op("meshuffle::max_pool2d_backward", mutates_args=())
-def _max_pool2d_backward(
-    grad: Tensor,
-    x: Tensor,
-    indices: Tensor,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    ceil: bool,
-) -> Tensor:
-    return torch.ops.aten.max_pool2d_with_indices_backward(
-        grad, x, kernel, stride, padding, dilation, ceil, indices
-    )
-
-
-_max_pool2d.register_fake(torch.ops.aten.max_pool2d_with_indices)
-_max_pool2d_backward.register_fake(lambda grad, x, *_: torch.empty_like(x))
-
-
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(inputs[0], output[1])
-    ctx.sizes = inputs[1:]
-
-
-def _pool_gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    x, indices = ctx.saved_tensors
-    grad_x = torch.ops.meshuffle.max_pool2d_backward(grad, x, indices, *ctx.sizes)
-    return grad_x, *(None,) * len(ctx.sizes)
-
-
-_max_pool2d.register_autograd(_pool_gradient, setup_context=_keep_for_backward)
+        sizes = (self.kernel_size, self.stride, self.padding, self.dilation)
+        return max_pool2d(input, *sizes, ceil_mode=self.ceil_mode)

@@ -28,6 +28,7 @@ from meshuffle.errors import Interrupted
 from meshuffle.infer.evaluation import Evaluation, evaluate_batches
 from meshuffle.infer.replica_batches import broadcast_batches, replica_group
 from meshuffle.parallel.random_masks import draw_key
+from meshuffle.parallel.rank_module import RankModule
 from meshuffle.train.agreement import Agreement, agree
 from meshuffle.train.best_epoch import implausible_loss, is_out_of_patience, update_best
 from meshuffle.train.checkpoint.checkpoint import resume_command
@@ -113,7 +114,7 @@ class Loop:
             progress.epoch + 1, self.num_epochs, sampler.steps_per_epoch, progress.epoch_step
         )
         self.state.model.train()
-        if self.state.step.ranks is None:
+        if not isinstance(self.state.model, RankModule):
             hold_frozen(self.state.model, self.state.frozen)
         self._meter = Meter(self.state, self.watch)
         waiting = time.perf_counter()

@@ -10,6 +10,7 @@ from meshuffle.comm.group import new_group
 from meshuffle.data import Batch
 from meshuffle.errors import OutOfMemory
 from meshuffle.parallel.batch_norm import synchronise_batch_norm
+from meshuffle.parallel.rank_module import RankModule
 from meshuffle.train.step import Step
 
 
@@ -20,14 +21,18 @@ def out_of_memory(step: Step, batch: Batch, world: int) -> OutOfMemory:
     that is split within its layers nothing is tried.
     """
     size = f"{len(batch)} images of {batch.images.shape[2]}×{batch.images.shape[3]} per rank"
-    if step.ranks is not None:
+    if step.ranks is not None and step.ranks.tp_world * step.ranks.pp_world > 1:
         return OutOfMemory(
             f"out of memory with {size.replace('per rank', 'per replica')}; use a smaller --batch, "
             "--accumulate 2, or a larger tp"
         )
     rank = dist.get_rank()
     alone = new_group([rank], local=True)
-    synchronise_batch_norm(step.model, GroupExchange(alone))
+    exchange = GroupExchange(alone)
+    if isinstance(step.model, RankModule):
+        step.model.join_norms(exchange, exchange)
+    else:
+        synchronise_batch_norm(step.model, exchange)
     fits, fails = 0, max(1, -(-len(batch) // step.num_micro_batches))
     while fails - fits > 1:
         middle = (fits + fails) // 2

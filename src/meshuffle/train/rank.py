@@ -23,7 +23,6 @@ from meshuffle.comm.lost_ranks import record_lost_ranks
 from meshuffle.config import TrainConfig, read_config
 from meshuffle.data import Data, auto_workers, open_data, prepare_workers, relabel
 from meshuffle.errors import Interrupted
-from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.place import threads_per_rank
 from meshuffle.planner.plan import read_plan
 from meshuffle.report.record import read_record
@@ -86,8 +85,7 @@ def train_rank(run: Path) -> dict[str, Any]:
             lines = [*found.lines, resumed, *changes]
         lines += unlocked
         watch = stack.enter_context(_watch(run, state, env))
-        if isinstance(state.model, Parallel):
-            lines = [*describe_split(state.model, config, plan), *lines]
+        lines = [*describe_split(state.model, config, plan), *lines]
         for line in lines:
             watch.event(line)
         loop = Loop(run, state, data, env, control, exchange, watch, stop, workers)

@@ -181,7 +181,7 @@ def reopen(
 
 def _with_cuts(plan: Plan, model: nn.Module, frozen: list[str], config: TrainConfig) -> Plan:
     """Return the plan with the cuts between its stages; tries whether `model` can be split so."""
-    if plan.tp * plan.pp == 1:
+    if not plan.is_split:
         return plan
     split = split_model(model, frozen, config, plan, torch.device("cpu"))
     return dataclasses.replace(plan, cuts=split.cuts)
@@ -195,7 +195,7 @@ def _exact_plan(
     Raises:
         ModelError: the user's plan does not, and `--allow-inexact` is not given.
     """
-    is_tried = plan.tp * plan.pp > 1 and not config.allow_inexact  # as a split model, already
+    is_tried = plan.is_split and not config.allow_inexact  # as a split model, already
     has_parts = plan.num_ranks > 1 and plan.dp * num_micro_batches(config, plan) > 1
     if is_tried or not has_parts or config.task in STEPS:
         return plan, []
@@ -229,7 +229,7 @@ def _check_plan(plan: Plan, config: TrainConfig, env: RankEnv | None) -> None:
     find_task(config.task).check_plan(plan)
     if plan.pp > 1 or plan.mb:
         _check_micro_batches(plan, config)
-    if plan.dp_kind == "central" and plan.tp * plan.pp > 1:
+    if plan.dp_kind == "central" and plan.is_split:
         raise PlanError(f"plan {plan}: central updates know no tp and no pp; use dp={plan.dp}")
     if plan.num_ranks > 1 and platform.system() != "Linux":
         raise PlanError(f"plan {plan}: {platform.system()} runs a single rank; use dp=1")

@@ -40,7 +40,7 @@ def check_values(
     num, steps = num_micro_batches(config, plan), max(1, sampler.steps_per_epoch)
     parts = steps * num  # micro-batches of an epoch, over which its images are spread evenly
     num_images = sampler.num_distinct * sampler.repeats
-    replicas = plan.dp if plan.tp * plan.pp == 1 else 1  # with statistics of their own, if not ours
+    replicas = plan.dp if not plan.is_split else 1  # with statistics of their own, if not ours
     if num_images // (parts * replicas) > 1 or config.task in STEPS:
         return []
     fewest = _fewest_values(model, frozen, config)

@@ -13,7 +13,9 @@ from meshuffle.layout.program import Program
 from meshuffle.layout.traffic import sent_across_cuts
 from meshuffle.parallel.build import build
 from meshuffle.parallel.module import Parallel
+from meshuffle.parallel.rank_module import RankModule
 from meshuffle.parallel.ranks import Ranks
+from meshuffle.parallel.replica import Replica
 from meshuffle.planner.costs import measured
 from meshuffle.planner.plan import Plan
 from meshuffle.planner.schedules import Schedule, bubble, make_schedule
@@ -49,7 +51,7 @@ def split_model(
     plan: Plan,
     device: torch.device,
     ranks: Ranks | None = None,
-) -> Parallel:
+) -> RankModule:
     """Return the part of `model` of a rank.
 
     Args:
@@ -93,8 +95,15 @@ def _measured_by_first(program: Program, device: torch.device) -> dict[str, floa
     return seconds[0]
 
 
-def describe_split(model: Parallel, config: TrainConfig, plan: Plan) -> list[str]:
-    """Return lines: what is split, what each rank keeps, what a step sends."""
+def describe_split(model: nn.Module, config: TrainConfig, plan: Plan) -> list[str]:
+    """Return lines: what is split, what each rank keeps, what a step sends; what is not equal."""
+    if isinstance(model, Replica):
+        return [
+            f"plan {plan}: {config.model} runs as it is written, since {model.why}; random numbers "
+            "other than those of nn.Dropout are each rank's own"
+        ]
+    if not isinstance(model, Parallel) or not plan.is_split:
+        return []
     sent = sum(s.forward + s.backward for code in model.stage_codes for s in code.sent)
     num = num_micro_batches(config, plan)
     sent *= plan.dp * num

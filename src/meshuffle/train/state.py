@@ -12,20 +12,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.swa_utils import AveragedModel
 
 from meshuffle import weights
-from meshuffle.comm.exchange import make_exchange
+from meshuffle.comm.exchange import GroupExchange
 from meshuffle.comm.group import RankEnv
 from meshuffle.config import TrainConfig, parse_knobs
 from meshuffle.data import AugmentConfig, Data, Preprocess
 from meshuffle.errors import RunError
 from meshuffle.parallel.batch_norm import synchronise_batch_norm
-from meshuffle.parallel.data_parallel import DataParallel, Mode, broadcast_from_main
-from meshuffle.parallel.module import Parallel
+from meshuffle.parallel.data_parallel import MODES, DataParallel, broadcast_from_main
 from meshuffle.parallel.parts import gather_named
 from meshuffle.parallel.place import Place, join_ranks, place_of
 from meshuffle.parallel.random_masks import DrawState, key_dropout
+from meshuffle.parallel.rank_module import RankModule
 from meshuffle.parallel.ranks import Ranks
 from meshuffle.planner.plan import Plan
 from meshuffle.tasks import find_task, make_task
@@ -123,9 +124,10 @@ class TrainState:
     def _train_everything(self) -> None:
         self.step.parallel.close()
         norms = bool(self.config.freeze_norm)
-        if self.step.ranks is None:
+        if not isinstance(self.model, RankModule):
             self.frozen = optimiser.freeze(self.model, "none", norms=norms)
-        else:  # the code of a split model depends on what is trained
+        else:  # the code of a captured model depends on what is trained
+            assert self.step.ranks is not None
             model = new_model(self.config, self.card)
             self.frozen = optimiser.freeze(model, "none", norms=norms)
             self._split(model, self.step.ranks)
@@ -291,11 +293,14 @@ def build_state(
     device: torch.device,
     group: dist.ProcessGroup,
     start: Mapping[str, Tensor] | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> TrainState:
     """Build the model, its optimiser and its parallel parts, in the order in which they apply.
 
     Args:
+        group: the ranks of the plan.
         start: the tensors that the run begins with; None is random ones.
+        mesh: of the plan, where it has fewer ranks than were launched.
     """
     model = new_model(config, card)
     if start is not None:
@@ -306,17 +311,16 @@ def build_state(
         _to_channels_last(model)
     broadcast_from_main(model, group)
     factors = optimiser.rate_factors(model, config)
-    ranks = join_ranks(plan, env, device)
-    if ranks is not None:
-        model = _own_part(model, frozen, config, plan, ranks, device)
-    average = optimiser.average(model, config.ema) if config.ema else None
+    ranks = join_ranks(plan, env, device, mesh)
     draw_state = DrawState() if ranks is None else ranks.draw_state
     draw_state.to(device)
-    if ranks is None:
-        one_host = env.local_world >= env.world
-        synchronise_batch_norm(model, make_exchange(group, device, one_host))
-        key_dropout(model, draw_state)
     task = make_task(card, label_smoothing=config.label_smoothing or 0.0)
+    if ranks is not None and task.name not in STEPS:
+        model = _own_part(model, frozen, config, plan, ranks, device)
+    average = optimiser.average(model, config.ema) if config.ema else None
+    if not isinstance(model, RankModule):  # of one rank, or of a step that runs parts of it
+        synchronise_batch_norm(model, ranks.over_dp if ranks else GroupExchange(group))
+        key_dropout(model, draw_state)
     step = STEPS.get(task.name, Step)(
         model=model,
         forward=model,
@@ -345,7 +349,7 @@ def _own_part(
     plan: Plan,
     ranks: Ranks,
     device: torch.device,
-) -> Parallel:
+) -> RankModule:
     """Return this rank's part of a whole model."""
     split = split_model(model, frozen, config, plan, device, ranks)
     if config.channels_last is not False:
@@ -356,9 +360,8 @@ def _own_part(
 def _data_parallel(
     model: nn.Module, group: dist.ProcessGroup, plan: Plan, ranks: Ranks | None
 ) -> DataParallel:
-    modes: dict[str | None, Mode] = {"central": "central", "shard": "shard"}
-    mode = modes.get(plan.dp_kind, "replicate")
-    if ranks is None or not isinstance(model, Parallel):
+    mode = MODES[plan.dp_kind]
+    if ranks is None or not isinstance(model, RankModule):
         return DataParallel(model, group, mode)
     return DataParallel(model, ranks.dp, mode, terms=model.summed_over_tp, every=ranks.every)
 

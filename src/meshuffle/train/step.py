@@ -13,8 +13,8 @@ from meshuffle.comm.device import Precision, autocast
 from meshuffle.comm.exchange import Exchange
 from meshuffle.data import AugmentConfig, Batch, Preprocess, mix_batch, shard_bounds
 from meshuffle.parallel.data_parallel import DataParallel
-from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.random_masks import DrawState
+from meshuffle.parallel.rank_module import RankModule
 from meshuffle.parallel.ranks import Ranks
 from meshuffle.parallel.runner import Runner
 from meshuffle.tasks.base import Task
@@ -177,7 +177,7 @@ class Step:
     @property
     def pipeline(self) -> Runner | None:
         """What runs a model that is cut into stages."""
-        return self.model.pipeline if isinstance(self.model, Parallel) else None
+        return self.model.pipeline if isinstance(self.model, RankModule) else None
 
     @property
     def has_loss(self) -> bool:

@@ -13,8 +13,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from meshuffle.comm.launch import torchrun
-from meshuffle.errors import InputError, RankFailed, in_words
+from meshuffle.errors import CaptureError, InputError, RankFailed, in_words
 from meshuffle.verify.compare import Judgement, Report, judge, judge_float32, kind_of, merge
 from meshuffle.verify.job import DTYPES, Job, Model, name_of
 from meshuffle.verify.reference import Reference, make_reference, own_difference
@@ -53,6 +55,8 @@ class Verdict:
         num_whole_ops: how many those are.
         median_ratio, worst_ratio: error over that of one device; float32 only.
         seconds: how long the ranks took.
+        undecided: equal only by more than 1e-7 of one device's own rounding, so it has not passed.
+        as_written: why the model was not captured, but ran as it is written (plans of dp alone).
         error: why nothing was compared; `exit_code` is then 1 or 2 as in errors.py.
     """
 
@@ -77,6 +81,8 @@ class Verdict:
     median_ratio: float | None = None
     worst_ratio: float | None = None
     seconds: float = 0.0
+    undecided: bool = False
+    as_written: str = ""
     error: str | None = None
     exit_code: int = 0
 
@@ -178,12 +184,19 @@ class _Session:
 
     def _reference(self, job: Job) -> Reference | Exception:
         key = job.reference_key
-        if key not in self.references:
-            path = self.folder / f"reference-{len(self.references)}"
+        known = self.references.get(key)
+        if known is None or isinstance(
+            known, CaptureError
+        ):  # plans of dp alone run it all the same
+            path = Path(tempfile.mkdtemp(prefix="reference-", dir=self.folder))
+            threads = torch.get_num_threads()
             try:
+                torch.set_num_threads(job.threads)
                 self.references[key] = make_reference(job, path)
             except Exception as error:  # noqa: BLE001  # of one case; the others go on
                 self.references[key] = error
+            finally:
+                torch.set_num_threads(threads)
         return self.references[key]
 
     def _check(self, entries: Sequence[_Entry]) -> None:
@@ -195,6 +208,9 @@ class _Session:
                 own = [Report(**report) for report in reports]
                 entry.verdict = _verdict(entry.job, entry.reference, own)
         differing = [entry for entry in entries if entry.verdict.failed_tensors]
+        for entry in differing:
+            entry.verdict.first_diverging = entry.verdict.failed_tensors[0]
+        differing = [entry for entry in differing if not entry.verdict.as_written]
         for entry in differing:
             if not entry.reference.trace_path.exists():
                 make_trace(entry.job, entry.reference)
@@ -238,7 +254,9 @@ def _verdict(job: Job, reference: Reference, reports: Sequence[Report]) -> Verdi
     predicted = sum(report.sent_bytes_predicted for report in reports)
     measured = sum((Fraction(report.sent_bytes_measured) for report in reports), Fraction(0))
     worst = judgement.worst(_NUM_WORST)
-    passed = judgement.passed and predicted == measured
+    as_written = reports[0].as_written  # then nobody predicts what it sends
+    undecided = judgement.passed and bool(judgement.excused)
+    passed = judgement.passed and not undecided and (predicted == measured or bool(as_written))
     layout_facts = dict(reports[0].layout_facts)
     layout_facts["whole_ops"] = [tuple(op) for op in layout_facts["whole_ops"]]
     return Verdict(
@@ -249,15 +267,17 @@ def _verdict(job: Job, reference: Reference, reports: Sequence[Report]) -> Verdi
         worst_relative_error=worst[0][1],
         worst_tensor=worst[0][0],
         num_floor_tensors=len(judgement.near),
-        sent_bytes_predicted=predicted,
+        sent_bytes_predicted=None if as_written else predicted,
         sent_bytes_measured=int(measured) if measured.denominator == 1 else float(measured),
         parameter_bytes_fraction=max(report.parameter_bytes_fraction for report in reports),
         worst_tensors=worst,
-        failed_tensors=sorted(judgement.failed, key=_by_computation),
+        failed_tensors=sorted([*judgement.failed, *judgement.excused], key=_by_computation),
         floor_tensors=judgement.near,
         median_ratio=judgement.median_ratio,
         worst_ratio=judgement.worst_ratio,
         seconds=max(report.seconds for report in reports),
+        undecided=undecided,
+        as_written=as_written,
         exit_code=0 if passed else 1,
         **layout_facts,
     )
@@ -280,7 +300,10 @@ def _judgement(job: Job, reference: Reference, differences: dict[str, float]) ->
     return judgement
 
 
-_ORDER = ("outputs", "loss", "loss/1", "gradients", "loss/2", "loss/3", "buffers", "parameters")
+_ORDER = (
+    *("outputs", "loss", "loss/1", "gradients", "loss/2", "loss/3", "buffers", "parameters"),
+    "eval",
+)
 
 
 def _by_computation(key: str) -> tuple[int, str]:

@@ -52,17 +52,32 @@ class Job:
         """What the reference depends on: the plan only by which sample is in which micro-batch."""
         plan = self.checked_plan()
         cut = (plan.dp, plan.num_micro_batches) if plan.num_micro_batches > 1 else ()
-        return (self.model, self.input, self.batch, self.dtype, self.seed, *cut)
+        own = (self.model, self.input, self.batch, self.dtype, self.seed, self.threads)
+        return (*own, *cut)
 
-    def micro_batches(self) -> list[list[Tensor]]:
+    @property
+    def threads(self) -> int:
+        """Threads of each rank, and of the reference: their number is an order of summation."""
+        return parse_plan(self.plan).threads or 1
+
+    @property
+    def last_batch(self) -> int:
+        """Samples of the last step: one less than the others have, where that leaves enough."""
+        enough = self.batch >= 4 * parse_plan(self.plan).num_micro_batches
+        return self.batch - 1 if enough else self.batch
+
+    def micro_batches(self, batch: int | None = None) -> list[list[Tensor]]:
         """Return the samples of each micro-batch: for each replica their indices in the batch.
 
         A replica has consecutive samples, and its micro-batches consecutive ones of those. Batch
         norm sees a micro-batch of all replicas together.
+
+        Args:
+            batch: samples of the step; None is the usual number.
         """
         plan = parse_plan(self.plan)
         samples: list[list[Tensor]] = [[] for _ in range(plan.num_micro_batches)]
-        for start, stop in shard_bounds(self.batch, plan.dp):
+        for start, stop in shard_bounds(self.batch if batch is None else batch, plan.dp):
             for i, (a, b) in enumerate(shard_bounds(stop - start, plan.num_micro_batches)):
                 samples[i].append(torch.arange(start + a, start + b))
         return samples
@@ -79,8 +94,8 @@ class Job:
             PlanError: it does not parse, has parts that cannot be verified, or does not fit.
         """
         plan, where = parse_plan(self.plan), f"plan '{self.plan}'"
-        if plan.dp_kind:
-            raise PlanError(f"{where}: verify checks dp=N without ':{plan.dp_kind}'")
+        if plan.dp_kind == "central" and plan.is_split:
+            raise PlanError(f"{where}: central updates know no tp and no pp; use dp={plan.dp}")
         most = max(_MOST_RANKS, _MOST_RANKS // 2 * num_cores())
         if plan.num_ranks > most:
             raise PlanError(

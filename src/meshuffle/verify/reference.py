@@ -1,16 +1,15 @@
 """What one device computes: the model itself, not captured code, on the whole batch.
 
-It trains for three steps of SGD with momentum. The outputs and gradients of the first step, the
-losses of all, and the parameters and buffers after the last are passed on when they exist, so that
-no copy of the model is kept. The random numbers are those of the plans.
+It trains for three steps of SGD with momentum, the last of them on one sample less. The outputs and
+gradients of the first step, the losses of all, the parameters and buffers after the last, and what
+it returns in eval mode then, are passed on when they exist, so that no copy of the model is kept.
+The random numbers are those of the plans.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
+import copy
 import json
-import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -24,10 +23,11 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from meshuffle.errors import ModelError
+from meshuffle.errors import CaptureError, ModelError
 from meshuffle.graph import Graph, capture
 from meshuffle.graph.random_ops import number_draws
 from meshuffle.layout.program import Program
+from meshuffle.parallel.data_parallel import DataParallel
 from meshuffle.parallel.random_masks import ReferenceDraws, draw_key
 from meshuffle.verify.compare import Norm, kind_of
 from meshuffle.verify.job import (
@@ -54,12 +54,17 @@ class Facts:
 
     Attributes:
         output_dims: the dim that holds the batch, for each tensor that the model returns.
-        draw_dims: the dim that holds the batch, for each call that draws random numbers.
+        draw_dims: the dim that holds the batch, for each call that draws random numbers; None is
+            dim 0 for all.
+        sizes: samples of each step.
+        eval_dims: `output_dims` in eval mode; None where that cannot be captured.
         learning_rate: the rate at which the first step changes the parameters by 1 %.
     """
 
     output_dims: list[int | None]
-    draw_dims: list[int | None]
+    draw_dims: list[int | None] | None
+    sizes: Sequence[int]
+    eval_dims: list[int | None] | None = None
     learning_rate: float | None = None
 
 
@@ -96,13 +101,14 @@ def make_reference(job: Job, path: Path) -> Reference:
     """Run the reference of `job` in float64 and save it in the folder `path`.
 
     Raises:
-        ModelError: the model cannot be captured, or draws random numbers of its own.
+        CaptureError: the plan needs it captured, and that cannot be done.
+        ModelError: it draws random numbers of its own, or nothing of it is trained.
     """
     model = build_model(job, torch.float64)
     inputs = make_inputs(job, model, torch.float64)
-    parts = [torch.cat(replicas) for replicas in job.micro_batches()]
-    example = tuple(x[parts[0]] if len(parts[0]) > 1 else x[:2] for x in inputs)
-    facts = _facts(_captured(model, example), len(example[0]))
+    first = torch.cat(job.micro_batches()[0])
+    example = tuple(x[first] if len(first) > 1 else x[:2] for x in inputs)
+    facts = _facts(job, model, example)
     before = {name: x.clone() for name, x in model.named_buffers()}
     norms: dict[str, Norm] = {}
 
@@ -112,9 +118,8 @@ def make_reference(job: Job, path: Path) -> Reference:
             norms[f"{kind}/{name}"] = _norm(x, still)
         _save(tensors, path / f"{kind}.safetensors")
 
-    path.mkdir()
     _save(model.state_dict(), path / "initial.safetensors")
-    rate = _run(job, model, inputs, facts, parts, see)
+    rate = _run(job, model, inputs, facts, see)
     saved = {
         "facts": asdict(replace(facts, learning_rate=rate)),
         "norms": {key: asdict(norm) for key, norm in norms.items()},
@@ -142,16 +147,15 @@ def own_difference(job: Job, reference: Reference, *, num_rounded: int = 0) -> d
             a ReLU whose input is as small as that switches in some of them.
     """
     facts, dtype = reference.facts, job.torch_dtype
-    parts = [torch.cat(replicas) for replicas in job.micro_batches()]
-    runs: list[tuple[list[Tensor], bool]] = [] if dtype == torch.float64 else [(parts, False)]
+    same: list[tuple[torch.Generator | None, bool]] = [(None, False)]
+    runs = [] if dtype == torch.float64 else same
     inputs = make_inputs(job, build_model(job, dtype), dtype)
     if any(x.ndim == 4 for x in inputs):
-        runs.append((parts, True))
-    if not facts.draw_dims and all(dim is not None for dim in facts.output_dims):
-        generator = torch.Generator().manual_seed(job.seed + 3)
-        permuted = [part[torch.randperm(len(part), generator=generator)] for part in parts]
-        runs.append((permuted, False))
-    runs += [(parts, False)] * num_rounded
+        runs.append((None, True))
+    dims = [*facts.output_dims, *(facts.eval_dims or [])]
+    if facts.draw_dims == [] and None not in dims:
+        runs.append((torch.Generator().manual_seed(job.seed + 3), False))
+    runs += same * num_rounded
     generator = torch.Generator().manual_seed(job.seed + 4)
     largest: dict[str, float] = {}
 
@@ -161,14 +165,14 @@ def own_difference(job: Job, reference: Reference, *, num_rounded: int = 0) -> d
             difference = math.sqrt(squared_difference(x, reference[key]))
             largest[key] = max(largest.get(key, 0.0), difference)
 
-    for i, (order, channels_last) in enumerate(runs):
+    for i, (permute, channels_last) in enumerate(runs):
         model, given = build_model(job, dtype), inputs
         if channels_last:
             model = model.to(memory_format=torch.channels_last)
             given = tuple(_channels_last(x) for x in given)
         if i >= len(runs) - num_rounded:
             _round_at_random(model, generator)
-        _run(job, model, given, facts, order, see)
+        _run(job, model, given, facts, see, permute)
     return largest
 
 
@@ -192,27 +196,51 @@ def squared_difference(a: Tensor, b: Tensor) -> float:
     return float(difference.abs().square().sum())
 
 
-def _captured(model: nn.Module, inputs: tuple[Tensor, ...]) -> Graph:
-    """Capture without torch's own words on what it cannot capture; the error has them."""
-    logging.disable(logging.CRITICAL)
+def _captured(model: nn.Module, inputs: tuple[Tensor, ...], *, train: bool = True) -> Graph:
+    with raised_casts(torch.float64):
+        return capture(model, inputs, train=train)
+
+
+def _facts(job: Job, model: nn.Module, example: tuple[Tensor, ...]) -> Facts:
+    """Return the facts of a model; of one that cannot be captured, as they show when it runs."""
+    sizes = [job.batch, job.batch, job.last_batch]
     try:
-        with contextlib.redirect_stderr(io.StringIO()), raised_casts(torch.float64):
-            return capture(model, inputs, train=True)
-    finally:
-        logging.disable(logging.NOTSET)
+        graph = _captured(model, example)
+    except CaptureError:
+        if job.checked_plan().is_split:
+            raise
+        return Facts(_dims_seen(model, example), None, sizes, _dims_seen(model, example))
+    if graph.symbol is None:
+        sizes[-1] = job.batch
+    outputs, draws = _dims(graph, len(example[0]))
+    try:
+        in_eval = _dims(_captured(model, example, train=False), len(example[0]))[0]
+    except CaptureError:
+        in_eval = None
+    return Facts(outputs, draws, sizes, in_eval)
 
 
-def _facts(graph: Graph, batch: int) -> Facts:
+def _dims(graph: Graph, batch: int) -> tuple[list[int | None], list[int | None]]:
+    """Return the dims that hold the batch, of outputs and of random draws."""
     program = Program(graph, batch, 1)
     number_draws(graph.program.graph.nodes)
     drawing = [node for node in graph.nodes() if "draw" in node.meta]
     (output,) = graph.nodes("output")
     returned = [node for node in pytree.tree_leaves(output.args[0]) if isinstance(node, Node)]
     values = [node.meta["val"] for node in returned if isinstance(node.meta["val"], Tensor)]
-    return Facts(
+    return (
         [program.samples_dim_of(value) for value in values],
         [program.samples_dim_of(node.meta["val"]) for node in drawing],
     )
+
+
+@torch.no_grad()
+def _dims_seen(model: nn.Module, example: tuple[Tensor, ...]) -> list[int | None]:
+    """Return the dims that hold the batch, of outputs: those that are shorter for fewer samples."""
+    plain = copy.deepcopy(model).eval()
+    whole, fewer = (tensors_of(plain(*(x[:n] for x in example))) for n in (None, -1))
+    pairs = [zip(a.shape, b.shape, strict=True) for a, b in zip(whole, fewer, strict=True)]
+    return [next((d for d, (a, b) in enumerate(pair) if a != b), None) for pair in pairs]
 
 
 def _run(
@@ -220,27 +248,35 @@ def _run(
     model: nn.Module,
     inputs: Sequence[Tensor],
     facts: Facts,
-    parts: Sequence[Tensor],
     see: See,
+    permute: torch.Generator | None = None,
 ) -> float:
     """Train for three steps; return the learning rate.
 
     Args:
-        parts: the samples of each micro-batch, in any order; results are put back in order.
+        permute: changes the order of the samples in their micro-batches; results are put back.
     """
+
+    def forward(samples: Tensor, draws: ReferenceDraws) -> list[Tensor]:
+        with raised_casts(dtype), draws:
+            return tensors_of(model(*(_rows(x, samples) for x in inputs)))
 
     def run_step(step: int) -> tuple[list[Tensor], Tensor]:
         losses, outputs_of_parts = [], []
+        parts = [torch.cat(replicas) for replicas in job.micro_batches(facts.sizes[step])]
+        if permute is not None:
+            parts = [part[torch.randperm(len(part), generator=permute)] for part in parts]
         for i, samples in enumerate(parts):
             draws = reference_draws(job, facts, step, i)
-            with raised_casts(dtype), draws:
-                outputs = tensors_of(model(*(_rows(x, samples) for x in inputs)))
+            outputs = forward(samples, draws)
             losses.append(loss_of(outputs, facts.output_dims, samples, job))
+            if not losses[-1].requires_grad:
+                raise ModelError("nothing of the model is trained: there is no gradient to compare")
             with raised_casts(dtype), draws:  # activation checkpointing computes a part again
                 losses[-1].backward()
             outputs_of_parts.append([x.detach() for x in outputs])
         joined = [
-            join_rows(outputs, dim, parts, job.batch)
+            join_rows(outputs, dim, parts, facts.sizes[step])
             for outputs, dim in zip(
                 zip(*outputs_of_parts, strict=True), facts.output_dims, strict=True
             )
@@ -253,6 +289,11 @@ def _run(
     rate = train(trained, run_step, facts.learning_rate, see)
     # One that the forward makes anew for another size of input is no state (timm's convit).
     see("buffers", {n: x for n, x in model.named_buffers() if x.shape == shapes.get(n)})
+    if facts.eval_dims is not None:
+        model.eval()
+        with torch.no_grad():
+            outputs = forward(torch.arange(job.batch), reference_draws(job, facts, NUM_STEPS))
+        see("eval", {f"{i}": x for i, x in enumerate(outputs)})
     return rate
 
 
@@ -266,7 +307,8 @@ def _rows(x: Tensor, samples: Tensor) -> Tensor:
 
 def reference_draws(job: Job, facts: Facts, step: int, micro_batch: int = 0) -> ReferenceDraws:
     """Return what makes a model draw the numbers of a micro-batch."""
-    return ReferenceDraws(draw_key(job.seed, step, micro_batch), facts.draw_dims)
+    dims = facts.draw_dims if step < NUM_STEPS else None
+    return ReferenceDraws(draw_key(job.seed, step, micro_batch), dims)
 
 
 def train(
@@ -274,11 +316,13 @@ def train(
     run_step: Callable[[int], tuple[list[Tensor], Tensor]],
     rate: float | None,
     see: See,
+    parallel: DataParallel | None = None,
 ) -> float:
     """Train for three steps; return the learning rate.
 
     Args:
         trained: parameters by name.
+        parallel: keeps replicas equal; `run_step` sums its gradients.
         run_step: returns the outputs and the loss of a step; gradients are then complete.
         rate: the learning rate, or None to choose it by the first step.
         see: is called with `outputs`, `gradients`, `loss` and `parameters`.
@@ -287,7 +331,7 @@ def train(
     optimizer = torch.optim.SGD(groups, 0.0, momentum=MOMENTUM)
     losses = {}
     for step in range(NUM_STEPS):
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad()
         outputs, loss = run_step(step)
         losses[f"{step + 1}"] = loss.detach()
         if step == 0:
@@ -296,10 +340,17 @@ def train(
                 name: torch.zeros_like(p) if p.grad is None else p.grad
                 for name, p in trained.items()
             }
-            see("gradients", grads)
+            if parallel is None or parallel.updates_here:  # elsewhere they are not complete
+                see("gradients", grads)
             rate = _learning_rate(trained) if rate is None else rate
             optimizer.param_groups[0]["lr"] = rate
-        optimizer.step()
+        if parallel is None:
+            optimizer.step()
+            continue
+        if parallel.updates_here:
+            parallel.drop_others()
+            optimizer.step()
+        parallel.share_update()
     optimizer.zero_grad()
     optimizer.state.clear()
     see("loss", losses)

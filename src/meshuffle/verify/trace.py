@@ -109,18 +109,19 @@ class Comparison:
         self.scales = {"values": 0.0, "gradients": facts["rms"]}
         self.size = sum(map(len, run.job.micro_batches()[0]))
         self.samples = torch.arange(len(run.parts[0])) + run.firsts[0]
-        modules = zip(run.module.stages, run.module.graph_modules, strict=True)
+        assert run.captured is not None
+        self.module = run.captured
+        modules = zip(self.module.stages, self.module.graph_modules, strict=True)
         recorders = {stage: Recorder(module) for stage, module in modules}
-        run.module.run_stage = lambda stage, *given: recorders[stage].run(*given)  # type: ignore[method-assign]
+        self.module.run_stage = lambda stage, *given: recorders[stage].run(*given)  # type: ignore[method-assign]
         run.run_micro_batches(0, 1)
         self.got = {stage: recorder.kept for stage, recorder in recorders.items()}
 
     def differing(self, kind: str) -> list[tuple[list[int], str]]:
         """Return the places and names of the values, or gradients, that differ on this rank."""
         differing = []
-        for stage, module in zip(
-            self.run.module.stages, self.run.module.graph_modules, strict=True
-        ):
+        modules = zip(self.module.stages, self.module.graph_modules, strict=True)
+        for stage, module in modules:
             for place, (name, source, layout) in enumerate(self._shared(kind, stage, module)):
                 path, target, dim = self.calls[source]
                 whole = self.trace.get_tensor(f"{kind}/{source}")
@@ -134,7 +135,7 @@ class Comparison:
         self, kind: str, stage: int, written: fx.GraphModule
     ) -> list[tuple[str, str, Layout]]:
         """Return (name, value of the program, layout) of what all ranks of `tp` have, in order."""
-        code, got = self.run.module.stage_codes[stage], self.got[stage]
+        code, got = self.module.stage_codes[stage], self.got[stage]
         lies = dict(code.sources)
         converted = {sent.name: sent.value for sent in code.sent if kind == "values"}
         nodes = list(written.graph.nodes)
@@ -173,6 +174,8 @@ class Comparison:
 
 def trace(run: Run) -> dict[str, Any]:
     """Return the first of this rank's values that differs, and the last of its gradients."""
+    if run.captured is None:
+        return {"values": [], "gradients": []}
     with safe_open(run.reference.trace_path, "pt") as file:
         comparison = Comparison(run, file)
         values, gradients = comparison.differing("values"), comparison.differing("gradients")
