@@ -52,7 +52,7 @@ def what_is_said(group: dist.ProcessGroup, plan: str, fault: str) -> str:
         (
             "tp=2:channel",
             "layouts",
-            "it has linear (aten.linear.default) as Choice(inputs=(Samples",
+            "it has linear (aten.linear.default) in the layouts ((Samplesples",
         ),
         ("pp=2,mb=1", "cuts", "it has the cuts ('linear_1',), where that has the cuts"),
         ("dp=2", "", ""),

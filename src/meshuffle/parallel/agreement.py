@@ -35,10 +35,11 @@ def _choices(module: RankModule, schedule: Schedule) -> list[str]:
     if not isinstance(module, Parallel):
         return ["the model as it is written"]
     assignment = module.assignment
-    ops = [
-        f"{call.node.name} ({call.node.target}) as {assignment.choices.get(call.node.name)}"
-        for call in assignment.program.calls
-    ]
+    ops = []
+    for call in assignment.program.calls:
+        choice = assignment.choices.get(call.node.name)
+        layouts = (choice.inputs, choice.output, choice.split) if choice else ()
+        ops.append(f"{call.node.name} ({call.node.target}) in the layouts {layouts}")
     return [f"the schedule {schedule.orders}", f"the cuts {module.cuts}", *ops]
 
 
