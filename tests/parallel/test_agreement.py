@@ -48,11 +48,15 @@ def what_is_said(group: dist.ProcessGroup, plan: str, fault: str) -> str:
 @pytest.mark.parametrize(
     ("plan", "fault", "says"),
     [
-        ("dp=2", "model", "rank 1 would run another program than rank 0: it has tanh (aten.tanh"),
+        (
+            "dp=2",
+            "model",
+            "rank 1 would run another program than rank 0: it has tanh = aten.tanh.default(linear,)",
+        ),
         (
             "tp=2:channel",
             "layouts",
-            "it has linear (aten.linear.default) in the layouts ((Samplesples",
+            "it has linear = aten.linear.default(x, p_first_weight, p_first_bias)",
         ),
         ("pp=2,mb=1", "cuts", "it has the cuts ('linear_1',), where that has the cuts"),
         ("dp=2", "", ""),

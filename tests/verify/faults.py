@@ -161,7 +161,8 @@ class Fault:
         def late(exchange: SharedExchange, vector: Tensor) -> Tensor:
             self.fired()
             before.append(gather(exchange, vector))
-            return before[-2] if before[-1].shape == before[-2:][0].shape else before[-1]
+            same = [found for found in before if found.shape == before[-1].shape]
+            return same[-2:][0]
 
         return [mock.patch.object(SharedExchange, "all_gather", late)]
 

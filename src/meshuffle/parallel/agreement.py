@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from types import FunctionType
 from typing import Any
 
 import torch.distributed as dist
@@ -39,7 +40,9 @@ def _choices(module: RankModule, schedule: Schedule) -> list[str]:
     for call in assignment.program.calls:
         choice = assignment.choices.get(call.node.name)
         layouts = (choice.inputs, choice.output, choice.split) if choice else ()
-        ops.append(f"{call.node.name} ({call.node.target}) in the layouts {layouts}")
+        node = call.node
+        target = node.target.__name__ if isinstance(node.target, FunctionType) else node.target
+        ops.append(f"{node} = {target}{node.args} {node.kwargs or ''} in the layouts {layouts}")
     return [f"the schedule {schedule.orders}", f"the cuts {module.cuts}", *ops]
 
 

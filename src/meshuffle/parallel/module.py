@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from meshuffle.comm.exchange import Exchange
@@ -241,9 +242,12 @@ class Parallel(RankModule):
         return copied
 
     def train(self, mode: bool = True) -> Parallel:
-        """Switch between the code of train and of eval mode; the other is made when first asked."""
+        """Switch between the code of train and of eval mode; the other is made when first asked.
+
+        A whole model needs none in eval mode, where replicas have nothing to say to each other.
+        """
         super().train(mode)
-        if mode not in self._modes:
+        if mode not in self._modes and (mode or self._tp * self.num_stages > 1):
             with torch.inference_mode(False):
                 stages, num = self.stages_of, self.num_stages
                 self._install(
@@ -266,10 +270,19 @@ class Parallel(RankModule):
             arguments: the model's inputs for the first stage; for others the number of samples, and
                 the values that the stage before sends.
         """
+        if self.training not in self._modes:
+            return self._as_written(*arguments)
         mode = self._modes[self.training]
         self._refuse_unfrozen()
         result = mode.forwards[stage](self._root[0], *arguments)
         return pytree.tree_unflatten(result, mode.spec) if stage + 1 == self.num_stages else result
+
+    def _as_written(self, *inputs: Tensor) -> Any:
+        """Return what the model itself returns in eval mode, with this module's tensors."""
+        model = self._skeleton[0].eval()
+        names = {name for name, _ in named_tensors(model)}
+        own = (*self.named_parameters(remove_duplicate=False), *self.named_buffers())
+        return functional_call(model, {n: x for n, x in own if n in names}, inputs)
 
     def _refuse_unfrozen(self) -> None:
         """Refuse parameters that are trained now and were not when the model was captured."""
@@ -285,12 +298,17 @@ class Parallel(RankModule):
     @property
     def assignment(self) -> Assignment:
         """The layouts of the current mode."""
-        return self._modes[self.training].assignment
+        return self._mode.assignment
+
+    @property
+    def _mode(self) -> _Mode:
+        """The current mode, or train mode where eval mode runs the model as it is written."""
+        return self._modes.get(self.training) or self._modes[True]
 
     @property
     def stage_codes(self) -> list[StageCode]:
         """The calls of all stages in the current mode, with what they send."""
-        return self._modes[self.training].codes
+        return self._mode.codes
 
     @property
     def kept_fraction(self) -> float:
@@ -304,7 +322,7 @@ class Parallel(RankModule):
 
     def stage_codes_for(self, batch: int) -> list[StageCode]:
         """Return `stage_codes` for another number of samples of a replica: for what they send."""
-        mode = self._modes[self.training]
+        mode = self._mode
         if batch == mode.assignment.program.batch:
             return mode.codes
         return self._stage_codes_of(mode.assignment.resized(batch), mode.cuts)
@@ -312,7 +330,7 @@ class Parallel(RankModule):
     @property
     def graph_modules(self) -> list[fx.GraphModule]:
         """The current mode's code as torch.fx knows it; it shares this module's parameters."""
-        return list(self._modes[self.training].graph_modules.values())
+        return list(self._mode.graph_modules.values())
 
     @property
     def code(self) -> str:

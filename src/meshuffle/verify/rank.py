@@ -165,10 +165,9 @@ class Run:
     def evaluate(self) -> list[Tensor]:
         """Return the outputs for this replica's batch in eval mode."""
         self.where = "eval mode"
-        with raised_casts(self.job.torch_dtype):
-            self.module.eval()
         self._draw(NUM_STEPS, 0, int(self.samples[0]), len(self.samples))
-        outputs = tensors_of(self.module(*self.inputs))
+        with raised_casts(self.job.torch_dtype):
+            outputs = tensors_of(self.module.eval()(*self.inputs))
         self.module.train()
         return outputs
 
@@ -193,7 +192,8 @@ class Run:
 
         sizes = [len(part) for part in own.samples[:num]]
         before_last = self.parallel.expect_last_backward
-        self.pipeline.train(sizes, own.inputs.__getitem__, loss, prepare, before_last)
+        with self._casting():
+            self.pipeline.train(sizes, own.inputs.__getitem__, loss, prepare, before_last)
         if not outputs:
             return [], torch.zeros((), dtype=job.torch_dtype)
         first = min(int(part[0]) for part in own.samples if len(part)) if sum(sizes) else 0
@@ -204,6 +204,10 @@ class Run:
             for parts, dim in zip(of_outputs, facts.output_dims, strict=True)
         ]
         return joined, torch.stack(losses).sum().detach()
+
+    def _casting(self) -> contextlib.AbstractContextManager[Any]:
+        """Return what the model's own code runs in, forward and backward; captured code has it."""
+        return contextlib.nullcontext() if self.captured else raised_casts(self.job.torch_dtype)
 
     def _draw(self, step: int, i: int, first: int, num: int) -> None:
         self.ranks.draw_state.set(draw_key(self.job.seed, step, i), first, num)
