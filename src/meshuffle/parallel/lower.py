@@ -18,7 +18,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from meshuffle.errors import ModelError
-from meshuffle.graph.node import is_in_place, is_tensor, is_tuple
+from meshuffle.graph.node import is_in_place, is_tensor, is_tuple, updates_statistics
 from meshuffle.graph.runtime_ops import WithoutAutocast, fraction, without_autocast
 from meshuffle.layout.assign import Assignment
 from meshuffle.layout.layout import (
@@ -103,6 +103,7 @@ class _Lowering(Emitter):
         self._numbers = numbers
         self._sizes: dict[Any, Node] = {}
         self._numbers_of: dict[Node, Node] = {}
+        self._updating: set[Node] = set()  # calls of norms, for their statistics alone
         in_place = (call.node for call in self.program.calls if is_in_place(call.node))
         self._changing = self.program.pinned | {node.args[0].name for node in in_place}  # type: ignore[union-attr]
         self._storage = storage
@@ -286,6 +287,8 @@ class _Lowering(Emitter):
         self.env[node] = {choice.output: result}  # type: ignore[dict-item]
         if isinstance(result, Node):
             self.code.sources[result.name] = (node.name, choice.output)  # type: ignore[assignment]
+            if updates_statistics(node):
+                self._updating.add(result)
 
     def _local(self, argument: Any, given: dict[Node, Any]) -> Any:
         """Return an argument with this rank's values, sizes and device."""
@@ -391,5 +394,6 @@ class _Lowering(Emitter):
         """Drop calls that turned out to be read by nobody; state is never dropped."""
         for node in reversed(list(self.code.graph.nodes)):
             idle = node.op in ("call_function", "get_attr") and not node.users
+            idle = idle and node not in self._updating
             if idle and not (node.op == "call_function" and is_in_place(node)):
                 self.code.graph.erase_node(node)
