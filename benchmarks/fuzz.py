@@ -37,12 +37,13 @@ import verify_zoo  # its ranks are forks, and a model is captured once
 from meshuffle.errors import InputError, RankFailed, in_words
 from meshuffle.verify import api, reference
 from meshuffle.verify.compare import Norm
-from meshuffle.verify.job import Job, build_model, make_inputs, rows_of, tensors_of
+from meshuffle.verify.job import Job, build_model, make_inputs, raised_casts, rows_of, tensors_of
 from meshuffle.verify.rank import Run
 from programs import KINDS, Program, Step, programs
 from rows import append
 
 AT_ONCE, TIMEOUT_S = 20, 30
+_OF_A_RUN = 8
 ENGINE = ("graph", "layout", "planner", "parallel", "verify")
 _EVAL, _ONE_DEVICE = "eval.safetensors", "one device cannot run it"
 
@@ -90,7 +91,8 @@ def captured_reference(job: Job, path: Path) -> reference.Reference:
     inputs = make_inputs(job, model, torch.float64)
     for mode in (True, False):
         try:
-            verify_zoo.capture_once(model, inputs, train=mode)
+            with raised_casts(torch.float64):
+                verify_zoo.capture_once(model, inputs, train=mode)
         except Exception:  # noqa: BLE001  # the reference says it, or the ranks
             break
     result: reference.Reference = verify_zoo.in_fork(make_reference)(job, path)
@@ -113,7 +115,8 @@ def check(run: Run) -> dict[str, Any]:
     state, outputs = eval_outputs(job, run.reference.path)
     run.where = "eval mode"
     run.module.load_whole(state)
-    run.module.eval()
+    with raised_casts(job.torch_dtype):
+        run.module.eval()
     model = build_model(job, job.torch_dtype, filled=False)
     inputs = make_inputs(job, model, job.torch_dtype)
     with torch.no_grad():
@@ -238,12 +241,23 @@ def _plain(text: str) -> str:
 
 
 def drawn(num: int, number: int) -> list[Program]:
-    """Return the programs of a seed."""
+    """Return the programs of a seed.
+
+    hypothesis begins with simple ones, and behind ten it varies what it has drawn: of its runs,
+    each of which has a seed of its own, those between are taken.
+    """
+    made: list[Program] = []
+    for i in range(0, num, _OF_A_RUN):
+        made += _drawn_together(number << 32 | i)[-_OF_A_RUN:]
+    return made[:num]
+
+
+def _drawn_together(number: int) -> list[Program]:
     made: list[Program] = []
 
     @seed(number)
     @settings(
-        max_examples=num,
+        max_examples=_OF_A_RUN + 2,
         phases=[Phase.generate],
         deadline=None,
         database=None,

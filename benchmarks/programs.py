@@ -52,7 +52,7 @@ class Program:
 
     Attributes:
         start: which of STARTS the first input is.
-        has_head: a classifier ends it; otherwise values are returned as they come.
+        has_head: a classifier ends it; otherwise the last values that nothing reads are returned.
     """
 
     start: int
@@ -90,6 +90,7 @@ class Value:
         base: the value whose memory it shares.
         may_change: an op in place would break no backward pass.
         is_trained: a parameter has a gradient through it.
+        is_read: something depends on it.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Value:
     base: Value | None = None
     may_change: bool = False
     is_trained: bool = False
+    is_read: bool = False
 
     @property
     def root(self) -> Value:
@@ -124,8 +126,9 @@ class Writer:
         return options[i]
 
     def part(self, text: str) -> str:
-        """Write a part of the model, and return how the forward calls it."""
-        name = f"f{len(self.parts)}"
+        """Write a part of the model, and return how the forward calls it: `f` if it is trained."""
+        trained = not text.startswith("nn.Dropout") and "affine=False" not in text
+        name = f"{'f' if trained else 'g'}{len(self.parts)}"
         self.parts.append(f"self.{name} = {text}")
         return f"self.{name}"
 
@@ -154,6 +157,7 @@ class Writer:
         """Write `x3 = text`."""
         read = [x for x in self.values if re.search(rf"\b{x.name}\b", text)]
         for x in read:
+            x.is_read = True
             x.may_change &= x is base  # the backward pass may need it
         value = Value(f"x{len(self.lines)}", tuple(shape), rows, base, may_change)
         value.is_trained = "self.f" in text or any(x.is_trained for x in read)
@@ -200,10 +204,11 @@ def _written(program: Program) -> Writer:
         if math.prod(x.shape) > _MOST_NUMEL:  # large ones only take time
             _shrink(w, x)
     w.pick = w.variant = 0
-    if program.has_head or not any(x.is_trained for x in [*w.outputs, w.values[-1]]):
+    unread = [x for x in w.values if not x.is_read and x.name not in w.arguments][-3:]
+    if program.has_head or not any(x.is_trained for x in [*w.outputs, *unread]):
         x = w.value(1)
-        w.put(f"{w.part(f'nn.Linear({x.shape[0]}, 5)')}({x.name})", (5,), x.rows)
-    outputs = list(dict.fromkeys(x.name for x in [*w.outputs, w.values[-1]]))
+        unread = [w.put(f"{w.part(f'nn.Linear({x.shape[0]}, 5)')}({x.name})", (5,), x.rows)]
+    outputs = list(dict.fromkeys(x.name for x in [*w.outputs, *unread]))
     w.lines.append(f"return {', '.join(outputs)}")
     return w
 
@@ -798,7 +803,7 @@ def recomputed(w: Writer) -> None:
     x = w.value(2)
     last = x.shape[-1]
     f, g = w.part(f"nn.Linear({last}, {last})"), w.part("nn.Dropout(0.3)")
-    how = w.one_of("False", "True")
+    how = w.one_of("False", "True") if x.is_trained else "False"  # the other kind has no gradient
     inner = w.one_of(f"{g}({f}(y).tanh())", f"{f}({g}(y)) + y", f"{f}(y).relu()")
     w.like(x, f"checkpoint(lambda y: {inner}, {{x}}, use_reentrant={how})")
 
@@ -867,14 +872,14 @@ def fits(plan: str, batch: int) -> bool:
 @st.composite
 def programs(draw: st.DrawFn) -> Program:
     """Draw a program and three plans, of 2 and of 3 ranks."""
-    step = st.builds(
-        Step, st.sampled_from(list(KINDS)), st.integers(0, 3), st.integers(0, 99_999)
-    )
+    picks = st.sampled_from((0, 0, 0, 0, 1, 2, 3))  # mostly the latest: deep rather than wide
+    step = st.builds(Step, st.sampled_from(list(KINDS)), picks, st.integers(0, 99_999))
+    num = draw(st.integers(2, 8))
     batch = draw(st.sampled_from((6, 5, 7, 8)))
     plans = st.sampled_from([plan for plan in PLANS if fits(plan, batch)])
     return Program(
         draw(st.integers(0, len(STARTS) - 1)),
-        tuple(draw(st.lists(step, min_size=2, max_size=8))),
+        tuple(draw(st.lists(step, min_size=num, max_size=num))),
         draw(st.booleans()),
         batch,
         tuple(draw(st.lists(plans, min_size=3, max_size=3, unique=True))),
