@@ -1,6 +1,6 @@
 """Random small models under random plans: does each compute what one device computes?
 
-    python benchmarks/fuzz.py [--programs 100] [--seed 0] [--failures FOLDER] [--no-row]
+    python benchmarks/fuzz.py [--programs 100] [--seed 0] [--failures FOLDER] [--no-row] [--again FILE…]
 
 hypothesis draws programs (see `programs.py`), each with three plans of 2 and 3 ranks; verify
 compares outputs, gradients, buffers and parameters of three steps in float64, and with them the
@@ -135,6 +135,20 @@ api.make_reference = captured_reference
 verify_zoo.WORKS["check"] = check
 
 
+class File:
+    """A program in a file, as `write` leaves them: how it is to be run is in its docstring."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.steps = path, ()
+        found = re.search(r"--plan (\S+) --input (\S+) --batch (\d+)", path.read_text())
+        assert found is not None, f"{path} does not say how to run it"
+        self.plans, self.inputs, self.batch = found[1].split("/"), found[2], int(found[3])
+
+    def source(self) -> str:
+        """Return the file."""
+        return self.path.read_text()
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What came of a program under one of its plans.
@@ -146,7 +160,7 @@ class Outcome:
         text: the whole of it.
     """
 
-    program: Program
+    program: Program | File
     plan: str
     result: str
     reason: str = ""
@@ -170,7 +184,7 @@ class Runner:
         self.folder, self.numbers = folder, itertools.count()
         sys.path.insert(0, str(folder))
 
-    def run(self, some: Sequence[Program]) -> list[Outcome]:
+    def run(self, some: Sequence[Program | File]) -> list[Outcome]:
         """Verify programs under their plans, in as few launches as there are numbers of ranks."""
         cases, known = [], []
         for program in some:
@@ -190,33 +204,32 @@ class Runner:
 
     def shrink(self, outcome: Outcome) -> Outcome:
         """Return the same fault of the smallest program that leaving out parts leads to."""
-        while True:
-            smaller = [
-                dataclasses.replace(program, plans=(outcome.plan,))
-                for program in _smaller(outcome.program)
-            ]
-            found = (o for o in self.run(smaller) if o.is_like(outcome))
-            if (best := next(found, None)) is None:
+        if not outcome.program.steps:
+            return outcome
+        while smaller := _smaller(dataclasses.replace(outcome.program, plans=(outcome.plan,))):
+            alike = [o for o in self.run(smaller) if o.is_like(outcome)]
+            if not alike:
                 return outcome
-            outcome = best
+            steps = [step for step in outcome.program.steps if all(step in o.program.steps for o in alike)]
+            both = dataclasses.replace(alike[0].program, steps=tuple(steps))
+            together = [o for o in self.run([both]) if o.is_like(outcome)] if len(alike) > 1 else []
+            outcome = (together or alike)[0]
+        return outcome
 
 
-def _smaller(program: Program) -> Iterator[Program]:
-    """Yield programs with a part less, or one that is simpler."""
+def _smaller(program: Program) -> list[Program]:
+    """Return programs with a part less, or a simpler one."""
     steps = program.steps
-    for i in range(len(steps)):
-        yield dataclasses.replace(program, steps=steps[:i] + steps[i + 1 :])
+    parts = [steps[:i] + steps[i + 1 :] for i in range(len(steps))]
+    found = [dataclasses.replace(program, steps=part) for part in parts]
     if program.has_head:
-        yield dataclasses.replace(program, has_head=False)
-    for i, step in enumerate(steps):
-        if step.pick:
-            simple = dataclasses.replace(step, pick=0)
-            yield dataclasses.replace(program, steps=(*steps[:i], simple, *steps[i + 1 :]))
+        found.append(dataclasses.replace(program, has_head=False))
     if program.start:
-        yield dataclasses.replace(program, start=0)
+        found.append(dataclasses.replace(program, start=0))
+    return found
 
 
-def _outcome(program: Program, plan: str, verdict: api.Verdict) -> Outcome:
+def _outcome(program: Program | File, plan: str, verdict: api.Verdict) -> Outcome:
     text = verdict.error or ""
     if verdict.passed:
         return Outcome(program, plan, "equal")
@@ -276,10 +289,11 @@ def main() -> int:
     parser.add_argument("--programs", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="skip as many")
+    parser.add_argument("--again", nargs="*", type=Path, default=[], help="files of programs")
     parser.add_argument("--failures", type=Path, default=Path("fuzz-failures"))
     parser.add_argument("--no-row", action="store_true")
     options = parser.parse_args()
-    made = drawn(options.programs, options.seed)[options.first :]
+    made = [*map(File, options.again), *drawn(options.programs, options.seed)[options.first :]]
     began, outcomes, shrunk = time.monotonic(), [], set()
     with tempfile.TemporaryDirectory(prefix="meshuffle-fuzz-") as folder:
         runner = Runner(Path(folder))

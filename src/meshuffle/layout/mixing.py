@@ -40,6 +40,13 @@ def mixing_call(graph: Graph) -> tuple[str, str] | None:
     return module_of(suspects[0].node), str(suspects[0].node.target)
 
 
+def is_per_sample(graph: Graph) -> bool:
+    """Tell whether a sample's outputs do not depend on the others, not by batch norm either."""
+    program = Program(graph, _SAMPLES, 2)
+    joint = (c for c in program.calls if c.packet is aten.batch_norm and c["training"])
+    return not any(joint) and mixing_call(graph) is None
+
+
 def refuse_mixing(graph: Graph, model: str, plan: str) -> None:
     """Refuse a plan that gives a part of the batch to a model that needs all of it.
 

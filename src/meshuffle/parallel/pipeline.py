@@ -23,7 +23,9 @@ from torch.utils import _pytree as pytree
 
 from meshuffle.comm.group import new_group, wait
 from meshuffle.comm.sent_bytes import labelled
+from meshuffle.graph import Graph
 from meshuffle.layout.layout import Replicate
+from meshuffle.layout.mixing import is_per_sample
 from meshuffle.layout.traffic import Crossing
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.ranks import Ranks
@@ -93,6 +95,7 @@ class Pipeline:
         module.attach(self)
         self._groups = self._make_groups() if edge_groups else {}
         self._tied = self._tied_groups()
+        self._per_sample: dict[Graph, bool] = {}
 
     @property
     def has_last(self) -> bool:
@@ -166,11 +169,11 @@ class Pipeline:
         """Return the model's outputs for a batch of this replica, on all of its ranks.
 
         In eval mode the batch goes through in as many micro-batches as there are stages; in train
-        mode, where batch norm sees them, in one.
+        mode, and where an op mixes samples, in one.
         """
         module, program = self.module, self.module.assignment.program
         dims = [program.samples_dim_of(node.meta["val"]) for node in program.outputs()]
-        can_cut = not module.training and None not in dims
+        can_cut = not module.training and None not in dims and self._is_per_sample(program.graph)
         num = max(1, min(self.schedule.num_stages, len(inputs[0]))) if can_cut else 1
         parts = list(zip(*(x.tensor_split(num) for x in inputs), strict=True))
         results: list[list[Tensor]] = []
@@ -201,6 +204,11 @@ class Pipeline:
             dist.broadcast(x, group=self.ranks.pp, group_src=self.schedule.ranks[-1])
             outputs.append(x)
         return outputs
+
+    def _is_per_sample(self, graph: Graph) -> bool:
+        if graph not in self._per_sample:
+            self._per_sample[graph] = is_per_sample(graph)
+        return self._per_sample[graph]
 
     def for_copy(self, module: nn.Module) -> Pipeline:
         """Return a runner of the same stages that calls `module`, a copy; for forwards alone."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from meshuffle.errors import PlanError
-from meshuffle.graph.node import is_in_place, is_tensor, memory_owners, packet_of
+from meshuffle.graph.node import is_in_place, is_tensor, memory_owners
 from meshuffle.layout.program import Program
 
 aten = torch.ops.aten
@@ -54,22 +54,19 @@ def cuts_at(program: Program, names: Sequence[str]) -> tuple[int, ...] | None:
 
 
 def _updating_together(program: Program) -> list[tuple[int, int]]:
-    """Return (first, last) call of those that read a buffer which one of them may update."""
+    """Return (first, last) call of those that read a buffer or parameter which one may update."""
+    nodes = list(program.fx.nodes)
+    owners = memory_owners(nodes)
+    changed = {owners[node] for node in nodes if is_in_place(node)}
+    norms = (aten.batch_norm, aten.instance_norm)
     readers: dict[Node, list[int]] = {}
     for i, call in enumerate(program.calls):
-        for source in call.inputs:
-            if source.op == "placeholder" and not program.has_grad(source):
-                readers.setdefault(source, []).append(i)
-    updating = (aten.batch_norm, aten.instance_norm)
-    return [
-        (places[0], places[-1])
-        for places in readers.values()
-        if len(places) > 1
-        and any(
-            is_in_place(node) or packet_of(node) in updating
-            for node in (program.calls[i].node for i in places)
-        )
-    ]
+        for owner in {owners[source] for source in call.inputs}:
+            if owner.op == "placeholder":
+                readers.setdefault(owner, []).append(i)
+        if call.packet in norms:
+            changed |= {source for source in call.inputs if not program.has_grad(source)}
+    return [(places[0], places[-1]) for owner, places in readers.items() if owner in changed]
 
 
 def cuts_like(
