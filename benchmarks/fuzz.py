@@ -5,8 +5,8 @@
 hypothesis draws programs (see `programs.py`), each with three plans of 2 and 3 ranks; verify
 compares outputs, gradients, buffers and parameters of three steps in float64, and with them the
 outputs in eval mode. A program that differs or ends in an unexpected error is shrunk by leaving
-out steps, and written to FOLDER as a Python file that says how it fails. Appends a row to
-results/fuzz.csv. Ranks are forks of this process, which captures a program once.
+out steps, and written to FOLDER as a Python file that says how it fails; so is the first program
+that is refused for each reason, as it is. Appends a row to results/fuzz.csv. Ranks are forks of this process, which captures a program once.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def eval_outputs(job: Job, folder: Path) -> tuple[dict[str, Tensor], dict[str, T
         state |= {k: x for k, x in load_file(folder / f"{kind}.safetensors").items() if k in state}
     model.load_state_dict(state)
     outputs = tensors_of(model.eval()(*make_inputs(job, model, torch.float64)))
-    return state, {f"outputs/eval.{i}": x.contiguous() for i, x in enumerate(outputs)}
+    return state, {f"outputs/eval.{i}": x.clone() for i, x in enumerate(outputs)}
 
 
 def make_reference(job: Job, path: Path) -> reference.Reference:
@@ -300,9 +300,10 @@ def main() -> int:
         for first in range(0, len(made), AT_ONCE):
             outcomes += runner.run(made[first : first + AT_ONCE])
             for outcome in outcomes[-3 * AT_ONCE :]:
-                if outcome.is_fault and (outcome.result, outcome.reason) not in shrunk:
+                if outcome.result != "equal" and (outcome.result, outcome.reason) not in shrunk:
                     shrunk.add((outcome.result, outcome.reason))
-                    write(runner.shrink(outcome), options.failures, len(shrunk))
+                    outcome = runner.shrink(outcome) if outcome.is_fault else outcome
+                    write(outcome, options.failures, len(shrunk))
             print(f"{first + AT_ONCE}: {_counts(outcomes)}", file=sys.stderr, flush=True)
     row = summary(outcomes, time.monotonic() - began)
     print_table(row, outcomes)

@@ -863,6 +863,10 @@ KINDS: dict[str, Callable[[Writer], None]] = {
 }
 
 
+WORTH_SPLITTING = ("conv", "conv1d", "linear", "shared", "einsum", "attention", "recurrent")
+"""One of them is in each program: others have nothing that tp splits."""
+
+
 def fits(plan: str, batch: int) -> bool:
     """Tell whether each replica and micro-batch gets two samples, as batch norm needs."""
     sizes = dict(part.split(":")[0].split("=") for part in plan.split(","))
@@ -874,12 +878,14 @@ def programs(draw: st.DrawFn) -> Program:
     """Draw a program and three plans, of 2 and of 3 ranks."""
     picks = st.sampled_from((0, 0, 0, 0, 1, 2, 3))  # mostly the latest: deep rather than wide
     step = st.builds(Step, st.sampled_from(list(KINDS)), picks, st.integers(0, 99_999))
-    num = draw(st.integers(2, 8))
+    worth = st.sampled_from(WORTH_SPLITTING)
+    steps = draw(st.lists(step, min_size=(num := draw(st.integers(1, 7))), max_size=num))
+    steps.insert(draw(st.integers(0, num)), Step(draw(worth), 0, draw(st.integers(0, 99_999))))
     batch = draw(st.sampled_from((6, 5, 7, 8)))
     plans = st.sampled_from([plan for plan in PLANS if fits(plan, batch)])
     return Program(
         draw(st.integers(0, len(STARTS) - 1)),
-        tuple(draw(st.lists(step, min_size=num, max_size=num))),
+        tuple(steps),
         draw(st.booleans()),
         batch,
         tuple(draw(st.lists(plans, min_size=3, max_size=3, unique=True))),
