@@ -61,7 +61,7 @@ def eval_outputs(job: Job, folder: Path) -> tuple[dict[str, Tensor], dict[str, T
         state |= {k: x for k, x in load_file(folder / f"{kind}.safetensors").items() if k in state}
     model.load_state_dict(state)
     outputs = tensors_of(model.eval()(*make_inputs(job, model, torch.float64)))
-    return state, {f"outputs/eval.{i}": x.clone() for i, x in enumerate(outputs)}
+    return state, {f"outputs/eval.{i}": x.contiguous().clone() for i, x in enumerate(outputs)}
 
 
 def make_reference(job: Job, path: Path) -> reference.Reference:

@@ -41,10 +41,12 @@ def mixing_call(graph: Graph) -> tuple[str, str] | None:
 
 
 def is_per_sample(graph: Graph) -> bool:
-    """Tell whether a sample's outputs do not depend on the others, not by batch norm either."""
-    program = Program(graph, _SAMPLES, 2)
-    joint = (c for c in program.calls if c.packet is aten.batch_norm and c["training"])
-    return not any(joint) and mixing_call(graph) is None
+    """Tell whether a forward can be cut by samples: none depends on others, no state changes."""
+    calls = Program(graph, _SAMPLES, 2).calls
+    joint = any(c.packet is aten.batch_norm and c["training"] for c in calls)
+    owners = memory_owners([*graph.nodes()])
+    changes = any(is_in_place(n) and owners[n].op == "placeholder" for n in graph.nodes())
+    return not joint and not changes and mixing_call(graph) is None
 
 
 def refuse_mixing(graph: Graph, model: str, plan: str) -> None:
