@@ -1,12 +1,14 @@
 """Random small models under random plans: does each compute what one device computes?
 
-    python benchmarks/fuzz.py [--programs 100] [--seed 0] [--failures FOLDER] [--no-row] [--again FILE…]
+    python benchmarks/fuzz.py [--programs 100] [--seed 0] [--failures FOLDER] [--no-row]
+                              [--again FILE…]
 
 hypothesis draws programs (see `programs.py`), each with three plans of 2 and 3 ranks; verify
 compares outputs, gradients, buffers and parameters of three steps in float64, and with them the
 outputs in eval mode. A program that differs or ends in an unexpected error is shrunk by leaving
 out steps, and written to FOLDER as a Python file that says how it fails; so is the first program
-that is refused for each reason, as it is. Appends a row to results/fuzz.csv. Ranks are forks of this process, which captures a program once.
+that is refused for each reason, as it is. --again runs such files. Appends a row to
+results/fuzz.csv. Ranks are forks of this process, which captures a program once.
 """
 
 from __future__ import annotations
@@ -17,14 +19,13 @@ import hashlib
 import importlib
 import itertools
 import re
-import shutil
 import signal
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from meshuffle.verify import api, reference
 from meshuffle.verify.compare import Norm
 from meshuffle.verify.job import Job, build_model, make_inputs, raised_casts, rows_of, tensors_of
 from meshuffle.verify.rank import Run
-from programs import KINDS, Program, Step, programs
+from programs import KINDS, Program, programs
 from rows import append
 
 AT_ONCE, TIMEOUT_S = 20, 30
@@ -210,7 +211,11 @@ class Runner:
             alike = [o for o in self.run(smaller) if o.is_like(outcome)]
             if not alike:
                 return outcome
-            steps = [step for step in outcome.program.steps if all(step in o.program.steps for o in alike)]
+            steps = [
+                step
+                for step in outcome.program.steps
+                if all(step in o.program.steps for o in alike)
+            ]
             both = dataclasses.replace(alike[0].program, steps=tuple(steps))
             together = [o for o in self.run([both]) if o.is_like(outcome)] if len(alike) > 1 else []
             outcome = (together or alike)[0]
@@ -237,7 +242,9 @@ def _outcome(program: Program | File, plan: str, verdict: api.Verdict) -> Outcom
         return Outcome(program, plan, "invalid", text.partition(": ")[2][:100], text)
     if verdict.error:
         result = "hangs" if re.search("[Tt]ime(d )?out", text) else "crashed"
-        return Outcome(program, plan, "refused" if verdict.exit_code == 2 else result, _plain(text), text)
+        return Outcome(
+            program, plan, "refused" if verdict.exit_code == 2 else result, _plain(text), text
+        )
     if not verdict.failed_tensors:
         sent = f"{verdict.sent_bytes_predicted} bytes predicted, {verdict.sent_bytes_measured} sent"
         return Outcome(program, plan, "differs", "bytes", sent)
@@ -308,7 +315,10 @@ def main() -> int:
     row = summary(outcomes, time.monotonic() - began)
     print_table(row, outcomes)
     if not options.no_row:
-        append("fuzz", [{"seed": options.seed, **row, "torch": torch.__version__, "engine": engine_hash()}])
+        append(
+            "fuzz",
+            [{"seed": options.seed, **row, "torch": torch.__version__, "engine": engine_hash()}],
+        )
     return int(any(outcome.is_fault for outcome in outcomes))
 
 

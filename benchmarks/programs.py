@@ -177,10 +177,8 @@ class Writer:
     def value(self, num_dims: int | None = None) -> Value:
         """Return the value that the step picks, brought to `num_dims` dims."""
         fitting = [x for x in self.values[::-1] if num_dims in (None, len(x.shape))]
-        if self.pick and fitting:
-            x = fitting[min(self.pick, len(fitting) - 1)]
-        else:
-            x = self.values[-1]
+        older = bool(self.pick and fitting)
+        x = fitting[min(self.pick, len(fitting) - 1)] if older else self.values[-1]
         return x if num_dims is None else _TO[num_dims](self, x)
 
     def owned(self, x: Value) -> Value:
@@ -215,7 +213,7 @@ def _written(program: Program) -> Writer:
 
 def _shrink(w: Writer, x: Value) -> None:
     if len(x.shape) == 3:
-        c, h, wide = x.shape
+        c = x.shape[0]
         w.put(f"F.adaptive_avg_pool2d({x.name}, 3)", (c, 3, 3), x.rows)
         x = w.values[-1]
         if c > 24:
@@ -434,10 +432,11 @@ def add(w: Writer) -> None:
 def cat(w: Writer) -> None:
     x = w.value()
     dim = w.one_of(0, 0, len(x.shape) - 1)
-    same = lambda y: (  # noqa: E731
-        len(y.shape) == len(x.shape)
-        and y.shape[:dim] + y.shape[dim + 1 :] == x.shape[:dim] + x.shape[dim + 1 :]
-    )
+    rest = (x.shape[:dim], x.shape[dim + 1 :])
+
+    def same(y: Value) -> bool:
+        return len(y.shape) == len(x.shape) and (y.shape[:dim], y.shape[dim + 1 :]) == rest
+
     y = _other(w, x, same)
     size = x.shape[dim] + (y.shape[dim] if y else x.shape[dim])
     pair = [x.name, y.name if y else f"{x.name}.relu()"]
@@ -672,7 +671,8 @@ def attention(w: Writer) -> None:
         w.values[-1] = y
     else:
         few = 1 if kind == "gqa" else 2
-        q = f"{w.part(f'nn.Linear({d}, {d})')}({x.name}).unflatten(2, (2, {d // 2})).transpose(1, 2)"
+        q = w.part(f"nn.Linear({d}, {d})")
+        q = f"{q}({x.name}).unflatten(2, (2, {d // 2})).transpose(1, 2)"
         f = w.part(f"nn.Linear({d}, {few * d})")
         name = f"y{len(w.lines)}"
         w.lines += [

@@ -178,6 +178,7 @@ def _run(graph: Graph, before: Node, node: Node, ids: Tensor, batch: int) -> Ten
 def _drop_unread(program: fx.Graph, pinned: set[str]) -> None:
     for node in reversed(list(program.nodes)):
         if node.op == "call_function" and not node.users and node.name not in pinned:
-            if updates_statistics(node) or is_in_place(node) and original(node).op == "placeholder":
+            on_buffer = is_in_place(node) and original(node).op == "placeholder"
+            if on_buffer or updates_statistics(node):
                 continue
             program.erase_node(node)

@@ -123,7 +123,11 @@ def assign(
     program = Program(graph, graph.batch if batch is None else batch, world)
     search = _Search(program, prefer, stored or {})
     choices = search.run()
-    if must_split and world > 1 and not any(choice.split is not None for choice in choices.values()):
+    if (
+        must_split
+        and world > 1
+        and not any(choice.split is not None for choice in choices.values())
+    ):
         raise PlanError(
             f"tp={world}: no op of this model can be split in {world}; use a smaller tp, or dp"
         )

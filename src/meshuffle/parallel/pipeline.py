@@ -23,15 +23,14 @@ from torch.utils import _pytree as pytree
 
 from meshuffle.comm.group import new_group, wait
 from meshuffle.comm.sent_bytes import labelled
-from meshuffle.errors import PlanError
 from meshuffle.graph import Graph
-from meshuffle.graph.node import is_in_place, memory_owners
 from meshuffle.layout.layout import Replicate
 from meshuffle.layout.mixing import is_per_sample
 from meshuffle.layout.traffic import Crossing
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.ranks import Ranks
 from meshuffle.parallel.runner import Inputs, Loss
+from meshuffle.planner.cut import refuse_overlap
 from meshuffle.planner.schedules import Action, Schedule, all_forward_all_backward
 
 _MOST_CROSSING = 1024
@@ -96,7 +95,7 @@ class Pipeline:
             edge_groups = dist.get_backend(ranks.pp) == "nccl"
         module.attach(self)
         self._groups = self._make_groups() if edge_groups else {}
-        self._refuse_overlap()
+        refuse_overlap(module.assignment.program, module.stages_of, schedule)
         self._tied = self._tied_groups()
         self._per_sample: dict[Graph, bool] = {}
 
@@ -106,26 +105,6 @@ class Pipeline:
         return self.schedule.num_stages - 1 in self.module.stages
 
     # Process groups
-
-    def _refuse_overlap(self) -> None:
-        """Refuse to change a weight in a forward before the backward of the one before.
-
-        Raises:
-            PlanError: the model changes a trained parameter in its forward, in such a stage.
-        """
-        program = self.module.assignment.program
-        nodes = list(program.graph.nodes())
-        owners = memory_owners(nodes)
-        for owner in {owners[node] for node in nodes if is_in_place(node)}:
-            name = program.graph.names.get(owner.name, "")
-            for stage in self.module.stages_of[name] if program.graph.is_trained(owner.name) else ():
-                order = self.schedule.orders[self.schedule.ranks[stage]]
-                works = "".join(action.work for action in order if action.stage == stage)
-                if "FF" in works:
-                    raise PlanError(
-                        f"the model changes {name} in its forward, and its pipeline stage goes "
-                        "forward twice before it goes back; use mb=1"
-                    )
 
     def _new_group(self, stages: Iterable[int]) -> dist.ProcessGroup | None:
         """Return the group of some stages at this place on `tp` and `dp`; None outside of it.

@@ -15,6 +15,7 @@ from torch.fx import Node
 from meshuffle.errors import PlanError
 from meshuffle.graph.node import is_in_place, is_tensor, memory_owners
 from meshuffle.layout.program import Program
+from meshuffle.planner.schedules import Schedule
 
 aten = torch.ops.aten
 
@@ -67,6 +68,30 @@ def _updating_together(program: Program) -> list[tuple[int, int]]:
         if call.packet in norms:
             changed |= {source for source in call.inputs if not program.has_grad(source)}
     return [(places[0], places[-1]) for owner, places in readers.items() if owner in changed]
+
+
+def refuse_overlap(
+    program: Program, stages_of: Mapping[str, frozenset[int]], schedule: Schedule
+) -> None:
+    """Refuse to change a weight in a forward while the backward of the one before is to come.
+
+    Args:
+        stages_of: the stages that have each parameter, by the model's names.
+
+    Raises:
+        PlanError: the model changes a trained parameter in its forward, in such a stage.
+    """
+    graph, nodes = program.graph, list(program.graph.nodes())
+    owners = memory_owners(nodes)
+    for owner in {owners[node] for node in nodes if is_in_place(node)}:
+        name = graph.names.get(owner.name, "")
+        for stage in stages_of[name] if graph.is_trained(owner.name) else ():
+            order = schedule.orders[schedule.ranks[stage]]
+            if "FF" in "".join(action.work for action in order if action.stage == stage):
+                raise PlanError(
+                    f"the model changes {name} in its forward, and its pipeline stage goes forward "
+                    "twice before it goes back; use mb=1"
+                )
 
 
 def cuts_like(

@@ -166,7 +166,7 @@ class RaisedCasts(TorchFunctionMode):
 
 @contextlib.contextmanager
 def raised_casts(dtype: torch.dtype) -> Iterator[None]:
-    """Let a model run, or be captured, to be checked in `dtype`: constants are raised with casts."""
+    """Let a model run, or be captured, to be checked in `dtype`; constants are raised too."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

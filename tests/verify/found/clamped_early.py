@@ -1,6 +1,6 @@
 """A weight is changed in one stage and read in a later one.
 
-    --plan pp=2,mb=1/pp=3,mb=2 --input 6x8 --batch 5
+--plan pp=2,mb=1 --input 6x8 --batch 5
 """
 
 from __future__ import annotations

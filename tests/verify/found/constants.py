@@ -1,6 +1,6 @@
 """Constants of float32 in a model that is checked in float64.
 
-    --plan tp=2/pp=2,mb=2 --input 6x8 --batch 5
+--plan tp=2 --input 6x8 --batch 5
 """
 
 from __future__ import annotations

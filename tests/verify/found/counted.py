@@ -1,6 +1,6 @@
 """In eval mode a batch counts once.
 
-    --plan pp=3,mb=2/pp=2,mb=1 --input 4x6x6 --batch 6
+--plan pp=2,mb=2 --input 4x6x6 --batch 6
 """
 
 from __future__ import annotations

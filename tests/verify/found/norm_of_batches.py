@@ -1,6 +1,6 @@
 """In eval mode the statistics are those of the whole batch.
 
-    --plan pp=2,mb=2/pp=2,mb=1/tp=2/dp=2 --input 4x6x6 --batch 5
+--plan pp=2,mb=2 --input 4x6x6 --batch 5
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Nobody reads the norm's output, but its statistics are kept.
 
-    --plan dp=2/tp=2:batch/tp=3:spatial/pp=2,mb=2 --input 4x6x6 --batch 6
+--plan dp=2/tp=2:batch --input 4x6x6 --batch 6
 """
 
 from __future__ import annotations

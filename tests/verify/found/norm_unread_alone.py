@@ -1,6 +1,6 @@
 """In eval mode nothing is left that could be split.
 
-    --plan tp=2:batch/dp=2 --input 5:int --batch 7
+--plan tp=2:batch --input 5:int --batch 7
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Dropout between recurrent layers; in eval mode they are cut alike.
 
-    --plan tp=2:batch/pp=2,mb=2/dp=2/tp=3 --input 5x8 --batch 7
+--plan tp=2:batch/pp=2,mb=2 --input 5x8 --batch 7
 """
 
 from __future__ import annotations
