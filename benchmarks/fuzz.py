@@ -112,6 +112,8 @@ def check(run: Run) -> dict[str, Any]:
 
     signal.signal(signal.SIGALRM, give_up)
     signal.alarm(2 * TIMEOUT_S)
+    with raised_casts(run.job.torch_dtype):
+        run.module.eval().train()  # both codes exist, and one does not disturb the other
     report, job, dims = run.check(), run.job, run.reference.facts.output_dims
     state, outputs = eval_outputs(job, run.reference.path)
     run.where = "eval mode"
