@@ -109,9 +109,12 @@ def main() -> int:
     return int(not all(passed))
 
 
+WORKS = {"check": Run.check, "trace": trace}
+
+
 def fork_ranks(_: str, arguments: Sequence[str], num_ranks: int, **__: Any) -> None:
     """Do what `dist.launch.torchrun` does for verify, in forks of this process."""
-    folder, work = Path(arguments[0]), {"check": Run.check, "trace": trace}[arguments[1]]
+    folder, work = Path(arguments[0]), WORKS[arguments[1]]
 
     def failed(rank: int, error: BaseException) -> None:
         (folder / f"failed.{rank}").write_text(in_words(error))
@@ -129,10 +132,12 @@ def capture_once(model: torch.nn.Module, example: Any, *, train: bool = True) ->
     """Capture, or return what was captured of the same model: its graph has any batch."""
     inputs = [example] if isinstance(example, torch.Tensor) else list(example)
     sizes = tuple((name, tuple(p.shape), p.dtype) for name, p in model.named_parameters())
-    key = (train, hash(sizes), tuple(tuple(x.shape[1:]) for x in inputs))
-    if key not in _captured:
-        _captured[key] = capture(model, example, train=train)
-    return _captured[key]
+    key = (type(model), train, hash(sizes), tuple(tuple(x.shape[1:]) for x in inputs))
+    found = _captured.get(key) or _captured.get((*key, len(inputs[0])))
+    if found is None:
+        found = capture(model, example, train=train)
+        _captured[key if found.symbol is not None else (*key, len(inputs[0]))] = found
+    return found
 
 
 def in_fork(function: Any) -> Any:

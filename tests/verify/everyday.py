@@ -93,6 +93,18 @@ class NormTwice(Base):
         return self.norm(self.norm(x).relu() + x)
 
 
+class Counting(Base):
+    """Norms for the sake of their statistics alone, and a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.scale = nn.BatchNorm2d(8), torch.tensor(0.5)
+
+    def middle(self, x: Tensor) -> Tensor:
+        self.norm(x)
+        return x * self.scale + torch.tensor(2.0)
+
+
 class Frozen(Base):
     """A batch norm that keeps its statistics."""
 
@@ -241,7 +253,7 @@ class Grouped(nn.Module):
 
 
 IMAGES = (
-    *(Gate, GradAgain, Bounded, Recomputed, NormTwice, Frozen, Complex),
+    *(Gate, GradAgain, Bounded, Recomputed, NormTwice, Counting, Frozen, Complex),
     *(ComplexWeights, Erased, Narrow, DropPath),
 )
 

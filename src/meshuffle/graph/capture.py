@@ -24,6 +24,7 @@ from meshuffle.errors import CaptureError, ModelError
 from meshuffle.graph.graph import Graph
 from meshuffle.graph.own_gradients import own_gradients, refuse_own_gradients
 from meshuffle.graph.python_state import changed_state
+from meshuffle.graph.recurrent import part_recurrent_layers
 from meshuffle.graph.regions import inline_regions
 
 
@@ -60,6 +61,7 @@ def capture(model: nn.Module, example: Tensor | Sequence[Tensor], *, train: bool
                     found += changed()
             inline_regions(program.graph_module)
             _leave_caches(program.graph_module.graph)
+            part_recurrent_layers(program.graph_module.graph)
         except Exception as error:
             name = type(model).__name__
             raise CaptureError(

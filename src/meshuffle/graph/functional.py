@@ -8,7 +8,7 @@ Four rewrites of a copy of the program:
 - A chain of movements that only reorders one dim (view, transpose and flatten: the channel
   shuffle) becomes one `reorder`, so that its index map is known whatever lies behind it.
 - A parameter that has several names is read by the first.
-- Calls that nobody reads are dropped.
+- Calls that nobody reads are dropped, unless they update a buffer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from meshuffle.graph.graph import Graph
-from meshuffle.graph.node import is_in_place, is_tensor, memory_owners, original, packet_of
+from meshuffle.graph.node import (
+    is_in_place,
+    is_tensor,
+    memory_owners,
+    original,
+    packet_of,
+    updates_statistics,
+)
 from meshuffle.graph.random_ops import number_draws
 from meshuffle.graph.runtime_ops import reorder
 
@@ -175,6 +182,7 @@ def _run(graph: Graph, before: Node, node: Node, ids: Tensor, batch: int) -> Ten
 def _drop_unread(program: fx.Graph, pinned: set[str]) -> None:
     for node in reversed(list(program.nodes)):
         if node.op == "call_function" and not node.users and node.name not in pinned:
-            if is_in_place(node) and original(node).op == "placeholder":
+            on_buffer = is_in_place(node) and original(node).op == "placeholder"
+            if on_buffer or updates_statistics(node):
                 continue
             program.erase_node(node)

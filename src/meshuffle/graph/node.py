@@ -85,6 +85,15 @@ def is_in_place(node: Node) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
+def updates_statistics(node: Node) -> bool:
+    """Tell whether a call is a norm that updates running statistics: its schema does not say so."""
+    if packet_of(node) not in (torch.ops.aten.batch_norm, torch.ops.aten.instance_norm):
+        return False
+    given = arguments_of(node.target, node.args, node.kwargs)
+    in_training = given.get("training", given.get("use_input_stats"))
+    return bool(in_training) and given["running_mean"] is not None
+
+
 def original(node: Node) -> Node:
     """Return the value that `node` is after in-place calls; itself where there are none."""
     while is_in_place(node):

@@ -103,6 +103,7 @@ def assign(
     batch: int | None = None,
     prefer: str | None = None,
     stored: Mapping[str, Layout] | None = None,
+    must_split: bool = True,
 ) -> Assignment:
     """Return the assignment that sends the fewest bytes, as far as the search sees.
 
@@ -114,6 +115,7 @@ def assign(
         batch: samples of a step; None is the example's.
         prefer: `channel`, `spatial` or `batch`: ops that can be split so are.
         stored: layouts that parameters and buffers have already, by the model's names.
+        must_split: False where the model has been split in its other mode.
 
     Raises:
         PlanError: no op of the model can be split in `world`.
@@ -121,7 +123,11 @@ def assign(
     program = Program(graph, graph.batch if batch is None else batch, world)
     search = _Search(program, prefer, stored or {})
     choices = search.run()
-    if world > 1 and not any(choice.split is not None for choice in choices.values()):
+    if (
+        must_split
+        and world > 1
+        and not any(choice.split is not None for choice in choices.values())
+    ):
         raise PlanError(
             f"tp={world}: no op of this model can be split in {world}; use a smaller tp, or dp"
         )

@@ -40,6 +40,15 @@ def mixing_call(graph: Graph) -> tuple[str, str] | None:
     return module_of(suspects[0].node), str(suspects[0].node.target)
 
 
+def is_per_sample(graph: Graph) -> bool:
+    """Tell whether a forward can be cut by samples: none depends on others, no state changes."""
+    calls = Program(graph, _SAMPLES, 2).calls
+    joint = any(c.packet is aten.batch_norm and c["training"] for c in calls)
+    owners = memory_owners([*graph.nodes()])
+    changes = any(is_in_place(n) and owners[n].op == "placeholder" for n in graph.nodes())
+    return not joint and not changes and mixing_call(graph) is None
+
+
 def refuse_mixing(graph: Graph, model: str, plan: str) -> None:
     """Refuse a plan that gives a part of the batch to a model that needs all of it.
 

@@ -45,6 +45,7 @@ class Program:
         self._grads: dict[Node, bool] = {}
         for node in self.fx.nodes:
             self.has_grad(node)  # from front to back: no deep recursion
+        self._leave_unasked()
 
     @property
     def ops_batch(self) -> int | None:
@@ -52,7 +53,7 @@ class Program:
         return self.batch if self.graph.symbol is not None else None
 
     def has_grad(self, node: Node) -> bool:
-        """Tell whether a gradient flows into a value: it depends on a trained parameter."""
+        """Tell whether a gradient flows into a value, from outputs and to trained parameters."""
         if node not in self._grads:
             value = node.meta.get("val")
             floating = isinstance(value, Tensor | tuple | list) and (
@@ -65,6 +66,16 @@ class Program:
             else:
                 self._grads[node] = floating and any(map(self.has_grad, node.all_input_nodes))
         return self._grads[node]
+
+    def _leave_unasked(self) -> None:
+        """Let values that no output depends on have no gradient."""
+        asked: set[Node] = set()
+        for node in reversed(self.fx.nodes):
+            asks = node.op == "output" or node.name in self.pinned or node in asked
+            if asks and (node.op == "output" or self._grads[node]):
+                asked.update(node.all_input_nodes)
+            elif node.op == "call_function" and not asks:
+                self._grads[node] = False
 
     def placeholders(self) -> list[Node]:
         """Return parameters, buffers, constants and inputs."""

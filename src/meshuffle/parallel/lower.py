@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from meshuffle.errors import ModelError
-from meshuffle.graph.node import is_in_place, is_tensor, is_tuple
+from meshuffle.graph.node import is_in_place, is_tensor, is_tuple, updates_statistics
 from meshuffle.graph.runtime_ops import WithoutAutocast, fraction, without_autocast
 from meshuffle.kernels.rewrite import rewrite
 from meshuffle.layout.assign import Assignment
@@ -108,7 +109,7 @@ class _Lowering(Emitter):
         self._changing = self.program.pinned | {node.args[0].name for node in in_place}  # type: ignore[union-attr]
         self._storage = storage
         self._batch: Node | None = None
-        self._without_autocast = False
+        self._without_autocast, self._goes_back = False, True
 
     def run(
         self,
@@ -131,6 +132,7 @@ class _Lowering(Emitter):
                 self.env[node] = {layout: self.code.graph.get_attr(name)}
         for call in self.program.calls[first:last]:
             self._write(call)
+        self._goes_back = True
         if leaving is None:
             (output,) = (node for node in self.program.fx.nodes if node.op == "output")
             self.code.graph.output(self._local(output.args[0], {}))
@@ -182,10 +184,11 @@ class _Lowering(Emitter):
         """Return this rank's value of `node` in `layout`, converted where it is not there yet."""
         if not is_tensor(node):
             return self._number(node)
-        forms = dict(self.env[node])
+        forms, value = dict(self.env[node]), self.program.value(node)
         if layout in forms:
             return forms[layout]
-        value = self.program.value(node)
+        if not (goes_back := self._goes_back or not value.has_grad):
+            value = replace(value, has_grad=False)
         if (
             node.op == "placeholder"
             and node not in self._storage.used_both_ways
@@ -197,7 +200,7 @@ class _Lowering(Emitter):
         for step in path:
             forms[step.target] = self._convert(node, value, step, forms[step.source])
         result = forms[layout]
-        if node.name not in self._changing:
+        if node.name not in self._changing and goes_back:
             self.env[node].update(forms)
         return result
 
@@ -266,6 +269,7 @@ class _Lowering(Emitter):
         choice = self.assignment.choices[node.name]
         self.current, self.choice = call, choice
         self._without_autocast = node.meta.get("autocast") is False
+        self._goes_back = self.program.has_grad(node)
         given = {
             source: self._obtain(source, layout)
             for source, layout in zip(call.inputs, choice.inputs, strict=True)
@@ -402,5 +406,6 @@ class _Lowering(Emitter):
         """Drop calls that turned out to be read by nobody; state is never dropped."""
         for node in reversed(list(self.code.graph.nodes)):
             idle = node.op in ("call_function", "get_attr") and not node.users
-            if idle and not (node.op == "call_function" and is_in_place(node)):
+            keeps = node.op == "call_function" and (is_in_place(node) or updates_statistics(node))
+            if idle and not keeps and node.target is not local_norm:
                 self.code.graph.erase_node(node)

@@ -121,8 +121,14 @@ class Parallel(RankModule):
     def _lower(self, training: bool, cut: Callable[[Assignment], tuple[int, ...]]) -> _Mode:
         """Capture, assign, cut and lower the model; parts that exist already stay as they are."""
         graph = capture(self._skeleton[0], self._example, train=training)
-        batch, stored = len(self._example[0]), self.shards
-        assignment = assign(graph, self._tp, batch=batch, prefer=self._prefer, stored=stored)
+        assignment = assign(
+            graph,
+            self._tp,
+            batch=len(self._example[0]),
+            prefer=self._prefer,
+            stored=self.shards,
+            must_split=not self._modes,
+        )
         cuts = cut(assignment)
         codes = self._stage_codes_of(assignment, cuts)
         return _Mode(assignment, cuts, codes, graph.program.call_spec.out_spec)

@@ -8,7 +8,6 @@ ahead; sends are not waited for before the end of the step.
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -24,13 +23,15 @@ from torch.utils import _pytree as pytree
 
 from meshuffle.comm.group import new_group, wait
 from meshuffle.comm.sent_bytes import labelled
+from meshuffle.graph import Graph
 from meshuffle.layout.layout import Replicate
-from meshuffle.layout.mixing import mixing_call
+from meshuffle.layout.mixing import is_per_sample
 from meshuffle.layout.traffic import Crossing
 from meshuffle.parallel.module import Parallel
 from meshuffle.parallel.rank_module import RankModule
 from meshuffle.parallel.ranks import Ranks
 from meshuffle.parallel.runner import Inputs, Loss
+from meshuffle.planner.cut import refuse_overlap
 from meshuffle.planner.schedules import Action, Schedule, all_forward_all_backward
 
 _MOST_CROSSING = 1024
@@ -100,7 +101,10 @@ class Pipeline:
             edge_groups = dist.get_backend(ranks.pp) == "nccl"
         module.attach(self)
         self._groups = self._make_groups() if edge_groups else {}
+        if isinstance(module, Parallel):
+            refuse_overlap(module.assignment.program, module.stages_of, schedule)
         self._tied = self._tied_groups()
+        self._per_sample: dict[Graph, bool] = {}
 
     @property
     def has_last(self) -> bool:
@@ -111,10 +115,6 @@ class Pipeline:
     def _captured(self) -> Parallel:
         assert isinstance(self.module, Parallel)  # one that runs as it is written has no stages
         return self.module
-
-    @functools.cached_property
-    def _mixes_in_eval(self) -> bool:
-        return mixing_call(self._captured.assignment.program.graph) is not None
 
     # Process groups
 
@@ -183,11 +183,11 @@ class Pipeline:
         """Return the model's outputs for a batch of this replica, on all of its ranks.
 
         In eval mode the batch goes through in as many micro-batches as there are stages; in train
-        mode, where batch norm sees them, in one, and so where the model mixes samples.
+        mode, and where an op mixes samples, in one.
         """
         module, program = self._captured, self._captured.assignment.program
         dims = [program.samples_dim_of(node.meta["val"]) for node in program.outputs()]
-        can_cut = not module.training and None not in dims and not self._mixes_in_eval
+        can_cut = not module.training and None not in dims and self._is_per_sample(program.graph)
         num = max(1, min(self.schedule.num_stages, len(inputs[0]))) if can_cut else 1
         parts = list(zip(*(x.tensor_split(num) for x in inputs), strict=True))
         results: list[list[Tensor]] = []
@@ -218,6 +218,11 @@ class Pipeline:
             dist.broadcast(x, group=self.ranks.pp, group_src=self.schedule.ranks[-1])
             outputs.append(x)
         return outputs
+
+    def _is_per_sample(self, graph: Graph) -> bool:
+        if graph not in self._per_sample:
+            self._per_sample[graph] = is_per_sample(graph)
+        return self._per_sample[graph]
 
     def for_copy(self, module: nn.Module) -> Pipeline:
         """Return a runner of the same stages that calls `module`, a copy; for forwards alone."""

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from meshuffle.errors import PlanError
-from meshuffle.graph.node import is_in_place, is_tensor, memory_owners, packet_of
+from meshuffle.graph.node import is_in_place, is_tensor, memory_owners
 from meshuffle.layout.program import Program
+from meshuffle.planner.schedules import Schedule
 
 aten = torch.ops.aten
 
@@ -54,22 +55,43 @@ def cuts_at(program: Program, names: Sequence[str]) -> tuple[int, ...] | None:
 
 
 def _updating_together(program: Program) -> list[tuple[int, int]]:
-    """Return (first, last) call of those that read a buffer which one of them may update."""
+    """Return (first, last) call of those that read a buffer or parameter which one may update."""
+    nodes = list(program.fx.nodes)
+    owners = memory_owners(nodes)
+    changed = {owners[node] for node in nodes if is_in_place(node)}
+    norms = (aten.batch_norm, aten.instance_norm)
     readers: dict[Node, list[int]] = {}
     for i, call in enumerate(program.calls):
-        for source in call.inputs:
-            if source.op == "placeholder" and not program.has_grad(source):
-                readers.setdefault(source, []).append(i)
-    updating = (aten.batch_norm, aten.instance_norm)
-    return [
-        (places[0], places[-1])
-        for places in readers.values()
-        if len(places) > 1
-        and any(
-            is_in_place(node) or packet_of(node) in updating
-            for node in (program.calls[i].node for i in places)
-        )
-    ]
+        for owner in {owners[source] for source in call.inputs}:
+            if owner.op == "placeholder":
+                readers.setdefault(owner, []).append(i)
+        if call.packet in norms:
+            changed |= {source for source in call.inputs if not program.has_grad(source)}
+    return [(places[0], places[-1]) for owner, places in readers.items() if owner in changed]
+
+
+def refuse_overlap(
+    program: Program, stages_of: Mapping[str, frozenset[int]], schedule: Schedule
+) -> None:
+    """Refuse to change a weight in a forward while the backward of the one before is to come.
+
+    Args:
+        stages_of: the stages that have each parameter, by the model's names.
+
+    Raises:
+        PlanError: the model changes a trained parameter in its forward, in such a stage.
+    """
+    graph, nodes = program.graph, list(program.graph.nodes())
+    owners = memory_owners(nodes)
+    for owner in {owners[node] for node in nodes if is_in_place(node)}:
+        name = graph.names.get(owner.name, "")
+        for stage in stages_of[name] if graph.is_trained(owner.name) else ():
+            order = schedule.orders[schedule.ranks[stage]]
+            if "FF" in "".join(action.work for action in order if action.stage == stage):
+                raise PlanError(
+                    f"the model changes {name} in its forward, and its pipeline stage goes forward "
+                    "twice before it goes back; use mb=1"
+                )
 
 
 def cuts_like(

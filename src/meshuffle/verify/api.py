@@ -207,13 +207,7 @@ class _Session:
             else:
                 own = [Report(**report) for report in reports]
                 entry.verdict = _verdict(entry.job, entry.reference, own)
-        differing = [entry for entry in entries if entry.verdict.failed_tensors]
-        for entry in differing:
-            entry.verdict.first_diverging = entry.verdict.failed_tensors[0]
-        differing = [entry for entry in differing if not entry.verdict.as_written]
-        for entry in differing:
-            if not entry.reference.trace_path.exists():
-                make_trace(entry.job, entry.reference)
+        differing = [e for e in entries if e.verdict.failed_tensors and _has_trace(e)]
         for entry, reports in zip(differing, self._launch("trace", differing), strict=True):
             first = entry.verdict.failed_tensors[0]
             if "error" in reports[0]:
@@ -247,6 +241,21 @@ class _Session:
                     break
                 reports.append([json.loads(file.read_text()) for file in files])
         return reports
+
+
+def _has_trace(entry: _Entry) -> bool:
+    """Make the trace of a reference where there is none yet; a verdict says where that fails."""
+    entry.verdict.first_diverging = entry.verdict.failed_tensors[0]
+    if entry.verdict.as_written:
+        return False
+    try:
+        if not entry.reference.trace_path.exists():
+            make_trace(entry.job, entry.reference)
+    except Exception as error:  # noqa: BLE001  # the verdict stands without it
+        first = entry.verdict.failed_tensors[0]
+        entry.verdict.first_diverging = f"{first} (no closer look: {in_words(error)})"
+        return False
+    return True
 
 
 def _verdict(job: Job, reference: Reference, reports: Sequence[Report]) -> Verdict:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,6 +170,8 @@ class RaisedCasts(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function with float64 wherever float32 is asked for."""
+        if func is torch.empty_strided:  # how torch.export copies a tensor that exists
+            return func(*args, **(kwargs or {}))
         if func is Tensor.float:
             func = Tensor.double
         given = (args, kwargs or {})
@@ -177,9 +179,16 @@ class RaisedCasts(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def raised_casts(dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
-    """Return what a model runs in, or is captured in, to be checked in `dtype`."""
-    return RaisedCasts() if dtype == torch.float64 else contextlib.nullcontext()
+@contextlib.contextmanager
+def raised_casts(dtype: torch.dtype) -> Iterator[None]:
+    """Let a model run, or be captured, to be checked in `dtype`; constants are raised too."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with RaisedCasts() if dtype == torch.float64 else contextlib.nullcontext():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def make_inputs(job: Job, model: nn.Module, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -56,8 +56,9 @@ class Recorder(fx.Interpreter):
                 result.register_hook(functools.partial(self._keep, f"gradients/{n.name}"))
         return result
 
-    def _keep(self, key: str, x: Tensor) -> None:
-        self.kept[key] = x.detach().clone(memory_format=torch.contiguous_format)
+    def _keep(self, key: str, x: Tensor | None) -> None:
+        if x is not None:  # no gradient comes back to it
+            self.kept[key] = x.detach().clone(memory_format=torch.contiguous_format)
 
 
 def make_trace(job: Job, reference: Reference) -> None:
