@@ -10,6 +10,7 @@ from meshuffle.data.annotated import image_size, read_ids
 from meshuffle.data.check import check_data
 from meshuffle.data.formats import mask_files
 from meshuffle.data.formats.masks import open_masks
+from meshuffle.data.source import open_data
 from meshuffle.errors import DataError, ImageError
 
 SIZE = (6, 4)
@@ -223,6 +224,14 @@ def test_a_test_split_without_masks(tmp_path):
 def test_masks_that_are_jpegs(tmp_path):
     pairs_in(tmp_path, "images/a.jpg", "masks/a.jpg")
     assert "masks/a.jpg is a JPEG, which changes label ids; save it as PNG" in error_of(tmp_path)
+
+
+def test_masks_that_are_arrays(tmp_path):
+    pairs_in(tmp_path, "images/a.jpg")
+    (tmp_path / "masks").mkdir()
+    np.save(tmp_path / "masks" / "a.npy", np.eye(3))
+    with pytest.raises(DataError, match=r"a\.png; .*a\.npy is a NumPy array, .* save each as PNG"):
+        open_data(f"masks:{tmp_path}", task="segment")
 
 
 def test_an_id_without_a_name_is_found_by_check(street):

@@ -23,10 +23,12 @@ NEED: Need = ("train", "val")
 VAL_FRACTION = 0.2
 SPLITS = {
     "train": "train",
+    "training": "train",
     "val": "val",
     "valid": "val",
     "validation": "val",
     "test": "test",
+    "testing": "test",
 }
 _SHOWN = 3
 

@@ -61,6 +61,12 @@ def open_folder(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "va
                 raise DataError(f"{root}: {what}, as train has them: sort them, or move it away")
             problems.notes.append(f"{what}: left out")
     problems.notes += [name for scan in scans.values() for name in scan.ignored]
+    inner = [subfolders(root / name) for name in (() if folders else classes)]
+    if len(inner) > 1 and len(inner[0]) > 1 and all(names == inner[0] for names in inner):
+        problems.notices.append(
+            f"all classes hold the same folders, {shortened(inner[0], 3)}: if those are the "
+            f"classes, give {root / classes[0]} or another alone"
+        )
     layout = f"folder: {'/, '.join(folders.values())}/ with" if folders else "folder:"
     layout = f"{layout} one folder per class"
     return assemble(
@@ -117,13 +123,12 @@ def _check_content(root: Path, scans: Mapping[str, ClassFolders]) -> None:
     filled = sorted(
         {name for scan in scans.values() for name, files in scan.files.items() if files}
     )
-    inner = root / filled[0]
-    alone = len(filled) == 1 and inner.is_dir()
-    below = {name.lower() for name in subfolders(inner)} - set(SPLITS) if alone else ()
-    if len(below) > 1 and not count_images(inner):
-        raise DataError(
-            f"{root}: {filled[0]}/ is no class, it holds folders; did you mean {inner}?"
-        )
+    for name in filled:
+        inner = _without_outer(root / name)
+        below = subfolders(inner) if inner.is_dir() and not count_images(inner) else []
+        classes = {name.lower() for name in below} - set(SPLITS)
+        if (below and _split_folders(inner)) or (len(filled) == 1 and len(classes) > 1):
+            raise DataError(f"{root}: {name}/ is no class, it holds folders; did you mean {inner}?")
     for name, files in (item for scan in scans.values() for item in scan.files.items()):
         masks = masks_beside(map(os.fsdecode, files))
         if 4 * len(masks) > len(files):
@@ -136,6 +141,13 @@ def _check_content(root: Path, scans: Mapping[str, ClassFolders]) -> None:
         is_split = {name.lower() for name in filled} <= set(SPLITS)
         what = "contain no class folders" if is_split else "are no classes"
         raise DataError(f"{root}: {names} {what}; {_WANTED}; {_ELSEWHERE}")
+
+
+def _without_outer(folder: Path) -> Path:
+    """Return the first folder, from `folder` on, that holds more than one other, or an image."""
+    while folder.is_dir() and len(names := subfolders(folder)) == 1 and not count_images(folder):
+        folder /= names[0]
+    return folder
 
 
 def _classes(root: Path, scans: Mapping[str, ClassFolders], need: Sequence[str]) -> tuple[str, ...]:
