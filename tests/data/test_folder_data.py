@@ -55,6 +55,27 @@ def test_training_and_testing(make_folder):
     assert data.classes == ("a", "b") and len(data.splits["test"]) == 2
 
 
+@pytest.mark.parametrize("layout", ["{}ing_set", "seg_{}/seg_{}", "{}/{}", "{}2017"])
+def test_folders_that_are_called_like_splits(make_folder, layout):
+    """The course on cats and dogs has training_set/, and Intel's scenes seg_train/seg_train/."""
+    counts = {layout.format(s, s) + f"/{c}": 5 for s in ("train", "test") for c in "ab"}
+    root = make_folder({**counts, "other/c": 2})
+    data = open_data(str(root))
+    assert data.classes == ("a", "b") and data.ignored == ("other/ is beside the splits: left out",)
+    assert {key: len(source) for key, source in data.splits.items()} == {
+        "train": 8,
+        "val": 2,
+        "test": 10,
+    }
+
+
+def test_classes_that_are_called_like_splits(make_folder):
+    root = make_folder({"test tube/old": 5, "bowl/new": 5})
+    assert open_data(str(root)).classes == ("bowl", "test tube")
+    root = make_folder({"steam train": 5})
+    assert open_data(str(root)).classes == ("bowl", "steam train", "test tube")
+
+
 def test_both_names_of_val_are_one_too_many(make_folder):
     root = make_folder({"train/a": 2, "train/b": 2, "val/a": 1, "validation/b": 1})
     assert "has both val/ and validation/" in error_of(root)

@@ -11,7 +11,7 @@ import numpy as np
 
 from meshuffle.data.annotated import AnnotatedSource, LabelTargets
 from meshuffle.data.base import Data, shortened
-from meshuffle.data.entries import SPLITS, Problems, assemble, check_filled, only_split
+from meshuffle.data.entries import SPLITS, Problems, assemble, check_filled, only_split, split_of
 from meshuffle.data.formats.mask_files import masks_beside
 from meshuffle.data.scan import (
     ClassFolders,
@@ -54,12 +54,15 @@ def open_folder(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "va
     if "train" in need and "train" in splits:
         check_filled(str(root), splits["train"].labels, classes, "image")
     problems = Problems(str(root))
+    used = {name.partition("/")[0] for name in folders.values()}
     for name in subfolders(root) if "train" in folders else ():
-        if SPLITS.get(name.lower(), "train") not in folders:
-            what = f"{name}/ holds images but no class folders"
-            if name.lower() != "test":
-                raise DataError(f"{root}: {what}, as train has them: sort them, or move it away")
-            problems.notes.append(f"{what}: left out")
+        is_split = SPLITS.get(name.lower(), "train") not in folders
+        what = "holds images but no class folders" if is_split else "is beside the splits"
+        if is_split and SPLITS[name.lower()] == "val":
+            what = f"{name}/ {what}, as train has them: sort them, or move it away"
+            raise DataError(f"{root}: {what}")
+        if name not in used:
+            problems.notes.append(f"{name}/ {what}: left out")
     problems.notes += [name for scan in scans.values() for name in scan.ignored]
     inner = [subfolders(root / name) for name in (() if folders else classes)]
     if len(inner) > 1 and len(inner[0]) > 1 and all(names == inner[0] for names in inner):
@@ -98,16 +101,27 @@ def _synset_titles(file: Path) -> dict[str, str]:
 
 
 def _split_folders(root: Path) -> dict[str, str]:
-    """Return {split: folder}; a folder `train` that holds images itself is a class."""
+    """Return {split: folder}; a folder `train` that holds images itself is a class.
+
+    Names such as training_set, or Kaggle's seg_train/seg_train, are splits if they hold folders
+    alone and one of them is train.
+    """
     found: dict[str, str] = {}
+    like: dict[str, str] = {}
     for name in subfolders(root):
-        split = SPLITS.get(name.lower())
-        if split is None or (count_images(root / name) and not subfolders(root / name)):
+        inner, has_images = subfolders(root / name), count_images(root / name) > 0
+        if has_images and not inner:
             continue
-        if split in found:
-            raise DataError(f"{root} has both {found[split]}/ and {name}/: keep one of them")
-        found[split] = name
-    return found
+        exact, split = name.lower() in SPLITS, split_of(name)
+        if split is None or not (exact or (inner and not has_images)):
+            continue
+        of_kind = found if exact else like
+        if split in of_kind:
+            raise DataError(f"{root} has both {of_kind[split]}/ and {name}/: keep one of them")
+        again = not has_images and len(inner) == 1 and split_of(inner[0]) == split
+        of_kind[split] = f"{name}/{inner[0]}" if again else name
+    every = like | found
+    return every if "train" in every else found
 
 
 def _check_content(root: Path, scans: Mapping[str, ClassFolders]) -> None:
