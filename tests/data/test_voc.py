@@ -203,6 +203,8 @@ def test_folders_as_tools_name_them(tmp_path, images, annotations, nested):
         noise(1, (WIDTH, HEIGHT)).save(tmp_path / f"{images}{below}/{split}.jpg")
         content = xml(thing("cat", (2, 2, 3, 3)))
         (tmp_path / f"{annotations}{below}/{split}.xml").write_text(content)
+    if not nested:
+        (tmp_path / "labels").mkdir()  # of YOLO's texts, beside
     data = open_voc(str(tmp_path), task="detect")
     assert data.layout == f"VOC: {images}/ with {annotations}/"
     assert {key: len(source) for key, source in data.splits.items()} == {"train": 1, "val": 1}
