@@ -213,9 +213,17 @@ def open_weights(target: Path, model: str | None = None) -> Opened:
         raise ModelError(f"{path}: {error}") from None
     if prefix:
         remarks.append(f"{path}: took the prefix {prefix!r} off {len(own)} keys")
+    start = prefix.partition(", ")[0]
+    first = next((key for key in tensors if key.startswith(start)), "")
+    if own and (ours := next(iter(own))) not in (first, first.removeprefix(start)):
+        remarks.append(
+            f"{path}: numbered keys, as nn.Sequential(*model.children()) has, stand for the "
+            f"model's in its order: {first} for {ours}"
+        )
     if rest := [key for key in tensors if not key.startswith(tuple(prefix.split(", ")))]:
-        same = f".{prefix and next(iter(own))}"
+        same = f".{prefix and first.removeprefix(start)}"
         parts = [key.removesuffix(same) for key in rest if key.endswith(same)]
+        parts = [part for part in parts if part.count(".") + 1 == start.count(".")]
         how = f" ({shlex.quote(f'{path}?key={parts[0]}')} takes them)" if parts else ""
         remarks.append(left_out(path, rest, f"are beside the model{how}"))
     card = Card(

@@ -161,6 +161,24 @@ def test_of_several_parts_the_one_that_is_the_model_named(tmp_path: Path) -> Non
         load_model(path, name)
 
 
+def test_numbered_keys_are_in_the_order_of_the_model(tmp_path: Path) -> None:
+    """As lightly's tutorials save `nn.Sequential(*list(resnet.children())[:-1])`."""
+    name, path = "torchvision:resnet18", tmp_path / "a.pth"
+    own = create_model(name, num_classes=1000, seed=3)
+    body = nn.Sequential(*list(own.children())[:-1]).state_dict()
+    torch.save({"state_dict": {**under("backbone.", body), **under("momentum.", body)}}, path)
+    opened = open_weights(path, name)
+    assert all(
+        torch.equal(opened.tensors[k], v) for k, v in own.state_dict().items() if "fc" not in k
+    )
+    assert any("numbered keys" in line and "conv1.weight" in line for line in opened.remarks)
+    with pytest.raises(ModelError, match=r"missing fc\.weight, fc\.bias; a backbone .* --from"):
+        load_model(path, name)
+    torch.save(dict(reversed(body.items())), path)
+    with pytest.raises(ModelError, match="does not fit"):
+        load_model(path, name)
+
+
 def test_a_line_says_what_to_do_with_what_is_no_state_of_the_model(tmp_path: Path) -> None:
     net, path = create_model("torchvision:resnet18"), tmp_path / "a.pth"
     optimiser = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
