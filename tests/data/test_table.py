@@ -339,6 +339,12 @@ def test_bare_names_of_images_that_lie_in_a_folder(photos):
     assert f"line 5: 3.png is a/3.png or b/3.png in {photos}: write its folder too" in found
 
 
+def test_labels_without_the_names_of_images(photos):
+    """A line for each image, in the order of their names."""
+    found = error_of(open_csv, table(photos, *"012"))
+    assert "has one column, 0; wanted: a header such as image,label; a row names a file" in found
+
+
 @pytest.mark.parametrize("header", ["Image,Label,Split", "FILE NAME,CLASS,SPLIT"])
 def test_headings_in_any_case(photos, header):
     rows = [f"{i % 2},a/{i}.png,{('train', 'val')[i // 8]}" for i in range(10)]

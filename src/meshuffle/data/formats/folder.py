@@ -26,7 +26,8 @@ from meshuffle.errors import DataError
 
 _WANTED = "looked for one folder per class, or train/ and val/ with one folder per class in each"
 _ELSEWHERE = (
-    "other layouts need their format: masks:PATH, coco:PATH, voc:PATH, yolo:PATH or hf:PATH"
+    "other layouts need their format: csv:FILE, json:FILE, masks:PATH, coco:PATH, voc:PATH, "
+    "yolo:PATH or hf:PATH"
 )
 _NO_CLASSES = {
     *SPLITS,

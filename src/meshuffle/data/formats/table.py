@@ -28,7 +28,7 @@ from meshuffle.data.entries import (
     suffix,
     with_slashes,
 )
-from meshuffle.data.formats.table_rows import TARGETS, Table, read_csv, read_json
+from meshuffle.data.formats.table_rows import TARGETS, WANTED, Table, read_csv, read_json
 from meshuffle.data.image import EXTENSIONS
 from meshuffle.data.objects import note_unused, path_table
 from meshuffle.data.scan import image_paths
@@ -337,6 +337,8 @@ def _lack(table: Table, what: str, wanted: Sequence[str]) -> NoReturn:
     hints = (did_you_mean(name, known) for name in wanted)
     hint = next((hint for hint in hints if hint), "")
     notices = "".join(f"; {notice}" for notice in table.problems.notices)
+    if len(known) == 1:
+        raise DataError(f"{table.file}: has one column, {known[0]}; {WANTED}")
     raise DataError(f"{table.file}: lacks {what}{hint}; it has {shortened(known, 12)}{notices}")
 
 
