@@ -176,6 +176,7 @@ def pairs_in(root: Path, *names: str) -> None:
 
 LAYOUTS = {
     "masks: Images/ with Masks/": ["Images/{s}/a.jpg", "Masks/{s}/a.png"],
+    "masks: img/ with mask/": ["img/{s}/{s}a.jpg", "mask/{s}a.png"],
     "masks: images/ with labels/": ["images/{s}/a.jpg", "labels/{s}/a_label.png"],
     "masks: images/ with annotations/masks/": ["images/{s}/a.jpg", "annotations/masks/{s}/a.png"],
     "masks: train/images/ with train/masks/": ["{s}/images/a.jpg", "{s}/masks/a.png"],

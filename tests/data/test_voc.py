@@ -212,6 +212,18 @@ def test_folders_as_tools_name_them(tmp_path, images, annotations, nested):
     assert data.splits["val"].image(0).size == (WIDTH, HEIGHT)
 
 
+def test_annotations_of_all_splits_in_one_folder(tmp_path):
+    (tmp_path / "Annotations").mkdir()
+    for name, split in (("a", "train"), ("b", "val"), ("c", "")):
+        (tmp_path / "Annotations" / f"{name}.xml").write_text(xml(thing("cat", (2, 2, 3, 3))))
+        if split:
+            (tmp_path / "images" / split).mkdir(parents=True)
+            noise(1, (WIDTH, HEIGHT)).save(tmp_path / "images" / split / f"{name}.jpg")
+    data = open_voc(str(tmp_path), task="detect")
+    assert data.layout == "VOC: images/ with Annotations/" and not data.ignored
+    assert [Path(data.splits[key].name(0)).name for key in ("train", "val")] == ["a.jpg", "b.jpg"]
+
+
 @pytest.mark.parametrize("splits", [("train", "valid", "test"), ("",)])
 def test_an_xml_beside_each_image(tmp_path, splits):
     """As Roboflow exports it, and labelImg by default; the splits may hold equal names."""
