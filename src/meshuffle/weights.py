@@ -216,10 +216,7 @@ def open_weights(target: Path, model: str | None = None) -> Opened:
     start = prefix.partition(", ")[0]
     first = next((key for key in tensors if key.startswith(start)), "")
     if own and (ours := next(iter(own))) not in (first, first.removeprefix(start)):
-        remarks.append(
-            f"{path}: numbered keys, as nn.Sequential(*model.children()) has, stand for the "
-            f"model's in its order: {first} for {ours}"
-        )
+        remarks.append(f"{path}: numbered keys are in the model's order: {first} is {ours}")
     if rest := [key for key in tensors if not key.startswith(tuple(prefix.split(", ")))]:
         same = f".{prefix and first.removeprefix(start)}"
         parts = [key.removesuffix(same) for key in rest if key.endswith(same)]

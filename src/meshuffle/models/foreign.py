@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from meshuffle.data.base import shortened
+from meshuffle.data.image import IS_POINTER, POINTER
 from meshuffle.errors import RunError, did_you_mean
 
 _KEYS = ("model", "state_dict", "model_state_dict", "net", "network", "weights", "params")
@@ -37,7 +38,7 @@ _NO_MODEL = " of a model that Meshuffle lacks (--model package.module:function m
 _PACKAGES = ("torch", "torchvision", "timm", "transformers", "meshuffle")
 _SIGNS = {
     rb"\s*\Z": "an empty file",
-    rb"version https://git-lfs": "a Git LFS pointer; fetch the file itself with: git lfs pull",
+    POINTER: IS_POINTER,
     rb"\s*<": "a web page instead of the file; download it again",
     rb"\x89HDF": "an HDF5 file, as Keras writes",
     rb"PK": "a zip archive that is cut off, damaged, or not torch's",

@@ -26,8 +26,7 @@ from meshuffle.errors import DataError
 
 _WANTED = "looked for one folder per class, or train/ and val/ with one folder per class in each"
 _ELSEWHERE = (
-    "other layouts need their format: csv:FILE, json:FILE, masks:PATH, coco:PATH, voc:PATH, "
-    "yolo:PATH or hf:PATH"
+    "other layouts need a format: csv:FILE, masks:PATH, coco:PATH, voc:PATH, yolo:PATH or hf:PATH"
 )
 _NO_CLASSES = {
     *SPLITS,
@@ -60,16 +59,14 @@ def open_folder(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "va
         is_split = SPLITS.get(name.lower(), "train") not in folders
         what = "holds images but no class folders" if is_split else "is beside the splits"
         if is_split and SPLITS[name.lower()] == "val":
-            what = f"{name}/ {what}, as train has them: sort them, or move it away"
-            raise DataError(f"{root}: {what}")
+            raise DataError(f"{root}: {name}/ {what}, as train has them: sort or move them")
         if name not in used:
             problems.notes.append(f"{name}/ {what}: left out")
     problems.notes += [name for scan in scans.values() for name in scan.ignored]
     inner = [subfolders(root / name) for name in (() if folders else classes)]
     if len(inner) > 1 and len(inner[0]) > 1 and all(names == inner[0] for names in inner):
         problems.notices.append(
-            f"all classes hold the same folders, {shortened(inner[0], 3)}: if those are the "
-            f"classes, give {root / classes[0]} or another alone"
+            f"all classes hold {shortened(inner[0], 3)}: if those are the classes, give one alone"
         )
     layout = f"folder: {'/, '.join(folders.values())}/ with" if folders else "folder:"
     layout = f"{layout} one folder per class"
@@ -121,8 +118,7 @@ def _split_folders(root: Path) -> dict[str, str]:
             raise DataError(f"{root} has both {of_kind[split]}/ and {name}/: keep one of them")
         again = not has_images and len(inner) == 1 and split_of(inner[0]) == split
         of_kind[split] = f"{name}/{inner[0]}" if again else name
-    every = like | found
-    return every if "train" in every else found
+    return like | found if "train" in like | found else found
 
 
 def _check_content(root: Path, scans: Mapping[str, ClassFolders]) -> None:

@@ -32,10 +32,7 @@ def foreign_file(path: Path, task: str = "") -> str:
     ends = (".json", ".xml", *[".npy"] * (task == "segment"))
     for file in islice((file for file in files if file.suffix in ends), _FILES):
         if file.suffix == ".npy":
-            return (
-                f"{file} is a NumPy array, which is not read: save each as PNG, with "
-                "PIL.Image.fromarray(numpy.load(FILE).astype('uint8')).save(FILE[:-4] + '.png')"
-            )
+            return f"{file} is a NumPy array, which is not read: save each as a PNG of label ids"
         try:
             with file.open("rb") as stream:
                 head = stream.read(_HEAD).decode("utf-8", "replace")
