@@ -221,6 +221,8 @@ def test_an_export_that_names_a_test_folder_it_lacks(tmp_path):
     assert "test names" in error_of(tmp_path, need=("test",))
     (tmp_path / "valid").rename(tmp_path / "dev")
     assert f"val names {tmp_path}/valid/images, which does not exist" in error_of(tmp_path)
+    (tmp_path / "train").rename(tmp_path / "gone")
+    assert f"train names {tmp_path}/train/images, which does" in error_of(tmp_path, need=())
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def open_yolo(
     objects = {}
     for split, found in resolved.items():
         gone = [place for place in found if not place.exists()]
-        if gone and (split in need or len(gone) == sum(map(len, resolved.values()))):
+        if gone and (split in need or not any(p.exists() for ps in resolved.values() for p in ps)):
             raise DataError(f"{file}: {split} names {gone[0]}, which does not exist")
         if gone:
             problems.notes.append(f"{split} names {gone[0]}, which does not exist: left out")
