@@ -231,7 +231,9 @@ def test_masks_that_are_arrays(tmp_path):
     pairs_in(tmp_path, "images/a.jpg")
     (tmp_path / "masks").mkdir()
     np.save(tmp_path / "masks" / "a.npy", np.eye(3))
-    with pytest.raises(DataError, match=r"a\.png; .*a\.npy is a NumPy array, .* save each as a PNG"):
+    with pytest.raises(
+        DataError, match=r"a\.png; .*a\.npy is a NumPy array, .* save each as a PNG"
+    ):
         open_data(f"masks:{tmp_path}", task="segment")
 
 
