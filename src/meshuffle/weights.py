@@ -43,10 +43,7 @@ _JOIN = (
     "save; f = {!r}; parts = map(load, glob.glob(f + '/*-of-*{}')); "
     "save({{k: v for part in parts for k, v in part.items()}}, f + '/{}')"
 )
-_JOINED = {
-    ".safetensors": ("safetensors.torch", "load_file", "save_file"),
-    ".bin": ("torch", "load", "save"),
-}
+_JOINED = ".safetensors safetensors.torch load_file save_file", ".bin torch load save"
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], card: Card) -> None:
@@ -103,7 +100,7 @@ def find_weights(target: Path) -> Path:
     for name in ("weights/best.safetensors", "weights/last.safetensors", *FILES):
         if (path := target / name).is_file():
             return path
-    for (end, how), name in zip(_JOINED.items(), FILES, strict=True):
+    for (end, *how), name in zip(map(str.split, _JOINED), FILES, strict=True):
         if part[1] == end if part else [*target.glob(f"*-of-*{end}")]:
             folder = str(target.parent if part else target)
             raise RunError(f"{target}: {_JOIN.format(*how, folder, end, name)}")

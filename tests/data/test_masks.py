@@ -120,6 +120,14 @@ def test_black_and_white(tmp_path):
     assert list(open_masks(str(tmp_path), need=("test",)).splits) == ["test"]
 
 
+def test_black_and_white_with_grey_edges(tmp_path):
+    """As resizing with interpolation leaves it: 255 would be void, and each grey a class."""
+    ids = np.full((80, 80), 255)
+    ids[0], ids[1:] = np.arange(80) * 3, np.where(np.arange(80) > 40, 255, 0)
+    write(tmp_path, "a", ids)
+    assert "black and white with 79 greys between; save them with 0" in error_of(tmp_path)
+
+
 @pytest.mark.parametrize("splits", [(), ("train", "val")])
 def test_two_names_for_black_and_white(tmp_path, splits):
     """As most tools write binary masks: 255 was void, and the thing was never learned."""

@@ -104,8 +104,7 @@ def _split_folders(root: Path) -> dict[str, str]:
     Names such as training_set, or Kaggle's seg_train/seg_train, are splits if they hold folders
     alone and one of them is train.
     """
-    found: dict[str, str] = {}
-    like: dict[str, str] = {}
+    found, like = dict[str, str](), dict[str, str]()
     for name in subfolders(root):
         inner, has_images = subfolders(root / name), count_images(root / name) > 0
         if has_images and not inner:

@@ -149,7 +149,7 @@ def _paths(table: Table) -> list[str]:
     gone = set(absent(table.file.parent, [path for path in paths if path]))
     files = _by_name(table, gone) if gone else {}
     for row, path in enumerate(paths):
-        if len(same := files.get(path, ())) == 1:
+        if len(same := files.get(path, [])) == 1:
             paths[row] = same[0]
         elif same:
             what = f"{path} is {' or '.join(same[:2])} in {table.file.parent}: write its folder too"
