@@ -233,6 +233,8 @@ def test_annotations_of_all_splits_in_one_folder(tmp_path):
         (tmp_path / "Annotations" / f"{name}.xml").write_text(xml(thing("cat", (2, 2, 3, 3))))
         if split:
             (tmp_path / "images" / split).mkdir(parents=True)
+            (tmp_path / "Annotations" / split).mkdir()
+            (tmp_path / "Annotations" / split / f"{name}.txt").touch()
             noise(1, (WIDTH, HEIGHT)).save(tmp_path / "images" / split / f"{name}.jpg")
     data = open_voc(str(tmp_path), task="detect")
     assert data.layout == "VOC: images/ with Annotations/" and not data.ignored

@@ -69,6 +69,10 @@ def _pair(root: Path, folder: str, images: Sequence[str], others: Sequence[str])
 
 
 def _like(root: Path, other: str, name: str) -> str:
-    """Return the folder of this split in `other`, which may hold the files of all splits itself."""
+    """Return the folder of this split in `other`, which may hold the files of all splits itself.
+
+    A folder of texts alone is YOLO's, and none of them.
+    """
     inner = find_folder(root / other, [name])
-    return f"{other}/{inner}" if inner else other
+    is_yolo = inner and {file.suffix for file in (root / other / inner).iterdir()} == {".txt"}
+    return f"{other}/{inner}" if inner and not is_yolo else other

@@ -335,10 +335,8 @@ def _lack(table: Table, what: str, wanted: Sequence[str]) -> NoReturn:
     """Raise `DataError` for a missing column."""
     known = list(table.columns)
     hints = (did_you_mean(name, known) for name in wanted)
-    hint = next((hint for hint in hints if hint), "")
+    hint = next((hint for hint in hints if hint), "" if len(known) > 1 else f"; {WANTED}")
     notices = "".join(f"; {notice}" for notice in table.problems.notices)
-    if len(known) == 1:
-        raise DataError(f"{table.file}: has one column, {known[0]}; {WANTED}")
     raise DataError(f"{table.file}: lacks {what}{hint}; it has {shortened(known, 12)}{notices}")
 
 
