@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 import sys
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
@@ -26,7 +27,7 @@ from meshuffle.data.base import shortened
 from meshuffle.data.entries import split_options
 from meshuffle.errors import ConfigError, ModelError, RunError, did_you_mean
 from meshuffle.files import disk_errors, replaced
-from meshuffle.models.foreign import kind_of, left_out, read_torch
+from meshuffle.models.foreign import below, kind_of, left_out, read_torch
 from meshuffle.models.given import PREFIX
 from meshuffle.models.pretrained import FILES, saved_pretrained
 from meshuffle.models.published import recognise, unwrap
@@ -38,10 +39,11 @@ from meshuffle.tasks.card import Card
 _KEY = "meshuffle"
 _HUB = "torchvision:"
 _JOIN = (
-    "the weights are in parts; join them in Python: import glob; from safetensors.torch import "
-    "load_file, save_file; f = {!r}; parts = map(load_file, glob.glob(f + '/*-of-*.safetensors')); "
-    "save_file({{k: v for part in parts for k, v in part.items()}}, f + '/model.safetensors')"
+    "the weights are in parts; join them in Python: import glob; from {} import {} as load, {} as "
+    "save; f = {!r}; parts = map(load, glob.glob(f + '/*-of-*{}')); "
+    "save({{k: v for part in parts for k, v in part.items()}}, f + '/{}')"
 )
+_JOINED = ".safetensors safetensors.torch load_file save_file", ".bin torch load save"
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], card: Card) -> None:
@@ -88,7 +90,7 @@ def find_weights(target: Path) -> Path:
         RunError: nothing there, with what was looked for.
     """
     target = split_key(target)[0]
-    part = re.search(r"-of-(?!0*1\.)\d+\.safetensors$", target.name)
+    part = re.search(r"-of-(?!0*1\.)\d+(\.safetensors|\.bin)$", target.name)
     if target.is_file() and not part:
         return target
     if not target.exists() and str(target).startswith(_HUB):
@@ -98,8 +100,10 @@ def find_weights(target: Path) -> Path:
     for name in ("weights/best.safetensors", "weights/last.safetensors", *FILES):
         if (path := target / name).is_file():
             return path
-    if part or list(target.glob("*.safetensors.index.json")):
-        raise RunError(f"{target}: {_JOIN.format(str(target.parent if part else target))}")
+    for (end, *how), name in zip(map(str.split, _JOINED), FILES, strict=True):
+        if part[1] == end if part else [*target.glob(f"*-of-*{end}")]:
+            folder = str(target.parent if part else target)
+            raise RunError(f"{target}: {_JOIN.format(*how, folder, end, name)}")
     join = "join its parts with dcp_to_torch of torch.distributed.checkpoint.format_utils"
     hint = join if (target / ".metadata").is_file() else "is it a run folder?"
     raise RunError(f"{target}: no weights/best.safetensors or {' or '.join(FILES)} in it; {hint}")
@@ -152,8 +156,6 @@ def _read(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], Card |
     if path.suffix != ".safetensors":
         tensors, lines = read_torch(path, key)
         return tensors, None, lines
-    if key is not None:
-        raise RunError(f"{path}: safetensors has no parts; leave out ?key={key}")
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)
@@ -163,9 +165,10 @@ def _read(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], Card |
             f"{path}: not a readable safetensors file: {kind_of(path)} ({error})"
         ) from None
     try:
-        return tensors, Card.from_json(text) if text else None, []
+        card = Card.from_json(text) if text else None
     except (ValueError, TypeError, LookupError, AttributeError, ConfigError) as error:
         raise RunError(f"{path}: its card cannot be read ({error})") from None
+    return tensors if key is None else below(path, tensors, key), card, []
 
 
 @dataclass(frozen=True)
@@ -207,8 +210,16 @@ def open_weights(target: Path, model: str | None = None) -> Opened:
         raise ModelError(f"{path}: {error}") from None
     if prefix:
         remarks.append(f"{path}: took the prefix {prefix!r} off {len(own)} keys")
+    start = prefix.partition(", ")[0]
+    first = next((key for key in tensors if key.startswith(start)), "")
+    if own and (ours := next(iter(own))) not in (first, first.removeprefix(start)):
+        remarks.append(f"{path}: numbered keys are in the model's order: {first} is {ours}")
     if rest := [key for key in tensors if not key.startswith(tuple(prefix.split(", ")))]:
-        remarks.append(left_out(path, rest, "are beside the model"))
+        same = f".{prefix and first.removeprefix(start)}"
+        parts = [key.removesuffix(same) for key in rest if key.endswith(same)]
+        parts = [part for part in parts if part.count(".") + 1 == start.count(".")]
+        how = f" ({shlex.quote(f'{path}?key={parts[0]}')} takes them)" if parts else ""
+        remarks.append(left_out(path, rest, f"are beside the model{how}"))
     card = Card(
         model=found.model,
         classes=found.classes or tuple(map(str, range(found.num_classes))),

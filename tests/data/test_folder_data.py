@@ -49,6 +49,33 @@ def test_names_of_val(make_folder, folder):
     }
 
 
+def test_training_and_testing(make_folder):
+    root = make_folder({"Training/a": 5, "Training/b": 5, "Testing/a": 1, "Testing/b": 1})
+    data = open_data(str(root))
+    assert data.classes == ("a", "b") and len(data.splits["test"]) == 2
+
+
+@pytest.mark.parametrize("layout", ["{}ing_set", "seg_{}/seg_{}", "{}/{}", "{}2017"])
+def test_folders_that_are_called_like_splits(make_folder, layout):
+    """The course on cats and dogs has training_set/, and Intel's scenes seg_train/seg_train/."""
+    counts = {layout.format(s, s) + f"/{c}": 5 for s in ("train", "test") for c in "ab"}
+    root = make_folder({**counts, "other/c": 2})
+    data = open_data(str(root))
+    assert data.classes == ("a", "b") and data.ignored == ("other/ is beside the splits: left out",)
+    assert {key: len(source) for key, source in data.splits.items()} == {
+        "train": 8,
+        "val": 2,
+        "test": 10,
+    }
+
+
+def test_classes_that_are_called_like_splits(make_folder):
+    root = make_folder({"test tube/old": 5, "bowl/new": 5})
+    assert open_data(str(root)).classes == ("bowl", "test tube")
+    root = make_folder({"steam train": 5})
+    assert open_data(str(root)).classes == ("bowl", "steam train", "test tube")
+
+
 def test_both_names_of_val_are_one_too_many(make_folder):
     root = make_folder({"train/a": 2, "train/b": 2, "val/a": 1, "validation/b": 1})
     assert "has both val/ and validation/" in error_of(root)
@@ -306,11 +333,24 @@ def test_files_of_which_nothing_is_known(make_folder, monkeypatch):
         ({"train": 4, "validation": 2}, "train/ and validation/ contain no class folders"),
         ({"images/train": 2, "images/val": 2}, "images/ are no classes"),
         ({"2750/a": 2, "2750/b": 2}, "2750/ is no class, it holds folders; did you mean"),
+        ({"x/y/a": 2, "x/y/b": 2}, "/x/y?"),
+        ({"x/train/a": 2, "x/train/b": 2, "x/val/a": 2}, "/x?"),
+        ({"x/y/training/a": 2, "x/y/test/a": 2, "docs": 2}, "/x/y?"),
     ],
 )
 def test_folders_of_another_layout_are_no_classes(make_folder, counts, expected):
     root = make_folder(counts)
     assert expected in error_of(root) and expected in error_of(root, need=())
+
+
+def test_folders_of_classes_in_several_folders(make_folder):
+    """As PlantVillage's color/ and grayscale/."""
+    root = make_folder({"b/x": 2, "b/y": 2, "c/x": 2, "c/y": 2})
+    assert open_data(str(root)).notices == (
+        "all classes hold x, y: if those are the classes, give one alone",
+    )
+    make_folder({"c/z": 1})
+    assert open_data(str(root)).notices == ()
 
 
 def test_another_task_names_the_formats_that_have_it(make_folder):

@@ -10,6 +10,7 @@ from meshuffle.data.annotated import image_size, read_ids
 from meshuffle.data.check import check_data
 from meshuffle.data.formats import mask_files
 from meshuffle.data.formats.masks import open_masks
+from meshuffle.data.source import open_data
 from meshuffle.errors import DataError, ImageError
 
 SIZE = (6, 4)
@@ -119,6 +120,14 @@ def test_black_and_white(tmp_path):
     assert list(open_masks(str(tmp_path), need=("test",)).splits) == ["test"]
 
 
+def test_black_and_white_with_grey_edges(tmp_path):
+    """As resizing with interpolation leaves it: 255 would be void, and each grey a class."""
+    ids = np.full((80, 80), 255)
+    ids[0], ids[1:] = np.arange(80) * 3, np.where(np.arange(80) > 40, 255, 0)
+    write(tmp_path, "a", ids)
+    assert "black and white with 79 greys between; save them with 0" in error_of(tmp_path)
+
+
 @pytest.mark.parametrize("splits", [(), ("train", "val")])
 def test_two_names_for_black_and_white(tmp_path, splits):
     """As most tools write binary masks: 255 was void, and the thing was never learned."""
@@ -175,6 +184,7 @@ def pairs_in(root: Path, *names: str) -> None:
 
 LAYOUTS = {
     "masks: Images/ with Masks/": ["Images/{s}/a.jpg", "Masks/{s}/a.png"],
+    "masks: img/ with mask/": ["img/{s}/{s}a.jpg", "mask/{s}a.png"],
     "masks: images/ with labels/": ["images/{s}/a.jpg", "labels/{s}/a_label.png"],
     "masks: images/ with annotations/masks/": ["images/{s}/a.jpg", "annotations/masks/{s}/a.png"],
     "masks: train/images/ with train/masks/": ["{s}/images/a.jpg", "{s}/masks/a.png"],
@@ -223,6 +233,16 @@ def test_a_test_split_without_masks(tmp_path):
 def test_masks_that_are_jpegs(tmp_path):
     pairs_in(tmp_path, "images/a.jpg", "masks/a.jpg")
     assert "masks/a.jpg is a JPEG, which changes label ids; save it as PNG" in error_of(tmp_path)
+
+
+def test_masks_that_are_arrays(tmp_path):
+    pairs_in(tmp_path, "images/a.jpg")
+    (tmp_path / "masks").mkdir()
+    np.save(tmp_path / "masks" / "a.npy", np.eye(3))
+    with pytest.raises(
+        DataError, match=r"a\.png; .*a\.npy is a NumPy array, .* save each as a PNG"
+    ):
+        open_data(f"masks:{tmp_path}", task="segment")
 
 
 def test_an_id_without_a_name_is_found_by_check(street):

@@ -323,7 +323,9 @@ def test_ids_of_images(photos):
     assert data.notices[0].endswith("extension or folder in the table: 0 is read as a/0.png, …")
     assert data.notices[1].startswith("male: true and false are the targets 1 and 0")
     noise(1).save(photos / "3.png")
-    assert f"line 5: no such image in {photos}: 3" in error_of(open_csv, path, task="regress")
+    assert f"line 5: 3 is 3.png or a/3.png in {photos}: write its folder too" in error_of(
+        open_csv, path, task="regress"
+    )
 
 
 def test_bare_names_of_images_that_lie_in_a_folder(photos):
@@ -333,7 +335,14 @@ def test_bare_names_of_images_that_lie_in_a_folder(photos):
     assert data.notices[0].endswith(": 0.png is read as a/0.png, …")
     (photos / "b").mkdir(exist_ok=True)
     noise(1).save(photos / "b/3.png")
-    assert f"line 5: no such image in {photos}: 3.png" in error_of(open_csv, path, task="regress")
+    found = error_of(open_csv, path, task="regress")
+    assert f"line 5: 3.png is a/3.png or b/3.png in {photos}: write its folder too" in found
+
+
+def test_labels_without_the_names_of_images(photos):
+    """A line for each image, in the order of their names."""
+    found = error_of(open_csv, table(photos, *"012"))
+    assert "; wanted: a header such as image,label; a row names a file" in found
 
 
 @pytest.mark.parametrize("header", ["Image,Label,Split", "FILE NAME,CLASS,SPLIT"])

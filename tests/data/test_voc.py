@@ -5,7 +5,9 @@ import pytest
 from pictures import noise
 from PIL import Image
 
+from meshuffle.data.entries import read_text
 from meshuffle.data.formats.voc import open_voc
+from meshuffle.data.image import decode_image
 from meshuffle.errors import DataError, ImageError
 
 WIDTH, HEIGHT = 12, 10
@@ -203,11 +205,40 @@ def test_folders_as_tools_name_them(tmp_path, images, annotations, nested):
         noise(1, (WIDTH, HEIGHT)).save(tmp_path / f"{images}{below}/{split}.jpg")
         content = xml(thing("cat", (2, 2, 3, 3)))
         (tmp_path / f"{annotations}{below}/{split}.xml").write_text(content)
+    if not nested:
+        (tmp_path / "labels").mkdir()  # of YOLO's texts, beside
     data = open_voc(str(tmp_path), task="detect")
     assert data.layout == f"VOC: {images}/ with {annotations}/"
     assert {key: len(source) for key, source in data.splits.items()} == {"train": 1, "val": 1}
     assert data.splits["train"].target(0).xyxy.tolist() == [[1, 1, 3, 3]]
     assert data.splits["val"].image(0).size == (WIDTH, HEIGHT)
+
+
+def test_files_that_git_lfs_did_not_fetch(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:25\nsize 9901\n"
+    write(tmp_path, "a", xml(thing("cat", (2, 2, 3, 3))))
+    image = tmp_path / "JPEGImages" / "a.jpg"
+    image.write_text(pointer)
+    with pytest.raises(ImageError, match=r"a\.jpg: a Git LFS pointer; fetch .* git lfs pull"):
+        decode_image(image)
+    (tmp_path / "Annotations" / "a.xml").write_text(pointer)
+    assert "Annotations/a.xml: a Git LFS pointer; fetch the file" in error_of(tmp_path)
+    with pytest.raises(DataError, match=r"a\.xml: a Git LFS pointer"):
+        read_text(tmp_path / "Annotations" / "a.xml")
+
+
+def test_annotations_of_all_splits_in_one_folder(tmp_path):
+    (tmp_path / "Annotations").mkdir()
+    for name, split in (("a", "train"), ("b", "val"), ("c", "")):
+        (tmp_path / "Annotations" / f"{name}.xml").write_text(xml(thing("cat", (2, 2, 3, 3))))
+        if split:
+            (tmp_path / "images" / split).mkdir(parents=True)
+            (tmp_path / "Annotations" / split).mkdir()
+            (tmp_path / "Annotations" / split / f"{name}.txt").touch()
+            noise(1, (WIDTH, HEIGHT)).save(tmp_path / "images" / split / f"{name}.jpg")
+    data = open_voc(str(tmp_path), task="detect")
+    assert data.layout == "VOC: images/ with Annotations/" and not data.ignored
+    assert [Path(data.splits[key].name(0)).name for key in ("train", "val")] == ["a.jpg", "b.jpg"]
 
 
 @pytest.mark.parametrize("splits", [("train", "valid", "test"), ("",)])

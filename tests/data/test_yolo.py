@@ -221,20 +221,24 @@ def test_an_export_that_names_a_test_folder_it_lacks(tmp_path):
     assert "test names" in error_of(tmp_path, need=("test",))
     (tmp_path / "valid").rename(tmp_path / "dev")
     assert f"val names {tmp_path}/valid/images, which does not exist" in error_of(tmp_path)
+    (tmp_path / "train").rename(tmp_path / "gone")
+    assert f"train names {tmp_path}/train/images, which does" in error_of(tmp_path, need=())
 
 
-@pytest.mark.parametrize("split", ["", "/train"])
-def test_names_without_a_yaml(tmp_path, split):
+@pytest.mark.parametrize(
+    ("images", "split"), [("images", ""), ("images", "/train"), ("Images", "")]
+)
+def test_names_without_a_yaml(tmp_path, images, split):
     """As Label Studio writes it."""
     for i in range(10):
-        for kind in ("images", "labels"):
+        for kind in (images, "labels"):
             (tmp_path / f"{kind}{split}").mkdir(parents=True, exist_ok=True)
-        noise(i).save(tmp_path / f"images{split}" / f"{i}.jpg")
+        noise(i).save(tmp_path / f"{images}{split}" / f"{i}.jpg")
         (tmp_path / f"labels{split}" / f"{i}.txt").write_text(f"{i % 2} 0.5 0.5 0.2 0.2\n")
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
     data = open_yolo(str(tmp_path), task="detect")
     assert data.classes == ("cat", "dog") and len(data.splits["val"]) == 2
-    assert data.layout == f"YOLO: classes.txt with images{split}"
+    assert data.layout == f"YOLO: classes.txt with {images}{split}"
 
 
 def test_a_class_that_train_lacks(pets):

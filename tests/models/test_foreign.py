@@ -12,6 +12,7 @@ import sys
 import types
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,12 +148,34 @@ def test_of_several_parts_the_one_that_is_the_model_named(tmp_path: Path) -> Non
     moco["encoder_k.fc.bias"] += 1
     head = {key: tensor for key, tensor in own.items() if key.startswith("fc.")}
     body = under("backbone.", {key: own[key] for key in own.keys() - head.keys()})
-    for tensors in (under("module.", moco), {**body, **under("head.", head)}):
+    for tensors in ({**body, **under("head.", head)}, under("module.", moco)):
         torch.save({"state_dict": tensors}, path)
         found = load_model(path, name)[0].state_dict()
         assert all(torch.equal(found[key], tensor) for key, tensor in own.items())
+    line = next(line for line in open_weights(path, name).remarks if "takes them" in line)
+    assert f"('{path}?key=module.encoder_k' takes them)" in line
+    other = load_model(Path(f"{path}?key=module.encoder_k"), name)[0]
+    assert torch.equal(other.state_dict()["fc.bias"], own["fc.bias"] + 1)
     torch.save({**body, "projection_head.0.weight": torch.ones(2, 2)}, path)
     with pytest.raises(ModelError, match=r"missing fc\.weight, fc\.bias; a backbone .* --from"):
+        load_model(path, name)
+
+
+def test_numbered_keys_are_in_the_order_of_the_model(tmp_path: Path) -> None:
+    """As lightly's tutorials save `nn.Sequential(*list(resnet.children())[:-1])`."""
+    name, path = "torchvision:resnet18", tmp_path / "a.pth"
+    own = create_model(name, num_classes=1000, seed=3)
+    body = nn.Sequential(*list(own.children())[:-1]).state_dict()
+    torch.save({"state_dict": {**under("backbone.", body), **under("momentum.", body)}}, path)
+    opened = open_weights(path, name)
+    assert all(
+        torch.equal(opened.tensors[k], v) for k, v in own.state_dict().items() if "fc" not in k
+    )
+    assert any("numbered keys" in line and "conv1.weight" in line for line in opened.remarks)
+    with pytest.raises(ModelError, match=r"missing fc\.weight, fc\.bias; a backbone .* --from"):
+        load_model(path, name)
+    torch.save(dict(reversed(body.items())), path)
+    with pytest.raises(ModelError, match="does not fit"):
         load_model(path, name)
 
 
@@ -177,13 +200,18 @@ def test_a_file_without_tensors_says_what_is_wanted(tmp_path: Path, content: Any
         load_model(tmp_path / "a.pth")
 
 
-def test_weights_in_parts_are_joined_as_the_message_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [("model-{}-of-00002.safetensors", save_file), ("pytorch_model-{}-of-00002.bin", torch.save)],
+)
+def test_weights_in_parts_are_joined_as_the_message_says(
+    tmp_path: Path, name: str, save: Callable[..., None]
+) -> None:
     own = create_model("torchvision:resnet18").state_dict()
     parts = [dict(list(own.items())[:50]), dict(list(own.items())[50:])]
-    paths = [tmp_path / f"model-{i}-of-00002.safetensors" for i in ("00001", "00002")]
+    paths = [tmp_path / name.format(i) for i in ("00001", "00002")]
     for path, part in zip(paths, parts, strict=True):
-        save_file(part, path)
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
+        save(part, path)
     for path in (paths[0], tmp_path):
         with pytest.raises(RunError, match="in parts; join them in Python: ") as caught:
             load_model(path, "torchvision:resnet18")

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshuffle.data.base import Data, ImageSource, View, shortened, split_off_val
-from meshuffle.data.image import EXTENSIONS
+from meshuffle.data.image import EXTENSIONS, IS_POINTER, POINTER
 from meshuffle.errors import DataError, did_you_mean
 from meshuffle.files import expanded
 
@@ -23,10 +23,12 @@ NEED: Need = ("train", "val")
 VAL_FRACTION = 0.2
 SPLITS = {
     "train": "train",
+    "training": "train",
     "val": "val",
     "valid": "val",
     "validation": "val",
     "test": "test",
+    "testing": "test",
 }
 _SHOWN = 3
 
@@ -119,6 +121,8 @@ def decoded(file: Path, fallback: str | None = None) -> tuple[str, str]:
         content = file.read_bytes()
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
+    if content.startswith(POINTER):
+        raise DataError(f"{file}: {IS_POINTER}")
     wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         if wide:

@@ -52,6 +52,8 @@ BROKEN = (
 )
 _STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*")
 EXIF_ORIENTATION = 0x0112
+POINTER = b"version https://git-lfs"
+IS_POINTER = "a Git LFS pointer; fetch the file itself with: git lfs pull"
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -174,10 +176,12 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
 def _unopened(file: BinaryIO, label: str) -> ImageError:
     """Return the error for a file that Pillow does not open."""
     file.seek(0)
-    start = file.read(12)
+    start = file.read(len(POINTER))
+    if start == POINTER:
+        return ImageError(f"{label}: {IS_POINTER}")
     return ImageError(
         f"{label}: not a JPEG, PNG, WebP, BMP, GIF or TIFF image, or its header is broken "
-        f"(begins with {repr(start)[1:]})",
+        f"(begins with {repr(start[:12])[1:]})",
         "broken" if start.startswith(_STARTS) else "unknown",
     )
 

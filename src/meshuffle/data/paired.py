@@ -38,7 +38,7 @@ def paired_folders(
     """
     if (pair := _pair(root, "", images, others)) is not None:
         inner = {
-            SPLITS[name.lower()]: (f"{pair[0]}/{name}", f"{pair[1]}/{_like(root / pair[1], name)}")
+            SPLITS[name.lower()]: (f"{pair[0]}/{name}", _like(root, pair[1], name))
             for name in split_folders(root / pair[0])
         }
         return in_words(pair), inner or {"": pair}
@@ -47,6 +47,11 @@ def paired_folders(
         if (pair := _pair(root, name, images, others)) is not None:
             found[SPLITS[name.lower()]] = pair
     return in_words(next(iter(found.values()))) if found else "", found
+
+
+def is_shared(pair: Folders) -> bool:
+    """Return whether the second folder holds what belongs to the images of all splits."""
+    return pair[0].count("/") > pair[1].count("/")
 
 
 def in_words(pair: Folders) -> str:
@@ -63,5 +68,11 @@ def _pair(root: Path, folder: str, images: Sequence[str], others: Sequence[str])
     return path_below(folder, image), path_below(folder, other)
 
 
-def _like(folder: Path, name: str) -> str:
-    return find_folder(folder, [name]) or name
+def _like(root: Path, other: str, name: str) -> str:
+    """Return the folder of this split in `other`, which may hold the files of all splits itself.
+
+    A folder of texts alone is YOLO's, and none of them.
+    """
+    inner = find_folder(root / other, [name])
+    is_yolo = inner and {file.suffix for file in (root / other / inner).iterdir()} == {".txt"}
+    return f"{other}/{inner}" if inner and not is_yolo else other

@@ -76,8 +76,8 @@ def subfolders(folder: Path) -> list[str]:
 def find_folder(root: Path, names: Sequence[str]) -> str | None:
     """Return the folder in `root` that has one of `names`, in any case; the first one wins."""
     there = {name.lower(): name for name in subfolders(root)} if root.is_dir() else {}
-    exact = (name for name in names if name in there.values())
-    return next(iter([*exact, *(there[n.lower()] for n in names if n.lower() in there)]), None)
+    known = (name for name in names if name.lower() in there)
+    return next((n if n in there.values() else there[n.lower()] for n in known), None)
 
 
 def contents(folder: Path) -> str:

@@ -86,7 +86,7 @@ def open_data(
     try:
         return _finished(form.load()(path, seed=seed, need=need, **chosen), spec, task)
     except DataError as error:
-        if hint := foreign_file(expanded(split_place(path)[0])):
+        if hint := foreign_file(expanded(split_place(path)[0]), task):
             raise DataError(f"{error}; {hint}") from error
         raise
 

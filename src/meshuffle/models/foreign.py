@@ -17,7 +17,7 @@ import types
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from meshuffle.data.base import shortened
+from meshuffle.data.image import IS_POINTER, POINTER
 from meshuffle.errors import RunError, did_you_mean
 
 _KEYS = ("model", "state_dict", "model_state_dict", "net", "network", "weights", "params")
@@ -37,7 +38,7 @@ _NO_MODEL = " of a model that Meshuffle lacks (--model package.module:function m
 _PACKAGES = ("torch", "torchvision", "timm", "transformers", "meshuffle")
 _SIGNS = {
     rb"\s*\Z": "an empty file",
-    rb"version https://git-lfs": "a Git LFS pointer; fetch the file itself with: git lfs pull",
+    POINTER: IS_POINTER,
     rb"\s*<": "a web page instead of the file; download it again",
     rb"\x89HDF": "an HDF5 file, as Keras writes",
     rb"PK": "a zip archive that is cut off, damaged, or not torch's",
@@ -83,7 +84,8 @@ def read_torch(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], l
     """Return the tensors of a `torch.save` file, and lines about what else is in it.
 
     Args:
-        key: where in the file's dict the weights are; None takes the usual names.
+        key: where in the file's dict the weights are, or how the names of those wanted begin; None
+            takes the usual names.
 
     Raises:
         RunError: the file is broken, holds code, or has no weights there.
@@ -94,20 +96,18 @@ def read_torch(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], l
     if {"state", "param_groups"} <= content.keys():
         raise RunError(f"{path}: an optimizer's state; give the file of the model's weights")
     parts = _parts(content)
-    if key is None:
-        key = next(
-            (name for usual in _KEYS for name in parts if name.split(".")[-1] == usual), None
-        )
-        if key is None and not _has_weights(content):
-            key = _only(path, parts)
-    elif key not in parts:
-        there = f"it has {', '.join(map(str, parts))}" if parts else "it has no parts"
-        raise RunError(f"{path}: no weights under {key!r}{did_you_mean(key, parts)}; {there}")
-    chosen = content if key is None else parts[key]
+    whole = key
+    if key not in parts:
+        whole = next((name for k in _KEYS for name in parts if name.split(".")[-1] == k), None)
+        if whole is None and not _has_weights(content) and (key is None or len(parts) == 1):
+            whole = _only(path, parts)
+    chosen = content if whole is None else parts[whole]
+    if key not in (None, whole):
+        chosen = below(path, chosen, key, parts)
     lines = []
-    if others := [name for name in parts if name != key]:
+    if others := [name for name in parts if name != whole]:
         how = " or ".join(shlex.quote(f"{path}?key={name}") for name in others[:3])
-        lines.append(f"{path}: took the weights of {key or 'its top level'!r}; for others: {how}")
+        lines.append(f"{path}: took the weights of {whole or 'its top level'!r}; for others: {how}")
     tensors = {name: value for name, value in chosen.items() if isinstance(value, Tensor)}
     if any("_packed_params" in str(n) or getattr(v, "is_quantized", 0) for n, v in chosen.items()):
         raise RunError(
@@ -116,6 +116,22 @@ def read_torch(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], l
     if rest := [str(name) for name in chosen if name not in tensors]:
         lines.append(left_out(path, rest, "are no tensors"))
     return tensors, lines
+
+
+def below(
+    path: Path, tensors: Mapping[str, Any], key: str, parts: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return the tensors whose names begin with `key` and a dot, under the rest of their names.
+
+    Raises:
+        RunError: there are none; it names the `parts` of the file that `key` may be instead.
+    """
+    start = f"{key}."
+    found = {k.removeprefix(start): v for k, v in tensors.items() if str(k).startswith(start)}
+    if not found:
+        there = f"it has {', '.join(parts)}" if parts else "it has no parts"
+        raise RunError(f"{path}: no weights under {key!r}{did_you_mean(key, parts)}; {there}")
+    return found
 
 
 def left_out(path: Path, names: list[str], why: str) -> str:

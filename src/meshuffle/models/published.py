@@ -176,7 +176,8 @@ def unwrap(
     beside the model (counters, a loss's weights) are left out, where the rest has the keys of a
     known maker or of `model`. Of several parts (`encoder_q.` and `encoder_k.`) the one is taken
     that has most keys of `model`; of equal ones the first, which training scripts go on with. What
-    a `backbone.` lacks is taken from the `head.` beside it (MMPretrain).
+    a `backbone.` lacks is taken from the `head.` beside it (MMPretrain). Numbered keys are those
+    of `nn.Sequential(*model.children())`.
     """
     given, prefix = dict(tensors), ""
     forms = [(given, prefix)]
@@ -184,13 +185,35 @@ def unwrap(
         given = {k.removeprefix(first): v for k, v in given.items() if k.startswith(first)}
         prefix += first
         forms.append((given, prefix))
-    own = create_model(model).state_dict().keys() if model else set()
+    own = create_model(model).state_dict() if model else {}
     for first in dict.fromkeys(f"{key.partition('.')[0]}." for key in given if own and "." in key):
         part = {k.removeprefix(first): v for k, v in given.items() if k.startswith(first)}
         forms.append((part, prefix + first))
-    found, prefix = max(forms, key=lambda f: (len(own & f[0].keys()), _maker_of(f[0]) is not None))
-    heads = {k: t for k in own - found.keys() for n, t in tensors.items() if n == f"head.{k}"}
+    forms = [(_in_order(part, own), prefix) for part, prefix in forms]
+    found, prefix = max(
+        forms, key=lambda f: (len(own.keys() & f[0].keys()), _maker_of(f[0]) is not None)
+    )
+    heads = {
+        k: t for k in own.keys() - found.keys() for n, t in tensors.items() if n == f"head.{k}"
+    }
     return {**found, **heads}, f"{prefix}, head." if prefix and heads else prefix
+
+
+def _in_order(tensors: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of `nn.Sequential(*model.children())` under the model's own keys.
+
+    Its numbers stand for the first parts of the keys, in the model's order; the last children are
+    often left out. Other tensors are returned as they are.
+    """
+    pairs = list(zip(own.items(), tensors.items(), strict=False))
+    if not tensors or len(pairs) < len(tensors):
+        return tensors
+    for (name, value), (key, tensor) in pairs:
+        number, _, rest = key.partition(".")
+        alike = rest == name.partition(".")[2] and tensor.shape[1:] == value.shape[1:]
+        if not (number.isdecimal() and alike):
+            return tensors
+    return {name: tensor for (name, _), (_, tensor) in pairs}
 
 
 def _common(tensors: Mapping[str, Tensor]) -> str:

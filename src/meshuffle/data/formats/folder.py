@@ -11,7 +11,7 @@ import numpy as np
 
 from meshuffle.data.annotated import AnnotatedSource, LabelTargets
 from meshuffle.data.base import Data, shortened
-from meshuffle.data.entries import SPLITS, Problems, assemble, check_filled, only_split
+from meshuffle.data.entries import SPLITS, Problems, assemble, check_filled, only_split, split_of
 from meshuffle.data.formats.mask_files import masks_beside
 from meshuffle.data.scan import (
     ClassFolders,
@@ -26,7 +26,7 @@ from meshuffle.errors import DataError
 
 _WANTED = "looked for one folder per class, or train/ and val/ with one folder per class in each"
 _ELSEWHERE = (
-    "other layouts need their format: masks:PATH, coco:PATH, voc:PATH, yolo:PATH or hf:PATH"
+    "other layouts need a format: csv:FILE, masks:PATH, coco:PATH, voc:PATH, yolo:PATH or hf:PATH"
 )
 _NO_CLASSES = {
     *SPLITS,
@@ -54,13 +54,20 @@ def open_folder(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "va
     if "train" in need and "train" in splits:
         check_filled(str(root), splits["train"].labels, classes, "image")
     problems = Problems(str(root))
+    used = {name.partition("/")[0] for name in folders.values()}
     for name in subfolders(root) if "train" in folders else ():
-        if SPLITS.get(name.lower(), "train") not in folders:
-            what = f"{name}/ holds images but no class folders"
-            if name.lower() != "test":
-                raise DataError(f"{root}: {what}, as train has them: sort them, or move it away")
-            problems.notes.append(f"{what}: left out")
+        is_split = SPLITS.get(name.lower(), "train") not in folders
+        what = "holds images but no class folders" if is_split else "is beside the splits"
+        if is_split and SPLITS[name.lower()] == "val":
+            raise DataError(f"{root}: {name}/ {what}, as train has them: sort or move them")
+        if name not in used:
+            problems.notes.append(f"{name}/ {what}: left out")
     problems.notes += [name for scan in scans.values() for name in scan.ignored]
+    inner = [subfolders(root / name) for name in (() if folders else classes)]
+    if len(inner) > 1 and len(inner[0]) > 1 and all(names == inner[0] for names in inner):
+        problems.notices.append(
+            f"all classes hold {shortened(inner[0], 3)}: if those are the classes, give one alone"
+        )
     layout = f"folder: {'/, '.join(folders.values())}/ with" if folders else "folder:"
     layout = f"{layout} one folder per class"
     return assemble(
@@ -92,16 +99,25 @@ def _synset_titles(file: Path) -> dict[str, str]:
 
 
 def _split_folders(root: Path) -> dict[str, str]:
-    """Return {split: folder}; a folder `train` that holds images itself is a class."""
-    found: dict[str, str] = {}
+    """Return {split: folder}; a folder `train` that holds images itself is a class.
+
+    Names such as training_set, or Kaggle's seg_train/seg_train, are splits if they hold folders
+    alone and one of them is train.
+    """
+    found, like = dict[str, str](), dict[str, str]()
     for name in subfolders(root):
-        split = SPLITS.get(name.lower())
-        if split is None or (count_images(root / name) and not subfolders(root / name)):
+        inner, has_images = subfolders(root / name), count_images(root / name) > 0
+        if has_images and not inner:
             continue
-        if split in found:
-            raise DataError(f"{root} has both {found[split]}/ and {name}/: keep one of them")
-        found[split] = name
-    return found
+        exact, split = name.lower() in SPLITS, split_of(name)
+        if split is None or not (exact or (inner and not has_images)):
+            continue
+        of_kind = found if exact else like
+        if split in of_kind:
+            raise DataError(f"{root} has both {of_kind[split]}/ and {name}/: keep one of them")
+        again = not has_images and len(inner) == 1 and split_of(inner[0]) == split
+        of_kind[split] = f"{name}/{inner[0]}" if again else name
+    return like | found if "train" in like | found else found
 
 
 def _check_content(root: Path, scans: Mapping[str, ClassFolders]) -> None:
@@ -117,13 +133,12 @@ def _check_content(root: Path, scans: Mapping[str, ClassFolders]) -> None:
     filled = sorted(
         {name for scan in scans.values() for name, files in scan.files.items() if files}
     )
-    inner = root / filled[0]
-    alone = len(filled) == 1 and inner.is_dir()
-    below = {name.lower() for name in subfolders(inner)} - set(SPLITS) if alone else ()
-    if len(below) > 1 and not count_images(inner):
-        raise DataError(
-            f"{root}: {filled[0]}/ is no class, it holds folders; did you mean {inner}?"
-        )
+    for name in filled:
+        inner = _without_outer(root / name)
+        below = subfolders(inner) if inner.is_dir() and not count_images(inner) else []
+        classes = {name.lower() for name in below} - set(SPLITS)
+        if (below and _split_folders(inner)) or (len(filled) == 1 and len(classes) > 1):
+            raise DataError(f"{root}: {name}/ is no class, it holds folders; did you mean {inner}?")
     for name, files in (item for scan in scans.values() for item in scan.files.items()):
         masks = masks_beside(map(os.fsdecode, files))
         if 4 * len(masks) > len(files):
@@ -136,6 +151,13 @@ def _check_content(root: Path, scans: Mapping[str, ClassFolders]) -> None:
         is_split = {name.lower() for name in filled} <= set(SPLITS)
         what = "contain no class folders" if is_split else "are no classes"
         raise DataError(f"{root}: {names} {what}; {_WANTED}; {_ELSEWHERE}")
+
+
+def _without_outer(folder: Path) -> Path:
+    """Return the first folder, from `folder` on, that holds more than one other, or an image."""
+    while folder.is_dir() and len(names := subfolders(folder)) == 1 and not count_images(folder):
+        folder /= names[0]
+    return folder
 
 
 def _classes(root: Path, scans: Mapping[str, ClassFolders], need: Sequence[str]) -> tuple[str, ...]:

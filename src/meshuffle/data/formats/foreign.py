@@ -20,15 +20,19 @@ _EXPORTS = {
 """A pattern in the files of each tool, and its exports that are read."""
 
 
-def foreign_file(path: Path) -> str:
+def foreign_file(path: Path, task: str = "") -> str:
     """Return which tool's own file lies at or below `path`, and what to export, or nothing.
 
-    Folders are entered twice: Supervisely keeps train/ann/x.jpg.json.
+    Folders are entered twice: Supervisely keeps train/ann/x.jpg.json. `task`: of segment, NumPy's
+    arrays are such files too.
     """
     patterns = ("*", "*/*", "*/*/*")
     inside = (file for each in patterns for file in sorted(islice(path.glob(each), _NAMES)))
     files = [path] if path.is_file() else inside
-    for file in islice((file for file in files if file.suffix in (".json", ".xml")), _FILES):
+    ends = (".json", ".xml", *[".npy"] * (task == "segment"))
+    for file in islice((file for file in files if file.suffix in ends), _FILES):
+        if file.suffix == ".npy":
+            return f"{file} is a NumPy array, which is not read: save each as a PNG of label ids"
         try:
             with file.open("rb") as stream:
                 head = stream.read(_HEAD).decode("utf-8", "replace")

@@ -24,7 +24,14 @@ from meshuffle.data.entries import (
     stem,
     suffix,
 )
-from meshuffle.data.paired import IMAGES, Folders, in_words, paired_folders, split_folders
+from meshuffle.data.paired import (
+    IMAGES,
+    Folders,
+    in_words,
+    is_shared,
+    paired_folders,
+    split_folders,
+)
 from meshuffle.data.scan import contents, find_folder
 from meshuffle.errors import DataError, ImageError
 
@@ -117,7 +124,8 @@ def _pairs(root: Path, image_folder: str, mask_folder: str, problems: Problems) 
             chosen[name] = masks.pop(keys[0])
         else:
             problems.add(_no_mask(root, f"{before}{name}", f"{behind}{stem(name)}"))
-    problems.notes += [f"{behind}{name}: no image" for name in masks.values()]
+    if not is_shared((image_folder, mask_folder)):
+        problems.notes += [f"{behind}{name}: no image" for name in masks.values()]
     return Pairs([before + name for name in chosen], [behind + name for name in chosen.values()])
 
 

@@ -25,6 +25,7 @@ from meshuffle.data.target import VOID
 from meshuffle.errors import DataError
 
 _NOT_A_CLASS = -1
+_MANY = 50  # ids: VOC and CamVid have fewer
 _COLOURS = "label_colors.txt"
 _BLACK = (0, 0, 0)
 _OBJECTS = ("background", "thing")
@@ -154,7 +155,11 @@ def _ids(
     """Return the ids that are classes, in their order."""
     ids = list(range(len(names or ())))
     if names is None:
-        ids = np.flatnonzero(sum(count[:, :NUM_IDS].sum(axis=0) for count in counts)).tolist()
+        pixels = np.sum([count[:, :NUM_IDS].sum(axis=0) for count in counts], axis=0)
+        ids = np.flatnonzero(pixels).tolist()
+        if void is None and len(ids) > _MANY and pixels[VOID] > pixels[1:VOID].sum():
+            what = f"black and white with {len(ids) - 2} greys between"
+            raise DataError(f"{root}: its masks are {what}; save them with 0 and 255 alone")
     ids = [i for i in ids if i not in (VOID, void)]
     if len(ids) < 2:
         raise DataError(

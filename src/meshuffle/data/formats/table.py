@@ -28,7 +28,7 @@ from meshuffle.data.entries import (
     suffix,
     with_slashes,
 )
-from meshuffle.data.formats.table_rows import TARGETS, Table, read_csv, read_json
+from meshuffle.data.formats.table_rows import TARGETS, WANTED, Table, read_csv, read_json
 from meshuffle.data.image import EXTENSIONS
 from meshuffle.data.objects import note_unused, path_table
 from meshuffle.data.scan import image_paths
@@ -147,26 +147,29 @@ def _paths(table: Table) -> list[str]:
             table.problems.add(f"{table.name_of(row, column)}, as in {line}; one row per image")
     paths = with_slashes(table.file.parent, paths)
     gone = set(absent(table.file.parent, [path for path in paths if path]))
-    if gone:
-        found = _by_name(table, gone)
-        paths, gone = [found.get(path, path) for path in paths], gone - set(found)
+    files = _by_name(table, gone) if gone else {}
     for row, path in enumerate(paths):
-        if path in gone:
+        if len(same := files.get(path, [])) == 1:
+            paths[row] = same[0]
+        elif same:
+            what = f"{path} is {' or '.join(same[:2])} in {table.file.parent}: write its folder too"
+            table.problems.add(f"{table.rows[row]}: {what}")
+        elif path in gone:
             table.problems.add(f"{table.rows[row]}: no such image in {table.file.parent}: {path}")
     return paths
 
 
-def _by_name(table: Table, gone: set[str]) -> dict[str, str]:
-    """Return the paths of bare names, and of Kaggle's ids, each that of exactly one file."""
+def _by_name(table: Table, gone: set[str]) -> dict[str, list[str]]:
+    """Return the files of bare names, and of Kaggle's ids."""
     files: dict[str, list[str]] = {}
     for file in image_paths(table.file.parent):
         for name in (stem(file), file.rpartition("/")[2]):
             files.setdefault(name, []).append(file)
-    found = {path: files[path][0] for path in gone if len(files.get(path, ())) == 1}
-    if found:
-        path, file = min(found.items())
+    found = {path: files[path] for path in gone if path in files}
+    if alone := {path: same[0] for path, same in found.items() if len(same) == 1}:
+        path, file = min(alone.items())
         table.problems.notices.append(
-            f"{len(found)} images have no extension or folder in the table: {path} is read as "
+            f"{len(alone)} images have no extension or folder in the table: {path} is read as "
             f"{file}, …"
         )
     return found
@@ -332,7 +335,7 @@ def _lack(table: Table, what: str, wanted: Sequence[str]) -> NoReturn:
     """Raise `DataError` for a missing column."""
     known = list(table.columns)
     hints = (did_you_mean(name, known) for name in wanted)
-    hint = next((hint for hint in hints if hint), "")
+    hint = next((hint for hint in hints if hint), "" if len(known) > 1 else f"; {WANTED}")
     notices = "".join(f"; {notice}" for notice in table.problems.notices)
     raise DataError(f"{table.file}: lacks {what}{hint}; it has {shortened(known, 12)}{notices}")
 

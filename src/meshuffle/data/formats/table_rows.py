@@ -18,6 +18,7 @@ from meshuffle.errors import DataError
 TARGETS = "targets"
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _FALLBACK = "cp1252"
+WANTED = "wanted: a header such as image,label; a row names a file of an image, not its pixels"
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +89,7 @@ def read_csv(file: Path, chosen: Sequence[str], problems: Problems) -> Table:
     if len(set(header)) < len(header) or "" in list(left)[1:]:
         raise DataError(
             f"{file}: its header has a column twice or without a name: {', '.join(header[:9])}; "
-            "wanted: a header such as image,label; a row names a file of an image, not its pixels"
+            f"{WANTED}"
         )
     layout = f"CSV: {_SEPARATORS.get(delimiter, 'spaces')} between columns, {encoding}"
     return Table(file, left, rows, chosen, problems, layout, delimiter)

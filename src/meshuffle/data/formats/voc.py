@@ -33,8 +33,9 @@ from meshuffle.data.entries import (
     suffix,
 )
 from meshuffle.data.formats.mask_files import count_ids, read_colours
+from meshuffle.data.image import IS_POINTER, POINTER
 from meshuffle.data.objects import BoxList, Objects, check_classes, object_source, path_table
-from meshuffle.data.paired import IMAGES, Folders, paired_folders, split_folders
+from meshuffle.data.paired import IMAGES, Folders, is_shared, paired_folders, split_folders
 from meshuffle.data.scan import contents, existing_folder, find_folder, subfolders
 from meshuffle.data.target import VOID
 from meshuffle.errors import DataError, ImageError
@@ -152,7 +153,9 @@ def _files(folder: Path, extension: str) -> list[str]:
 
 
 def _stems(root: Path, task: str, folders: Folders) -> list[str]:
-    return _files(root / folders[1], ".png" if task == "segment" else ".xml")
+    stems = _files(root / folders[1], ".png" if task == "segment" else ".xml")
+    own = {*map(stem, image_names(root / folders[0]))} if is_shared(folders) else {*stems}
+    return [name for name in stems if name in own]
 
 
 def _lists(
@@ -263,8 +266,10 @@ class _NoDoctype(ElementTree.TreeBuilder):
 
 def _tree(file: Path) -> ElementTree.Element:
     parser = ElementTree.XMLParser(target=_NoDoctype())
+    if (content := file.read_bytes()).startswith(POINTER):
+        raise ValueError(IS_POINTER)
     try:
-        return ElementTree.fromstring(file.read_bytes(), parser)
+        return ElementTree.fromstring(content, parser)
     except ElementTree.ParseError as error:
         line, column = error.position
         raise ValueError(f"line {line}, column {column}: no XML, or cut short") from error

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -29,7 +30,7 @@ from meshuffle.data.entries import (
 )
 from meshuffle.data.objects import BoxList, Objects, check_classes, object_source
 from meshuffle.data.paired import split_folders
-from meshuffle.data.scan import contents, image_paths
+from meshuffle.data.scan import contents, find_folder, image_paths
 from meshuffle.errors import DataError, did_you_mean
 from meshuffle.files import expanded
 
@@ -66,7 +67,7 @@ def open_yolo(
     if folders["val"] and folders["val"] == folders["train"]:
         problems.notes.append("val is the same folder as train: part of train is set aside instead")
         folders["val"] = []
-    if not any(folders.values()) and (file.parent / "images").is_dir():
+    if not any(folders.values()) and find_folder(file.parent, ["images"]):
         folders |= {split: [place] for split, place in _places(file).items()}
     if not any(folders.values()):
         raise DataError(f"{file}: names no folder of images: it needs train, val or test")
@@ -74,7 +75,7 @@ def open_yolo(
     objects = {}
     for split, found in resolved.items():
         gone = [place for place in found if not place.exists()]
-        if gone and (split in need or len(gone) == sum(map(len, resolved.values()))):
+        if gone and (split in need or not any(p.exists() for ps in resolved.values() for p in ps)):
             raise DataError(f"{file}: {split} names {gone[0]}, which does not exist")
         if gone:
             problems.notes.append(f"{split} names {gone[0]}, which does not exist: left out")
@@ -97,7 +98,7 @@ def _main_file(path: Path) -> Path:
         return existing_file(path)
     files = sorted([*path.glob("*.yaml"), *path.glob("*.yml")]) or sorted(path.glob("*.data"))
     named = [file for file in files if file.stem in ("data", "dataset")]
-    if not files and (path / _NAMES).is_file() and (path / "images").is_dir():
+    if not files and (path / _NAMES).is_file() and find_folder(path, ["images"]):
         return path / _NAMES
     if len(named or files) != 1:
         names = shortened([file.name for file in files]) or "none"
@@ -133,8 +134,9 @@ def _lines(file: Path) -> list[str]:
 
 def _places(file: Path) -> dict[str, str]:
     """Return the folders of images beside a file that names none."""
-    inner = split_folders(file.parent / "images")
-    return {SPLITS[name.lower()]: f"images/{name}" for name in inner} or {"train": "images"}
+    images = find_folder(file.parent, ["images"]) or "images"
+    inner = split_folders(file.parent / images)
+    return {SPLITS[name.lower()]: f"{images}/{name}" for name in inner} or {"train": images}
 
 
 def _parse(file: Path) -> Mapping[str, Any]:
@@ -218,8 +220,8 @@ def _listed(found: Path) -> list[str]:
 
 def _label_file(image: str) -> str:
     """Return labels/….txt for the last images/… of a path; else the text beside the image."""
-    head, images, tail = f"/{image}".rpartition("/images/")
-    path = f"{head}/labels/{tail}"[1:] if images else image
+    found = re.fullmatch(r"(.*/)images(/.*)", f"/{image}", re.IGNORECASE | re.DOTALL)
+    path = f"{found[1]}labels{found[2]}"[1:] if found else image
     return os.path.splitext(path)[0] + ".txt"  # noqa: PTH122
 
 
