@@ -4,8 +4,8 @@
                               [--again FILE…]
 
 hypothesis draws programs (see `programs.py`), each with three plans of 2 and 3 ranks; verify
-compares outputs, gradients, buffers and parameters of three steps in float64, and with them the
-outputs in eval mode. A program that differs or ends in an unexpected error is shrunk by leaving
+compares outputs, gradients, buffers and parameters of three steps in float64, and the outputs in
+eval mode behind them. A program that differs or ends in an unexpected error is shrunk by leaving
 out steps, and written to FOLDER as a Python file that says how it fails; so is the first program
 that is refused for each reason, as it is. --again runs such files. Appends a row to
 results/fuzz.csv. Ranks are forks of this process, which captures a program once.
@@ -31,14 +31,11 @@ from typing import Any
 
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import verify_zoo  # its ranks are forks, and a model is captured once
 from meshuffle.errors import InputError, RankFailed, in_words
 from meshuffle.verify import api, reference
-from meshuffle.verify.compare import Norm
-from meshuffle.verify.job import Job, build_model, make_inputs, raised_casts, rows_of, tensors_of
+from meshuffle.verify.job import Job, build_model, make_inputs, raised_casts, tensors_of
 from meshuffle.verify.rank import Run
 from programs import KINDS, Program, programs
 from rows import append
@@ -46,27 +43,11 @@ from rows import append
 AT_ONCE, TIMEOUT_S = 20, 30
 _OF_A_RUN = 8
 ENGINE = ("graph", "layout", "planner", "parallel", "verify")
-_EVAL, _ONE_DEVICE = "eval.safetensors", "one device cannot run it"
-
-
-@torch.no_grad()
-def eval_outputs(job: Job, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the state behind the three steps, and what one device computes with it in eval mode.
-
-    Args:
-        folder: that of the reference.
-    """
-    model = build_model(job, torch.float64)
-    state = model.state_dict()
-    for kind in ("parameters", "buffers"):
-        state |= {k: x for k, x in load_file(folder / f"{kind}.safetensors").items() if k in state}
-    model.load_state_dict(state)
-    outputs = tensors_of(model.eval()(*make_inputs(job, model, torch.float64)))
-    return state, {f"outputs/eval.{i}": x.contiguous().clone() for i, x in enumerate(outputs)}
+_ONE_DEVICE = "one device cannot run it"
 
 
 def make_reference(job: Job, path: Path) -> reference.Reference:
-    """Return the reference, which knows the outputs in eval mode as further ones.
+    """Return the reference.
 
     Raises:
         InputError: one device cannot do it, so that the program is none.
@@ -78,12 +59,7 @@ def make_reference(job: Job, path: Path) -> reference.Reference:
             torch.stack([x.sum() for x in tensors_of(model(*parts))]).sum().backward()
     except Exception as error:
         raise InputError(f"{_ONE_DEVICE}: {in_words(error)}") from error
-    made = reference.make_reference(job, path)
-    _, outputs = eval_outputs(job, path)
-    save_file(outputs, path / _EVAL)
-    for key, x in outputs.items():
-        made.norms[key] = Norm(float(x.norm()), x.numel())
-    return made
+    return reference.make_reference(job, path)
 
 
 def captured_reference(job: Job, path: Path) -> reference.Reference:
@@ -101,10 +77,10 @@ def captured_reference(job: Job, path: Path) -> reference.Reference:
 
 
 def check(run: Run) -> dict[str, Any]:
-    """Do what verify's ranks do, and compare the outputs in eval mode with the same state.
+    """Do what verify's ranks do.
 
     Raises:
-        RankFailed: an output has another size; or the rank does not come to an end.
+        RankFailed: the rank does not come to an end.
     """
 
     def give_up(*_: Any) -> None:
@@ -114,22 +90,7 @@ def check(run: Run) -> dict[str, Any]:
     signal.alarm(2 * TIMEOUT_S)
     with raised_casts(run.job.torch_dtype):
         run.module.eval().train()  # both codes exist, and one does not disturb the other
-    report, job, dims = run.check(), run.job, run.reference.facts.output_dims
-    state, outputs = eval_outputs(job, run.reference.path)
-    run.where = "eval mode"
-    run.module.load_whole(state)
-    with raised_casts(job.torch_dtype):
-        run.module.eval()
-    model = build_model(job, job.torch_dtype, filled=False)
-    inputs = make_inputs(job, model, job.torch_dtype)
-    with torch.no_grad():
-        found = tensors_of(run.module(*(x[run.samples] for x in inputs)))
-    for x, dim, (key, whole) in zip(found, dims, outputs.items(), strict=True):
-        part = rows_of(whole, dim, run.samples, job.batch)
-        if x.shape != part.shape:
-            raise RankFailed(f"{key} is {list(x.shape)}, not {list(part.shape)}")
-        report["squared"][key] = reference.squared_difference(x, part)
-        report["over_dp"].append(key)
+    report = run.check()
     signal.alarm(0)
     return report
 
