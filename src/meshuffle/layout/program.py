@@ -22,6 +22,7 @@ aten = torch.ops.aten
 _CONSTANT = (
     *(aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty, aten.detach, aten.bernoulli),
     *(aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.rand_like),
+    aten.randn_like,
     *(aten.zero, aten.sign, aten.floor, aten.ceil, aten.round),
 )
 """Ops through which no gradient flows, whatever they read; `fill` of a number is one by meaning."""

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 
 from meshuffle.graph.capture import named_tensors, tied_names
+from meshuffle.graph.node import is_in_place, updates_statistics
 from meshuffle.layout.layout import Layout, Shard
 from meshuffle.layout.traffic import Traffic
+from meshuffle.parallel.batch_norm import local_norm
 
 
 @dataclass
@@ -34,6 +36,15 @@ class StageCode(Traffic):
     summed_over_tp: set[str] = field(default_factory=set)
     sources: dict[str, tuple[str, Layout]] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
+
+
+def drop_unread(graph: fx.Graph) -> None:
+    """Drop calls that turned out to be read by nobody; state is never dropped."""
+    for node in reversed(list(graph.nodes)):
+        idle = node.op in ("call_function", "get_attr") and not node.users
+        keeps = node.op == "call_function" and (is_in_place(node) or updates_statistics(node))
+        if idle and not keeps and node.target is not local_norm:
+            graph.erase_node(node)
 
 
 def stages_of(model: nn.Module, codes: Sequence[StageCode]) -> dict[str, frozenset[int]]:

@@ -1,8 +1,7 @@
 """From an assignment to one rank's code: the program on parts, with redistributions between.
 
-Pure: rank and world are plain numbers and no process group is needed, so that a plan can be
-lowered, printed and counted anywhere. Every rank walks the same list of choices, and so all agree
-on each collective and on their order.
+Pure: rank and world are plain numbers, without a process group, so that a plan can be lowered,
+printed and counted anywhere. Every rank walks the same choices: all agree on each collective.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from meshuffle.errors import ModelError
-from meshuffle.graph.node import is_in_place, is_tensor, is_tuple, updates_statistics
+from meshuffle.graph.node import is_in_place, is_tensor, is_tuple
 from meshuffle.graph.runtime_ops import WithoutAutocast, fraction, without_autocast
 from meshuffle.kernels.rewrite import rewrite
 from meshuffle.layout.assign import Assignment
@@ -40,7 +39,7 @@ from meshuffle.layout.storage import Storage
 from meshuffle.layout.traffic import Crossing, Sent, gradient_bytes, statistics_bytes
 from meshuffle.parallel import random_masks
 from meshuffle.parallel.batch_norm import SyncNorm, local_norm
-from meshuffle.parallel.code import StageCode
+from meshuffle.parallel.code import StageCode, drop_unread
 from meshuffle.parallel.redistribute import Redistribute
 
 aten = torch.ops.aten
@@ -70,8 +69,7 @@ def lower_stages(
         cuts: how many calls of the program lie in front of each cut.
         replicas: ranks of the `dp` axis: batch norm joins their statistics too.
         device: replaces the devices that the program names; None is the CPU.
-        stored: layouts that parameters and buffers have already, whole where it lacks them. None
-            chooses them.
+        stored: layouts that parameters and buffers have already, else whole; None chooses them.
 
     Raises:
         ModelError: an op draws random numbers in a way that cannot be kept equal.
@@ -139,7 +137,7 @@ class _Lowering(Emitter):
         else:
             self.code.graph.output(tuple(self._send_on(node) for node in leaving))
         rewrite(self.code.graph)
-        self._drop_unread()
+        drop_unread(self.code.graph)
         self._note_names()
         return self.code
 
@@ -329,10 +327,9 @@ class _Lowering(Emitter):
 
     def _in_place(self, args: Sequence[Any]) -> Any:
         """Return the op that the model calls on this rank's own value, where that changes it."""
-        made = args[0] if args else None
-        if not isinstance(made, Node) or made.op not in ("call_function", "call_module"):
-            return None
-        if isinstance(self.code.modules.get(str(made.target)), Redistribute):
+        made: Any = args[0] if args else None
+        calls = isinstance(made, Node) and made.op in ("call_function", "call_module")
+        if not calls or isinstance(self.code.modules.get(str(made.target)), Redistribute):
             return None  # autograd lets nothing change what a stage, or a redistribution, is given
         return self.current.node.meta.get("in_place")
 
@@ -401,11 +398,3 @@ class _Lowering(Emitter):
         name = self.add_module(kind, WithoutAutocast(module) if self._without_autocast else module)
         args = [self.sizes(exact=True) if key == "size" else self.given[key] for key in names]
         return self.code.graph.call_module(name, (*args, self.batch))
-
-    def _drop_unread(self) -> None:
-        """Drop calls that turned out to be read by nobody; state is never dropped."""
-        for node in reversed(list(self.code.graph.nodes)):
-            idle = node.op in ("call_function", "get_attr") and not node.users
-            keeps = node.op == "call_function" and (is_in_place(node) or updates_statistics(node))
-            if idle and not keeps and node.target is not local_norm:
-                self.code.graph.erase_node(node)

@@ -8,6 +8,7 @@ ahead; sends are not waited for before the end of the step.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -23,7 +24,6 @@ from torch.utils import _pytree as pytree
 
 from meshuffle.comm.group import new_group, wait
 from meshuffle.comm.sent_bytes import labelled
-from meshuffle.graph import Graph
 from meshuffle.layout.layout import Replicate
 from meshuffle.layout.mixing import is_per_sample
 from meshuffle.layout.traffic import Crossing
@@ -35,6 +35,7 @@ from meshuffle.planner.cut import refuse_overlap
 from meshuffle.planner.schedules import Action, Schedule, all_forward_all_backward
 
 _MOST_CROSSING = 1024
+_is_per_sample = functools.lru_cache(maxsize=4)(is_per_sample)
 
 
 @dataclass
@@ -89,12 +90,7 @@ class Pipeline:
     """
 
     def __init__(
-        self,
-        module: RankModule,
-        ranks: Ranks,
-        schedule: Schedule,
-        *,
-        edge_groups: bool | None = None,
+        self, module: RankModule, ranks: Ranks, schedule: Schedule, edge_groups: bool | None = None
     ) -> None:
         self.module, self.ranks, self.schedule = module, ranks, schedule
         if edge_groups is None:
@@ -104,7 +100,6 @@ class Pipeline:
         if isinstance(module, Parallel):
             refuse_overlap(module.assignment.program, module.stages_of, schedule)
         self._tied = self._tied_groups()
-        self._per_sample: dict[Graph, bool] = {}
 
     @property
     def has_last(self) -> bool:
@@ -187,7 +182,7 @@ class Pipeline:
         """
         module, program = self._captured, self._captured.assignment.program
         dims = [program.samples_dim_of(node.meta["val"]) for node in program.outputs()]
-        can_cut = not module.training and None not in dims and self._is_per_sample(program.graph)
+        can_cut = not module.training and None not in dims and _is_per_sample(program.graph)
         num = max(1, min(self.schedule.num_stages, len(inputs[0]))) if can_cut else 1
         parts = list(zip(*(x.tensor_split(num) for x in inputs), strict=True))
         results: list[list[Tensor]] = []
@@ -218,11 +213,6 @@ class Pipeline:
             dist.broadcast(x, group=self.ranks.pp, group_src=self.schedule.ranks[-1])
             outputs.append(x)
         return outputs
-
-    def _is_per_sample(self, graph: Graph) -> bool:
-        if graph not in self._per_sample:
-            self._per_sample[graph] = is_per_sample(graph)
-        return self._per_sample[graph]
 
     def for_copy(self, module: nn.Module) -> Pipeline:
         """Return a runner of the same stages that calls `module`, a copy; for forwards alone."""
