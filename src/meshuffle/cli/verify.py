@@ -71,6 +71,8 @@ def _text(verdict: Verdict) -> str:
         lines.append(
             "one device's own rounding makes as much here; a larger --input or --batch may decide"
         )
+    if verdict.float32_only:
+        lines.append(f"in float32 alone, since a kernel lacks float64: {verdict.float32_only}")
     if verdict.as_written:
         lines.append(f"the model runs as it is written, since {verdict.as_written}")
     if verdict.num_floor_tensors:

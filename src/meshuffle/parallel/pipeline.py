@@ -245,7 +245,8 @@ class Pipeline:
             result = self.module.run_stage(stage, *arguments)
         if stage + 1 == self.schedule.num_stages:
             loss = step.finish(i, result)
-            step.kept[stage, i] = _Kept(given, [] if loss is None else [loss])
+            asked = [] if loss is None or not loss.requires_grad else [loss]
+            step.kept[stage, i] = _Kept(given, asked)
             return
         step.kept[stage, i] = _Kept(given, self._returning(result, stage))
         pairs = zip(result, self._crossing("F", stage), strict=True)

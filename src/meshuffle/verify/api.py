@@ -56,6 +56,7 @@ class Verdict:
         median_ratio, worst_ratio: error over that of one device; float32 only.
         seconds: how long the ranks took.
         undecided: equal only by more than 1e-7 of one device's own rounding, so it has not passed.
+        float32_only: what a kernel says that lacks float64; both runs were in float32 then.
         as_written: why the model was not captured, but ran as it is written (plans of dp alone).
         error: why nothing was compared; `exit_code` is then 1 or 2 as in errors.py.
     """
@@ -82,6 +83,7 @@ class Verdict:
     worst_ratio: float | None = None
     seconds: float = 0.0
     undecided: bool = False
+    float32_only: str = ""
     as_written: str = ""
     error: str | None = None
     exit_code: int = 0
@@ -134,6 +136,7 @@ class _Entry:
 
     job: Job
     world: int = 0
+    float32_only: str = ""
     reference: Reference = field(init=False)
     verdict: Verdict = field(init=False)
 
@@ -175,6 +178,10 @@ class _Session:
                     for path in self.folder.glob("reference-*"):
                         shutil.rmtree(path)
                 reference = self._reference(entry.job)
+                if entry.job.dtype == "float64" and "Double" in str(reference):  # its kernels
+                    entry.float32_only = str(reference).partition("\n")[0]
+                    entry.job = replace(entry.job, dtype="float32", reference_dtype="float32")
+                    reference = self._reference(entry.job)
                 if isinstance(reference, Reference):
                     entry.reference = reference
                     ready.append(entry)
@@ -185,9 +192,7 @@ class _Session:
     def _reference(self, job: Job) -> Reference | Exception:
         key = job.reference_key
         known = self.references.get(key)
-        if known is None or isinstance(
-            known, CaptureError
-        ):  # plans of dp alone run it all the same
+        if known is None or isinstance(known, CaptureError):  # with dp alone it runs
             path = Path(tempfile.mkdtemp(prefix="reference-", dir=self.folder))
             threads = torch.get_num_threads()
             try:
@@ -207,6 +212,7 @@ class _Session:
             else:
                 own = [Report(**report) for report in reports]
                 entry.verdict = _verdict(entry.job, entry.reference, own)
+                entry.verdict.float32_only = entry.float32_only
         differing = [e for e in entries if e.verdict.failed_tensors and _has_trace(e)]
         for entry, reports in zip(differing, self._launch("trace", differing), strict=True):
             first = entry.verdict.failed_tensors[0]

@@ -38,6 +38,7 @@ class Job:
 
     Attributes:
         model: a name that `create_model` takes.
+        reference_dtype: of what one device computes; float32 where a kernel lacks float64.
     """
 
     model: str
@@ -46,6 +47,7 @@ class Job:
     batch: int
     dtype: str
     seed: int
+    reference_dtype: str = "float64"
 
     @property
     def reference_key(self) -> tuple[Any, ...]:
@@ -53,7 +55,7 @@ class Job:
         plan = self.checked_plan()
         cut = (plan.dp, plan.num_micro_batches) if plan.num_micro_batches > 1 else ()
         own = (self.model, self.input, self.batch, self.dtype, self.seed, self.threads)
-        return (*own, *cut)
+        return (*own, self.reference_dtype, *cut)
 
     @property
     def threads(self) -> int:

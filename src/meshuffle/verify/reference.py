@@ -8,11 +8,12 @@ The random numbers are those of the plans.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from meshuffle.parallel.data_parallel import DataParallel
 from meshuffle.parallel.random_masks import ReferenceDraws, draw_key
 from meshuffle.verify.compare import Norm, kind_of
 from meshuffle.verify.job import (
+    DTYPES,
     Job,
     build_model,
     join_rows,
@@ -98,14 +100,15 @@ class Reference:
 
 
 def make_reference(job: Job, path: Path) -> Reference:
-    """Run the reference of `job` in float64 and save it in the folder `path`.
+    """Run the reference of `job`, in float64 where it can, and save it in the folder `path`.
 
     Raises:
         CaptureError: the plan needs it captured, and that cannot be done.
-        ModelError: it draws random numbers of its own, or nothing of it is trained.
+        ModelError: it draws random numbers of its own, or a batch norm has a single value.
     """
-    model = build_model(job, torch.float64)
-    inputs = make_inputs(job, model, torch.float64)
+    dtype = DTYPES[job.reference_dtype]
+    model = build_model(job, dtype)
+    inputs = make_inputs(job, model, dtype)
     first = torch.cat(job.micro_batches()[0])
     example = tuple(x[first] if len(first) > 1 else x[:2] for x in inputs)
     facts = _facts(job, model, example)
@@ -196,8 +199,10 @@ def squared_difference(a: Tensor, b: Tensor) -> float:
     return float(difference.abs().square().sum())
 
 
-def _captured(model: nn.Module, inputs: tuple[Tensor, ...], *, train: bool = True) -> Graph:
-    with raised_casts(torch.float64):
+def _captured(
+    job: Job, model: nn.Module, inputs: tuple[Tensor, ...], *, train: bool = True
+) -> Graph:
+    with raised_casts(DTYPES[job.reference_dtype]):
         return capture(model, inputs, train=train)
 
 
@@ -205,7 +210,7 @@ def _facts(job: Job, model: nn.Module, example: tuple[Tensor, ...]) -> Facts:
     """Return the facts of a model; of one that cannot be captured, as they show when it runs."""
     sizes = [job.batch, job.batch, job.last_batch]
     try:
-        graph = _captured(model, example)
+        graph = _captured(job, model, example)
     except CaptureError:
         if job.checked_plan().is_split:
             raise
@@ -214,7 +219,7 @@ def _facts(job: Job, model: nn.Module, example: tuple[Tensor, ...]) -> Facts:
         sizes[-1] = job.batch
     outputs, draws = _dims(graph, len(example[0]))
     try:
-        in_eval = _dims(_captured(model, example, train=False), len(example[0]))[0]
+        in_eval = _dims(_captured(job, model, example, train=False), len(example[0]))[0]
     except CaptureError:
         in_eval = None
     return Facts(outputs, draws, sizes, in_eval)
@@ -258,7 +263,7 @@ def _run(
     """
 
     def forward(samples: Tensor, draws: ReferenceDraws) -> list[Tensor]:
-        with raised_casts(dtype), draws:
+        with raised_casts(dtype), draws, _names_of_norms(model, len(samples)):
             return tensors_of(model(*(_rows(x, samples) for x in inputs)))
 
     def run_step(step: int) -> tuple[list[Tensor], Tensor]:
@@ -270,18 +275,18 @@ def _run(
             draws = reference_draws(job, facts, step, i)
             outputs = forward(samples, draws)
             losses.append(loss_of(outputs, facts.output_dims, samples, job))
-            if not losses[-1].requires_grad:
-                raise ModelError("nothing of the model is trained: there is no gradient to compare")
+            outputs_of_parts.append([x.detach() for x in outputs])
+            if not losses[-1].requires_grad:  # a model without parameters
+                continue
             with raised_casts(dtype), draws:  # activation checkpointing computes a part again
                 losses[-1].backward()
-            outputs_of_parts.append([x.detach() for x in outputs])
         joined = [
             join_rows(outputs, dim, parts, facts.sizes[step])
             for outputs, dim in zip(
                 zip(*outputs_of_parts, strict=True), facts.output_dims, strict=True
             )
         ]
-        return joined, torch.stack(losses).sum()
+        return joined, torch.stack(losses).sum().detach()
 
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float64)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -295,6 +300,30 @@ def _run(
             outputs = forward(torch.arange(job.batch), reference_draws(job, facts, NUM_STEPS))
         see("eval", {f"{i}": x for i, x in enumerate(outputs)})
     return rate
+
+
+@contextlib.contextmanager
+def _names_of_norms(model: nn.Module, num: int) -> Iterator[None]:
+    """Name the batch norm that torch refuses a single value per channel."""
+    entered: list[str] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: entered.append(name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        norm = entered[-1] if entered else "a batch norm"
+        raise ModelError(
+            f"{norm} has one value per channel in a micro-batch of {num}, which torch refuses; use "
+            "a larger --batch or --input, or fewer micro-batches (mb)"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _rows(x: Tensor, samples: Tensor) -> Tensor:

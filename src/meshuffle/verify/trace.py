@@ -25,6 +25,7 @@ from meshuffle.layout.program import Program
 from meshuffle.layout.redistribution import Value, held_indices
 from meshuffle.parallel.redistribute import Redistribute
 from meshuffle.verify.job import (
+    DTYPES,
     Job,
     build_model,
     loss_of,
@@ -62,11 +63,12 @@ class Recorder(fx.Interpreter):
 
 
 def make_trace(job: Job, reference: Reference) -> None:
-    """Save the values and gradients of the first step on one device, in float64."""
-    model = build_model(job, torch.float64)
+    """Save the values and gradients of the first step on one device, in the reference's dtype."""
+    dtype = DTYPES[job.reference_dtype]
+    model = build_model(job, dtype)
     samples = torch.cat(job.micro_batches()[0])
-    inputs = tuple(x[samples] for x in make_inputs(job, model, torch.float64))
-    with raised_casts(torch.float64):
+    inputs = tuple(x[samples] for x in make_inputs(job, model, dtype))
+    with raised_casts(dtype):
         graph = capture(model, inputs, train=True)
     stored: dict[str, Any] = {
         **graph.constants,
