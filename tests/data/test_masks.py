@@ -204,6 +204,19 @@ def test_layouts_with_splits(tmp_path, layout):
         assert source.target(0)[0].tolist() == [0, 1] * 3 and source.name(0).endswith("a.jpg")
 
 
+@pytest.mark.parametrize("names", [("xrays", "masks"), ("images", "manual")])
+@pytest.mark.parametrize("split", ["", "train"])
+def test_a_folder_of_another_name_whose_files_have_the_same(tmp_path, names, split):
+    for name in "ab":
+        write(tmp_path / split, name, [0, 1])
+    for usual, given in zip(("images", "masks"), names, strict=True):
+        (tmp_path / split / usual).rename(tmp_path / split / given)
+    data = open_masks(str(tmp_path), need=("train",))
+    assert sum(map(len, data.splits.values())) == 2 and data.splits["train"].target(0).max() == 1
+    (tmp_path / split / names[1] / "a.png").rename(tmp_path / split / names[1] / "z.png")
+    assert "images with masks are not recognised" in error_of(tmp_path)
+
+
 def test_masks_beside_their_images(tmp_path):
     for name in "abcde":
         pairs_in(tmp_path, f"{name}.jpg", f"{name}_label.png")

@@ -32,7 +32,7 @@ from meshuffle.data.paired import (
     paired_folders,
     split_folders,
 )
-from meshuffle.data.scan import contents, find_folder
+from meshuffle.data.scan import contents, find_folder, subfolders
 from meshuffle.errors import DataError, ImageError
 
 _MASKS = ("masks", "mask", "labels", "label", "annotations", "segmentations")
@@ -87,9 +87,24 @@ def _layout(root: Path) -> tuple[str, Mapping[str, Folders]]:
             end = keys[0].removeprefix(_image_stem(keys[0]))
             same = {SPLITS[name.lower()]: (name, name) for name in names if folder}
             return f"x.jpg with x{end}.png", same or {"": ("", "")}
+    alike = {SPLITS.get(n.lower(), ""): pair for n in (*names, "") if (pair := _alike(root, n))}
+    if alike:
+        return in_words(next(iter(alike.values()))), alike
     raise DataError(
         f"{root}: images with masks are not recognised: {_LOOKED_FOR}; saw {contents(root)}"
     )
+
+
+def _alike(root: Path, folder: str) -> Folders | None:
+    """Return the two folders in `folder` if one is called as usual and the other has its names."""
+    inner = [name for name in subfolders(root / folder) if image_names(root / folder / name)]
+    image, mask = (find_folder(root / folder, names) for names in (IMAGES, _MASKS))
+    if len(inner) != 2 or not {image, mask} & {*inner} or (image and mask):
+        return None
+    (other,) = {*inner} - {image, mask}
+    pair = path_below(folder, image or other), path_below(folder, mask or other)
+    stems = {stem(name) for name in image_names(root / pair[0])}
+    return pair if stems <= {_image_stem(key) for key in _mask_names(root / pair[1])} else None
 
 
 def masks_beside(files: Iterable[str]) -> list[str]:
