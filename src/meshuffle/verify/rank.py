@@ -13,6 +13,7 @@ import datetime
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +167,8 @@ class Run:
         """Return the outputs for this replica's batch in eval mode."""
         self.where = "eval mode"
         self._draw(NUM_STEPS, 0, int(self.samples[0]), len(self.samples))
-        with raised_casts(self.job.torch_dtype):
+        with raised_casts(self.job.torch_dtype), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the model's own, as in the reference
             outputs = tensors_of(self.module.eval()(*self.inputs))
         self.module.train()
         return outputs

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import json
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -296,7 +297,8 @@ def _run(
     see("buffers", {n: x for n, x in model.named_buffers() if x.shape == shapes.get(n)})
     if facts.eval_dims is not None:
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the model's own, of checkpoints without gradients
             outputs = forward(torch.arange(job.batch), reference_draws(job, facts, NUM_STEPS))
         see("eval", {f"{i}": x for i, x in enumerate(outputs)})
     return rate
