@@ -31,7 +31,6 @@ SPLITS = {
     "testing": "test",
 }
 _SHOWN = 3
-_BINARY = (b"PAR1", b"PK\x03\x04")  # Parquet, Excel
 
 
 class Problems:
@@ -125,10 +124,8 @@ def decoded(file: Path, fallback: str | None = None) -> tuple[str, str]:
     if content.startswith(POINTER):
         raise DataError(f"{file}: {IS_POINTER}")
     wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    if content.startswith(_BINARY):
-        raise DataError(
-            f"{file} is binary, not text: save the table as CSV in UTF-8; hf:FOLDER reads Parquet"
-        )
+    if content.startswith((b"PAR1", b"PK\x03\x04")):  # Parquet, Excel
+        raise DataError(f"{file} is binary, not text: save it as CSV; hf:FOLDER reads Parquet")
     try:
         if wide:
             return content.decode("utf-16"), "UTF-16"

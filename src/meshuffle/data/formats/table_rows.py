@@ -18,7 +18,6 @@ from meshuffle.errors import DataError
 TARGETS = "targets"
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _FALLBACK = "cp1252"
-_SHOWN = 200  # characters of a cell in a message
 WANTED = "wanted: a header such as image,label; a row names a file of an image, not its pixels"
 
 
@@ -50,8 +49,7 @@ class Table:
     def name_of(self, row: int, column: str) -> str:
         """Return the name and the content of a cell for messages."""
         content = repr(self.columns[column][row])
-        shown = content if len(content) <= _SHOWN else f"{content[:_SHOWN]} …"
-        return f"{self.rows[row]}: {column} is {shown}"
+        return f"{self.rows[row]}: {column} is {content[:200]}{' …' * (len(content) > 200)}"
 
 
 def read_csv(file: Path, chosen: Sequence[str], problems: Problems) -> Table:
