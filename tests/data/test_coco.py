@@ -507,6 +507,13 @@ def test_paths_of_another_machine(tmp_path, before):
     assert len(data.splits["train"].target(1)) == 1
 
 
+def test_images_in_data_as_fiftyone_writes_them(tmp_path):
+    content = tree([image(1), image(2)], [thing(1, 1, 3, [0, 0, 2, 2])])
+    write(tmp_path, "labels.json", content, images="data")
+    data = open_coco(str(tmp_path), task="detect", need=())
+    assert data.splits["train"].name(1) == str(tmp_path / "data" / "2.png")
+
+
 def test_names_that_come_twice_elsewhere_are_not_guessed(tmp_path):
     content = tree([image(1, file_name="a/1.png"), image(2, file_name="b/1.png")], [])
     (tmp_path / "result.json").write_text(json.dumps(content))

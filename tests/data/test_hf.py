@@ -100,7 +100,8 @@ def test_columns(save, library):
     assert open_hf(path, need=()).splits["train"].labels.tolist() == [0, 1, 0]
     assert open_hf(f"{path}?label=coarse", need=()).splits["train"].labels.tolist() == [1, 0, 1]
     assert "choose ?label=… of its class labels: label, coarse" in error_of(f"{path}?label=x")
-    assert "has no column of images; its columns: text" in _without_images(library, path)
+    found = _without_images(library, path)
+    assert "no column of images (the type Image); it has text (string)" in found
 
 
 def _without_images(library, path: str) -> str:
@@ -157,6 +158,18 @@ def test_an_old_library(library, monkeypatch):
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert error_of("beans") == "hf:beans needs the datasets library: pip install 'meshuffle[hub]'"
+
+
+def test_whole_numbers_without_names(library, tmp_path):
+    """As WebDataset's .cls files, and tables on the hub without a ClassLabel."""
+    image = {"bytes": encoded(noise(1), "PNG"), "path": None}
+    kinds = {"jpg": library.Image(), "cls": library.Value("int64")}
+    rows = {"jpg": [image] * 4, "cls": [10, 2, 0, 2]}
+    library.Dataset.from_dict(rows, library.Features(kinds)).save_to_disk(str(tmp_path / "saved"))
+    data = open_hf(str(tmp_path / "saved"), need=())
+    assert data.classes == ("0", "2", "10")
+    assert data.splits["train"].labels.tolist() == [2, 1, 0, 1]
+    assert "?label=NAME); it has jpg (PIL" in error_of(f"{tmp_path}/saved?label=x", need=())
 
 
 def test_names_in_a_column_of_text(library, tmp_path):

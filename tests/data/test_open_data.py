@@ -52,6 +52,11 @@ def test_a_task_for_which_there_is_nothing(spec, task, ways):
         ("ds0/ann/a.jpg.json", '{"objects": [{"classTitle": "eye"}]}', "Supervisely's own .*COCO,"),
         ("a.json", '{"shapes": [{"shape_type": "polygon"}]}', "labelme's own .*labelme2coco.py"),
         ("min.json", '[{"image": "a.jpg", "lead_time": 2}]', "Label Studio's own .*: export COCO"),
+        (
+            "labels.json",
+            '{"classes": ["a"], "labels": {"1": [{"label": 0}]}}',
+            "FiftyOne's own .*: export COCO, VOC",
+        ),
         ("annotations/train.json", '{"dm_format_version": "1.0"}', "Datumaro's own .*coco, voc"),
     ],
 )

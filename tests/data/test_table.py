@@ -182,6 +182,17 @@ def test_bad_csv(photos, task, lines, expected):
     assert found.startswith(path) and expected.format(photos) in found
 
 
+def test_a_table_that_is_no_text(photos):
+    (photos / "t.csv").write_bytes(b"PAR1\x15\x04")
+    assert "t.csv is binary, not text: save" in error_of(open_csv, str(photos / "t.csv"))
+
+
+def test_a_long_cell_is_cut(photos):
+    (photos / "t.json").write_text(json.dumps([{"image": "a.png", "label": [[0] * 999]}]))
+    assert " …, no name of a class" in (found := error_of(open_json, str(photos / "t.json")))
+    assert len(found) < 600
+
+
 def test_bad_entries_are_shown_and_counted(photos):
     rows = [f"a/{i}.png,{'x' if i > 5 else i}" for i in range(10)]
     found = error_of(open_csv, table(photos, "image,y", *rows), task="regress", **TRAIN)

@@ -193,7 +193,7 @@ def test_what_is_no_voc(tmp_path):
     ("images", "annotations"),
     [
         *(("images", "annotations"), ("Images", "ANNOTATIONS"), ("JPEGImages", "annotation")),
-        *(("images", "annots"), ("images", "annotations/xmls")),
+        *(("images", "annots"), ("images", "annotations/xmls"), ("data", "labels")),
     ],
 )
 @pytest.mark.parametrize("nested", [False, True])
@@ -206,7 +206,7 @@ def test_folders_as_tools_name_them(tmp_path, images, annotations, nested):
         content = xml(thing("cat", (2, 2, 3, 3)))
         (tmp_path / f"{annotations}{below}/{split}.xml").write_text(content)
     if not nested:
-        (tmp_path / "labels").mkdir()  # of YOLO's texts, beside
+        (tmp_path / "labels").mkdir(exist_ok=True)  # of YOLO's texts, beside
     data = open_voc(str(tmp_path), task="detect")
     assert data.layout == f"VOC: {images}/ with {annotations}/"
     assert {key: len(source) for key, source in data.splits.items()} == {"train": 1, "val": 1}

@@ -135,7 +135,7 @@ def test_a_few_tensors_beside_the_model_do_not_keep_its_prefix(
 
 def test_a_prefix_of_half_the_keys_stays(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     torch.save(under("student.", tensors) | under("teacher.", tensors), tmp_path / "a.pth")
-    with pytest.raises(ModelError, match=r"does not say which model .*keys: student\.conv1"):
+    with pytest.raises(ModelError, match=r"do not show which model .*keys: student\.conv1"):
         load_model(tmp_path / "a.pth")
 
 

@@ -17,6 +17,9 @@ def tiny(num_classes=10, hidden=4):
 def anything(**knobs):
     return nn.Linear(knobs.get("size", 3), knobs.get("num_classes", 2))
 
+def needy(num_classes):
+    return nn.Linear(3, num_classes)
+
 def fixed():
     return nn.Linear(3, 2)
 
@@ -108,6 +111,12 @@ def test_a_factory_of_the_current_directory(factories):
 
 def test_a_factory_that_takes_anything(factories):
     assert create_model(f"{factories}:anything", num_classes=4, size=6).weight.shape == (4, 6)
+
+
+def test_a_factory_that_must_have_num_classes(factories):
+    """As `predict FILE --model` builds it, before it has seen how many there are."""
+    assert create_model(f"{factories}:needy").weight.shape == (1000, 3)
+    assert create_model(f"{factories}:needy", num_classes=4).weight.shape == (4, 3)
 
 
 def test_a_factory_without_num_classes_keeps_its_own(factories):

@@ -13,7 +13,7 @@ from sklearn.metrics import average_precision_score, f1_score, mean_absolute_err
 from torch.nn import functional as F
 
 from meshuffle.data import Preprocess
-from meshuffle.errors import ConfigError
+from meshuffle.errors import ConfigError, ModelError
 from meshuffle.tasks import TASKS, find_task, make_task
 from meshuffle.tasks.base import Task
 from meshuffle.tasks.card import Card
@@ -39,6 +39,12 @@ def sample(name: str, num: int, seed: int = 0) -> tuple[Task, torch.Tensor, torc
         return task_of(name), outputs, targets
     targets = torch.randn(num, 3, generator=generator) * 3 + 5
     return task_of(name, **SCALE), outputs, targets
+
+
+def test_maps_are_no_classes():
+    """As a segmenter's plain weights give them to `predict`."""
+    with pytest.raises(ModelError, match="gives 2×4×5 numbers for an image, not one per class"):
+        task_of("classify").answer(torch.zeros(1, 2, 4, 5))
 
 
 PLAIN = ("classify", "multilabel", "regress")

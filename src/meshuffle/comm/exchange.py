@@ -61,7 +61,9 @@ class GroupExchange(Exchange):
     def all_gather(self, vector: Tensor) -> Tensor:
         """Return (world, n); see `Exchange`."""
         gathered = vector.new_empty(self.world * vector.numel())
-        dist.all_gather_into_tensor(gathered, vector.contiguous(), group=self._group)
+        # torch 2.14 warns of the older name
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(gathered, vector.contiguous(), group=self._group)
         return gathered.view(self.world, -1)
 
 

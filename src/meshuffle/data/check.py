@@ -36,6 +36,7 @@ class CheckReport:
         leaks: exact duplicates (name, name) between two splits.
         repeated: exact duplicates within one split.
         ignored, layout, notices: see `Data`.
+        images: {split: number of images, also broken ones}.
         smallest, largest: (width, height) of the images with smallest and largest area.
         imbalance: images of the largest class / those of the smallest, in train (or in the only
             split); None if a class is empty.
@@ -58,6 +59,7 @@ class CheckReport:
     task: str = "classify"
     layout: str = ""
     notices: tuple[str, ...] = ()
+    images: Mapping[str, int] = field(default_factory=dict)
     ranges: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
 
     @property
@@ -68,7 +70,7 @@ class CheckReport:
     def problems(self) -> list[str]:
         """Return one line for each kind of problem."""
         lines = [
-            f"{split} lacks {len(names)} classes: {shortened(names)}"
+            f"{split} lacks {len(names)} of {len(self.classes)} classes: {shortened(names)}"
             for split, names in self.absent.items()
         ]
         if self.task == "classify" and len(self.classes) < 2:
@@ -86,8 +88,8 @@ class CheckReport:
 
     def render(self) -> str:
         """Return the report as text of several lines."""
-        kinds = "targets" if self.task == "regress" else "classes"
-        lines = [f"{self.spec}: {len(self.classes)} {kinds}"]
+        one, more = ("target", "targets") if self.task == "regress" else ("class", "classes")
+        lines = [f"{self.spec}: {len(self.classes)} {one if len(self.classes) == 1 else more}"]
         lines += [f"layout  {self.layout}"] if self.layout else []
         lines += [f"note: {notice}" for notice in self.notices]
         lines += self._ranges() if self.ranges else self._table()
@@ -108,13 +110,16 @@ class CheckReport:
         return {**asdict(self), "problems": self.problems()}
 
     def _table(self) -> Iterator[str]:
-        width = max(map(len, (*self.classes, "class")))
+        width = max(map(len, (*self.classes, "images")))
         yield "  ".join([f"{'class':{width}}", *(f"{split:>8}" for split in self.counts)])
         for name in self.classes:
             row = (f"{counts[name]:>8,}" for counts in self.counts.values())
             yield "  ".join([f"{name:{width}}", *row])
         total = (f"{sum(counts.values()):>8,}" for counts in self.counts.values())
         yield "  ".join([f"{'sum':{width}}", *total])
+        if self.task not in ("classify", "generate"):
+            images = (f"{number:>8,}" for number in self.images.values())
+            yield "  ".join([f"{'images':{width}}", *images])
 
     def _ranges(self) -> Iterator[str]:
         width = max(map(len, (*self.classes, "target")))
@@ -254,6 +259,7 @@ def _report(
         task=data.task,
         layout=data.layout,
         notices=data.notices,
+        images={split: len(of_split) for split, of_split in samples.items()},
         ranges={key: _ranges(data.splits[key]) for key in data.splits if data.task == "regress"},
     )
 

@@ -124,6 +124,8 @@ def decoded(file: Path, fallback: str | None = None) -> tuple[str, str]:
     if content.startswith(POINTER):
         raise DataError(f"{file}: {IS_POINTER}")
     wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if content.startswith((b"PAR1", b"PK\x03\x04")):  # Parquet, Excel
+        raise DataError(f"{file} is binary, not text: save it as CSV; hf:FOLDER reads Parquet")
     try:
         if wide:
             return content.decode("utf-16"), "UTF-16"

@@ -10,7 +10,7 @@ from meshuffle.data.entries import SPLITS, repeated
 from meshuffle.data.scan import find_folder, subfolders
 from meshuffle.errors import DataError
 
-IMAGES = ("images", "image", "imgs", "img")
+IMAGES = ("images", "image", "imgs", "img", "data")  # the last one is FiftyOne's
 Folders = tuple[str, str]
 """The folder of the images and that of the others, relative to the root."""
 

@@ -134,7 +134,7 @@ def create_from_factory(name: str, num_classes: int | None, knobs: Mapping[str, 
 
     Args:
         name: `package.module:function`.
-        num_classes: passed on where the function takes it.
+        num_classes: passed on where the function takes it; for None, 1000 where it must have one.
         knobs: passed on.
 
     Raises:
@@ -143,6 +143,9 @@ def create_from_factory(name: str, num_classes: int | None, knobs: Mapping[str, 
     """
     module_name, function_name = name.split(":")
     factory = _import_factory(module_name, function_name)
+    own = inspect.signature(factory).parameters.get("num_classes")
+    if num_classes is None and own is not None and own.default is own.empty:
+        num_classes = 1000  # as torchvision's and timm's have
     arguments = {**_without_none(num_classes), **knobs}
     unknown = sorted(set(arguments) - _accepted(factory, arguments))
     if "num_classes" in unknown and "num_classes" not in knobs:  # its outputs are checked later

@@ -242,7 +242,7 @@ def recognise(tensors: Mapping[str, Tensor], model: str | None = None) -> Publis
     maker = _maker_of(tensors)
     if maker is None or model not in (None, *maker.names()):
         if model is None:
-            what = "the file does not say which model it is"
+            what = "the keys do not show which model it is"
             keys = shortened(list(tensors), 3)
             how = "--model, for example --model timm:resnet18, or your own"
             if "model.0.conv.weight" in tensors:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from meshuffle.config import TrainConfig
 from meshuffle.data import Data
+from meshuffle.errors import ModelError
 from meshuffle.tasks.base import LoadNetwork, Metric, Rows, Task
 
 TOP = 5
@@ -69,7 +70,13 @@ class Classify(Task):
         return (outputs.argmax(1) == labels).sum()
 
     def answer(self, outputs: Tensor) -> dict[str, Tensor]:
-        """Return `top_classes` int64 (N, K), the likeliest K = min(5, C); `top_probabilities`."""
+        """Return `top_classes` int64 (N, K), the likeliest K = min(5, C); `top_probabilities`.
+
+        Raises `ModelError` for maps: weights without a card are taken for a classifier's.
+        """
+        if outputs.ndim != 2:
+            shape = "×".join(map(str, outputs.shape[1:]))
+            raise ModelError(f"the model gives {shape} numbers for an image, not one per class")
         probabilities, classes = outputs.softmax(1).topk(min(TOP, outputs.shape[1]))
         return {"top_classes": classes, "top_probabilities": probabilities}
 

@@ -179,7 +179,7 @@ def _image_root(file: Path, split: str, paths: list[str]) -> tuple[Path, list[st
     here, above = file.parent, file.parent.parent
     base = above if here.name == "annotations" else here
     folders = [base / year, base / "images" / year, base / "images" / split, base / split]
-    folders += [base / "images", base, here]
+    folders += [base / "images", base / "data", base, here]
     folders += [base / name for name in subfolders(base) if split_of(name) == split]
     there = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
     held = {folder: len(paths) - len(absent(folder, paths)) for folder in there}

@@ -31,7 +31,7 @@ _ELSEWHERE = (
 _NO_CLASSES = {
     *SPLITS,
     *("image", "images", "img", "imgs", "jpegimages", "mask", "masks", "label", "labels"),
-    *("annotation", "annotations", "segmentationclass", "segmentationobject"),
+    *("data", "annotation", "annotations", "segmentationclass", "segmentationobject"),
 }
 
 
@@ -149,7 +149,8 @@ def _check_content(root: Path, scans: Mapping[str, ClassFolders]) -> None:
     if {name.lower() for name in filled} <= _NO_CLASSES:
         names = " and ".join(f"{name}/" for name in filled)
         is_split = {name.lower() for name in filled} <= set(SPLITS)
-        what = "contain no class folders" if is_split else "are no classes"
+        no_class = "is no class" if len(filled) == 1 else "are no classes"
+        what = "contain no class folders" if is_split else no_class
         raise DataError(f"{root}: {names} {what}; {_WANTED}; {_ELSEWHERE}")
 
 

@@ -15,6 +15,7 @@ _EXPORTS = {
     "Supervisely": (r'"classTitle"|"projectType"|"geometry_config"', "COCO, Pascal VOC or YOLO"),
     "labelme": (r'"shape_type"', "COCO or VOC, with labelme2coco.py or labelme2voc.py"),
     "Label Studio": (r'"lead_time"|"completed_by"', "COCO, Pascal VOC XML or YOLO"),
+    "FiftyOne": (r'^\{"classes": ?\[[^]]*\], ?"labels"', "COCO, VOC or a directory tree"),
     "Datumaro": (r'"dm_format_version"', "coco, voc or yolo, with `datum convert`"),
 }
 """A pattern in the files of each tool, and its exports that are read."""

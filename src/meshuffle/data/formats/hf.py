@@ -30,6 +30,7 @@ from meshuffle.files import expanded
 
 _OLDEST = 4  # the major version from which on data sets bring no code
 _UNLABELLED = -1
+_NAMING = ("string", "large_string", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +90,8 @@ def open_hf(path: str, *, seed: int = 0, need: Sequence[str] = ("train", "val"))
     tables = _splits(_load(library, name, options.get("config")), name, need, notes)
     features = next(iter(tables.values())).features
     image = _column(name, features, library.Image, "image", options.get("image"))
-    label = options.get("label") or "label"
+    usual = "cls" if "cls" in features and "label" not in features else "label"  # WebDataset's
+    label = options.get("label") or usual
     classes = _names(tables, label)
     if not classes:
         label = _column(name, features, library.ClassLabel, "label", options.get("label"))
@@ -180,12 +182,13 @@ def _splits(loaded: Any, name: str, need: Sequence[str], notes: list[str]) -> di
 
 
 def _names(tables: Mapping[str, Any], column: str) -> tuple[str, ...]:
-    """Return the names in a column of text, such as a metadata.csv has; () for any other."""
-    kinds = {getattr(table.features.get(column), "dtype", None) for table in tables.values()}
-    if not kinds <= {"string", "large_string"}:
+    """Return the names in a column of text, as in a metadata.csv, or of whole numbers; else ()."""
+    features = [table.features.get(column) for table in tables.values()]
+    if any(hasattr(f, "names") or getattr(f, "dtype", "") not in _NAMING for f in features):
         return ()
     found = {name for table in tables.values() for name in table.unique(column)}
-    return tuple(sorted(found - {None, ""}, key=os.fsencode))
+    found -= {None, "", _UNLABELLED}
+    return tuple(map(str, sorted(found, key=lambda n: n if type(n) is int else os.fsencode(n))))
 
 
 def _column(
@@ -200,11 +203,14 @@ def _column(
     if found:
         hint = did_you_mean(wanted, found)
         raise DataError(f"hf:{name}: choose ?{usual}=… of its {what}: {shortened(found)}{hint}")
-    raise DataError(f"hf:{name} has no column of {what}; its columns: {shortened(list(features))}")
+    kinds = [f"{n} ({getattr(f, 'dtype', type(f).__name__)})" for n, f in features.items()]
+    more = "the type Image" if usual == "image" else "ClassLabel, or text or numbers in ?label=NAME"
+    raise DataError(f"hf:{name} has no column of {what} ({more}); it has {shortened(kinds, 12)}")
 
 
 def _labels(table: Any, column: str, classes: Sequence[str]) -> NDArray[np.int64]:
     label_of = {name: label for label, name in enumerate(classes)}
     cells = table.select_columns([column])[:][column]
-    labels = (label_of.get(cell) if isinstance(cell, str) else cell for cell in cells)
+    coded = hasattr(table.features[column], "names")
+    labels = (cell if coded else label_of.get(str(cell)) for cell in cells)
     return np.array([_UNLABELLED if x is None else x for x in labels], dtype=np.int64)

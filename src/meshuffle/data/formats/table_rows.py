@@ -48,7 +48,8 @@ class Table:
 
     def name_of(self, row: int, column: str) -> str:
         """Return the name and the content of a cell for messages."""
-        return f"{self.rows[row]}: {column} is {self.columns[column][row]!r}"
+        content = repr(self.columns[column][row])
+        return f"{self.rows[row]}: {column} is {content[:200]}{' …' * (len(content) > 200)}"
 
 
 def read_csv(file: Path, chosen: Sequence[str], problems: Problems) -> Table:

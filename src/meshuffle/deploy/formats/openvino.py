@@ -41,6 +41,8 @@ class OpenVino(Format):
 
     def write_int8(self, subject: Subject, path: Path, calibration: Calibration) -> None:
         """Quantise with NNCF."""
+        # NNCF imports it, and it warns where there is no CUDA
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         import nncf
 
         inputs = list(calibration.inputs())
