@@ -1,8 +1,8 @@
 """The pipeline of one rank: its stages, in the order of a schedule, over micro-batches of any size.
 
 What crosses a cut goes from rank to rank of the same place on `tp` and `dp`, each tensor by itself,
-in the layout in which the stage before has it. What is to arrive next is asked for one action
-ahead; sends are not waited for before the end of the step.
+in the layout that it has there. What is to arrive next is asked for one action ahead; sends are
+waited for at the end of the step.
 """
 
 from __future__ import annotations
@@ -177,8 +177,8 @@ class Pipeline:
     def whole(self, *inputs: Tensor) -> list[Tensor]:
         """Return the model's outputs for a batch of this replica, on all of its ranks.
 
-        In eval mode the batch goes through in as many micro-batches as there are stages; in train
-        mode, and where an op mixes samples, in one.
+        In eval mode the batch goes through in as many micro-batches as there are stages; in one in
+        train mode, and where an op mixes samples.
         """
         module, program = self._captured, self._captured.assignment.program
         dims = [program.samples_dim_of(node.meta["val"]) for node in program.outputs()]
@@ -217,8 +217,7 @@ class Pipeline:
     def for_copy(self, module: nn.Module) -> Pipeline:
         """Return a runner of the same stages that calls `module`, a copy; for forwards alone."""
         assert isinstance(module, RankModule)
-        other = copy.copy(self)
-        other.module = module
+        (other := copy.copy(self)).module = module
         return other
 
     def _do(self, step: _StepState, action: Action) -> None:
@@ -245,8 +244,8 @@ class Pipeline:
             result = self.module.run_stage(stage, *arguments)
         if stage + 1 == self.schedule.num_stages:
             loss = step.finish(i, result)
-            asked = [] if loss is None or not loss.requires_grad else [loss]
-            step.kept[stage, i] = _Kept(given, asked)
+            losses = [loss] if loss is not None and loss.requires_grad else []
+            step.kept[stage, i] = _Kept(given, losses)
             return
         step.kept[stage, i] = _Kept(given, self._returning(result, stage))
         pairs = zip(result, self._crossing("F", stage), strict=True)

@@ -227,6 +227,30 @@ def _vocabulary(model: nn.Module) -> int:
     return size
 
 
+@contextlib.contextmanager
+def names_of_norms(model: nn.Module, num: int) -> Iterator[None]:
+    """Name the batch norm that torch refuses a single value per channel."""
+    entered: list[str] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: entered.append(name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        norm = entered[-1] if entered else "a batch norm"
+        raise ModelError(
+            f"{norm} has one value per channel in a micro-batch of {num}, which torch refuses; use "
+            "a larger --batch or --input, or fewer micro-batches (mb)"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def tensors_of(outputs: Any) -> list[Tensor]:
     """Return the tensors that a model returned, in order."""
     return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]

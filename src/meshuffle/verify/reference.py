@@ -8,13 +8,12 @@ The random numbers are those of the plans.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -39,6 +38,7 @@ from meshuffle.verify.job import (
     join_rows,
     loss_of,
     make_inputs,
+    names_of_norms,
     raised_casts,
     tensors_of,
 )
@@ -264,7 +264,7 @@ def _run(
     """
 
     def forward(samples: Tensor, draws: ReferenceDraws) -> list[Tensor]:
-        with raised_casts(dtype), draws, _names_of_norms(model, len(samples)):
+        with raised_casts(dtype), draws, names_of_norms(model, len(samples)):
             return tensors_of(model(*(_rows(x, samples) for x in inputs)))
 
     def run_step(step: int) -> tuple[list[Tensor], Tensor]:
@@ -302,30 +302,6 @@ def _run(
             outputs = forward(torch.arange(job.batch), reference_draws(job, facts, NUM_STEPS))
         see("eval", {f"{i}": x for i, x in enumerate(outputs)})
     return rate
-
-
-@contextlib.contextmanager
-def _names_of_norms(model: nn.Module, num: int) -> Iterator[None]:
-    """Name the batch norm that torch refuses a single value per channel."""
-    entered: list[str] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda *_, name=name: entered.append(name))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-    ]
-    try:
-        yield
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        norm = entered[-1] if entered else "a batch norm"
-        raise ModelError(
-            f"{norm} has one value per channel in a micro-batch of {num}, which torch refuses; use "
-            "a larger --batch or --input, or fewer micro-batches (mb)"
-        ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _rows(x: Tensor, samples: Tensor) -> Tensor:
