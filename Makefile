@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make demo      train on handwritten digits, evaluate, predict, export; prints the report"
-	@echo "make test      the tests: 12 minutes on 2 cores"
+	@echo "make test      the tests: 23 minutes on 2 cores"
 	@echo "make test-all  the slow ones too"
 	@echo "make check     ruff, types, import contracts, line counts"
 
