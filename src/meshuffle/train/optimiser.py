@@ -204,7 +204,7 @@ def clip_gradients(model: nn.Module, max_norm: float, ranks: Ranks | None = None
     if not max_norm:
         return None
     named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
-    if ranks is None or not isinstance(model, Parallel):
+    if ranks is None or not isinstance(model, Parallel) or ranks.in_replica.world == 1:
         return torch.nn.utils.clip_grad_norm_([p for _, p in named], max_norm)
     counted = [
         p
